@@ -1,0 +1,1 @@
+//! Named dirty bitmaps: in memory, digest, selection, stores.

@@ -1,0 +1,1 @@
+//! Disks: devices, plan, copy engine, verification.

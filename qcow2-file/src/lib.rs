@@ -1,0 +1,22 @@
+//! The qcow2 file as a whole: header and extensions, map, allocator and refcounts, writers and
+//! persistent bitmaps, with locks that QEMU respects. Panic-free on any input.
+//!
+//! What this crate does not do: format probing by content on its own account, encryption, growing or
+//! shrinking a disk, reading internal snapshots. It opens no file whose name it found inside an
+//! image unless its caller allowed that.
+//!
+//! Layout questions are answered by the published qcow2 specification; doc comments cite it as
+//! "qcow2 spec".
+#![cfg_attr(
+    not(test),
+    deny(clippy::indexing_slicing, clippy::unwrap_used, clippy::expect_used, clippy::panic)
+)]
+
+pub mod error;
+pub mod layout;
+pub mod limits;
+pub mod storage;
+
+pub use error::{Error, Result};
+pub use layout::units::{GuestOffset, HostOffset};
+pub use storage::Storage;

@@ -1,0 +1,31 @@
+//! Every bound on what an image may make us do. Each says why, and what QEMU uses.
+
+/// Smallest and largest cluster size, as powers of two: 512 B to 2 MiB, as QEMU and the spec.
+pub const CLUSTER_BITS: std::ops::RangeInclusive<u32> = 9..=21;
+/// Largest refcount order: 64-bit refcounts, as the spec.
+pub const MAX_REFCOUNT_ORDER: u32 = 6;
+/// Largest L1 table in bytes, as QEMU: enough for 2 EiB at 2 MiB clusters.
+pub const MAX_L1_BYTES: u64 = 32 << 20;
+/// Largest refcount table in bytes, as QEMU.
+pub const MAX_REFCOUNT_TABLE_BYTES: u64 = 8 << 20;
+/// Largest snapshot count, as QEMU.
+pub const MAX_SNAPSHOTS: u32 = 65536;
+/// Largest snapshot table in bytes, as QEMU.
+pub const MAX_SNAPSHOT_TABLE_BYTES: u64 = 1024 * 65536;
+/// Longest backing file or data file name in bytes, as the spec.
+pub const MAX_FILE_NAME_BYTES: u32 = 1023;
+/// Longest bitmap name in bytes, as QEMU.
+pub const MAX_BITMAP_NAME_BYTES: u16 = 1023;
+/// Most bitmaps in one image, as QEMU.
+pub const MAX_BITMAPS: u32 = 65535;
+/// Largest bitmap directory in bytes, as QEMU.
+pub const MAX_BITMAP_DIRECTORY_BYTES: u64 = 1024 * 65535;
+/// Granularity of a bitmap as powers of two: 512 B to 2 GiB, as QEMU.
+pub const BITMAP_GRANULARITY_BITS: std::ops::RangeInclusive<u8> = 9..=31;
+/// Largest bitmap payload on disk in bytes, as QEMU.
+pub const MAX_BITMAP_BYTES: u64 = 512 << 20;
+/// Deepest backing chain. QEMU has no limit and runs out of descriptors; longer honest chains are
+/// unheard of.
+pub const MAX_CHAIN_DEPTH: usize = 200;
+/// Largest virtual size: host offsets have 56 bits, and a guest offset must fit an `i64` with room.
+pub const MAX_VIRTUAL_SIZE: u64 = 1 << 61;

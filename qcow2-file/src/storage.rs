@@ -1,0 +1,93 @@
+//! The bytes below an image.
+
+use std::io;
+use std::sync::Arc;
+
+use crate::error::{Error, Result};
+
+/// The bytes of one file, block device or memory region, at absolute offsets, from any thread.
+///
+/// An implementation need not order anything by itself: what must be ordered is separated by
+/// [`sync`](Storage::sync).
+pub trait Storage: Send + Sync + std::fmt::Debug {
+    /// Name for error messages.
+    fn name(&self) -> Arc<str>;
+
+    /// Length in bytes now.
+    fn len(&self) -> io::Result<u64>;
+
+    /// Whether the length is zero.
+    fn is_empty(&self) -> io::Result<bool> {
+        Ok(self.len()? == 0)
+    }
+
+    /// Fills `buf` from `offset`. Never short: bytes beyond the end read as zero. Whoever must tell
+    /// a truncated file from zeroes compares with [`len`](Storage::len).
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()>;
+
+    /// Writes all of `buf` at `offset`, growing a file as needed.
+    fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()>;
+
+    /// Makes the range read as zero, by a hole where the storage can, else by writing zeroes. Never
+    /// changes the length of a file by itself where the range lies inside it; grows it otherwise.
+    fn write_zeroes(&self, offset: u64, len: u64) -> io::Result<()>;
+
+    /// Tells the storage that the range's content is not needed any more. Afterwards it reads as
+    /// anything. May do nothing.
+    fn discard(&self, offset: u64, len: u64) -> io::Result<()>;
+
+    /// Sets the length. New bytes read as zero. A device refuses.
+    fn set_len(&self, len: u64) -> io::Result<()>;
+
+    /// The run that starts at `offset`: whether it is data or a hole that reads as zero, and its
+    /// length, at least 1 and at most `max_len`. Storage that cannot tell answers data. Beyond the
+    /// end everything is a hole.
+    fn run_at(&self, offset: u64, max_len: u64) -> io::Result<Run>;
+
+    /// Makes what was written durable, metadata of the file included.
+    fn sync(&self) -> io::Result<()>;
+}
+
+/// A stretch of a [`Storage`] of one kind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Run {
+    /// Length in bytes.
+    pub len: u64,
+    /// Whether it is a hole, which reads as zero.
+    pub is_hole: bool,
+}
+
+/// [`Storage`] calls with this crate's error, for use inside the crate.
+pub(crate) trait StorageExt: Storage {
+    /// [`Storage::read_at`] naming the file.
+    fn read(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        self.read_at(buf, offset).map_err(|e| self.io_error("read", offset, e))
+    }
+
+    /// [`Storage::write_at`] naming the file.
+    fn write(&self, buf: &[u8], offset: u64) -> Result<()> {
+        self.write_at(buf, offset).map_err(|e| self.io_error("write", offset, e))
+    }
+
+    /// [`Storage::sync`] naming the file.
+    fn make_durable(&self) -> Result<()> {
+        self.sync().map_err(|e| self.io_error("sync", 0, e))
+    }
+
+    /// [`Storage::len`] naming the file.
+    fn length(&self) -> Result<u64> {
+        self.len().map_err(|e| self.io_error("find the length of the file", 0, e))
+    }
+
+    /// An error about this file.
+    fn io_error(&self, action: &'static str, offset: u64, source: io::Error) -> Error {
+        Error::Io { file: self.name(), action, offset, source }
+    }
+
+    /// An error about bytes of this file.
+    fn malformed(&self, what: format_spec::Malformed) -> Error {
+        Error::Malformed { file: self.name(), what }
+    }
+}
+
+impl<S: Storage + ?Sized> StorageExt for S {}

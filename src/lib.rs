@@ -1,0 +1,1 @@
+//! Move VM disk images with their backup bitmaps.

@@ -1,0 +1,3 @@
+//! The `bitferry` command.
+
+fn main() {}
