@@ -12,6 +12,7 @@
     deny(clippy::indexing_slicing, clippy::unwrap_used, clippy::expect_used, clippy::panic)
 )]
 
+pub mod allocate;
 pub mod error;
 pub mod layout;
 pub mod limits;
