@@ -1,0 +1,47 @@
+//! Speed of the content hash on one core, beside the read bandwidth of the memory it hashes.
+#![allow(clippy::unwrap_used, clippy::cast_precision_loss)]
+
+use std::hint::black_box;
+use std::time::Instant;
+
+use format_spec::content_hash::{LEDGER_HEIGHT, Tree, bitmap_digest, hash_run, leaf, subtree};
+
+const MIB: usize = 1 << 20;
+const GIB: f64 = (1u64 << 30) as f64;
+
+fn main() {
+    let disk: Vec<u8> = (0..256 * MIB).map(|n| (n.wrapping_mul(0x9e37_79b9) >> 13) as u8).collect();
+    rate("read (speed of light)", disk.len(), || {
+        let words = disk.as_chunks::<8>().0;
+        black_box(words.iter().fold(0, |acc, w| acc ^ u64::from_ne_bytes(*w)));
+    });
+    rate("leaf", disk.len(), || disk.chunks(65536).for_each(|l| drop(black_box(leaf(l)))));
+    rate("subtree of 1 MiB", disk.len(), || {
+        disk.chunks(MIB).for_each(|u| drop(black_box(subtree(LEDGER_HEIGHT, u, &|_| false))));
+    });
+    rate("hash_run of 2 MiB into a tree", disk.len(), || {
+        let mut tree = Tree::new(disk.len() as u64).unwrap();
+        for (at, run) in disk.chunks(2 * MIB).enumerate() {
+            for placed in hash_run(at as u64 * 32, run, |_| false) {
+                tree.put(placed.height, placed.index, placed.node).unwrap();
+            }
+        }
+        black_box(tree.root().unwrap());
+    });
+    let words = vec![0u64; 4 * MIB];
+    rate("digest of an empty bitmap of 16 TiB at 64 KiB", words.len() * 8, || {
+        black_box(bitmap_digest(65536, 1 << 28, &words).unwrap());
+    });
+}
+
+/// Prints the best of ten runs.
+fn rate(what: &str, bytes: usize, mut run: impl FnMut()) {
+    let best = (0..10)
+        .map(|_| {
+            let start = Instant::now();
+            run();
+            start.elapsed().as_secs_f64()
+        })
+        .fold(f64::INFINITY, f64::min);
+    println!("{what}: {:.2} GiB/s, {:.3} ms", bytes as f64 / GIB / best, best * 1e3);
+}
