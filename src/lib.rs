@@ -1,1 +1,21 @@
-//! Move VM disk images with their backup bitmaps.
+//! Move VM disk images with their backup bitmaps: copy them, prove the copy, report honestly.
+//!
+//! The verbs of the command line are functions here: [`copy::run`] and [`copy::plan`],
+//! [`compare::run`], [`hash::run`], [`info::run`]. Each takes a plain options struct and, where it
+//! takes a while, an [`Observer`]; each returns a value that serialises to the documented JSON.
+//! [`report::exit_status`] maps a report to the process's exit status, and [`Error::exit_status`]
+//! does it for failures.
+#![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
+
+pub mod compare;
+pub mod copy;
+mod error;
+pub mod hash;
+pub mod info;
+mod observe;
+pub mod report;
+
+pub use error::{Error, Result};
+pub use format_spec::Blame;
+pub use observe::{Observer, Phase, Silent};
+pub use report::{Report, exit_status};

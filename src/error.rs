@@ -1,0 +1,130 @@
+//! Why an operation failed, whose fault it is, and what to do.
+
+use std::io;
+use std::path::PathBuf;
+
+use format_spec::Blame;
+
+/// Result of this crate.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Why an operation failed. Nothing has been published when one of these is returned.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// What was asked makes no sense, or its parts contradict one another.
+    #[error("{reason}")]
+    Usage {
+        /// What and why, in one sentence.
+        reason: String,
+    },
+    /// Going on would lose something that was asked for. Nothing was written.
+    #[error("refused, nothing was written: {reason}")]
+    WouldLose {
+        /// What would be lost and why.
+        reason: String,
+        /// What to do about it.
+        hint: String,
+    },
+    /// The destination exists, and neither replacing it nor writing into it was asked for.
+    #[error("{} exists", .path.display())]
+    Exists {
+        /// The destination.
+        path: PathBuf,
+    },
+    /// There is not enough room for the destination.
+    #[error("{} has {free} bytes free, the copy needs about {needed}", .path.display())]
+    NoSpace {
+        /// Directory of the destination.
+        path: PathBuf,
+        /// Upper estimate of what the copy allocates, in bytes.
+        needed: u64,
+        /// What the file system gives, in bytes.
+        free: u64,
+    },
+    /// The copy does not read back as what was sent. Nothing was published.
+    #[error("{} does not read back as what was written to it: {reason}", .path.display())]
+    ProofMismatch {
+        /// The destination's final name.
+        path: PathBuf,
+        /// Both hashes.
+        reason: String,
+    },
+    /// A file operation beside the image itself failed.
+    #[error("cannot {action} {}", .path.display())]
+    File {
+        /// "rename", "create", …
+        action: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// The system's answer.
+        source: io::Error,
+    },
+    /// The user asked to stop.
+    #[error("interrupted")]
+    Interrupted,
+    /// An image could not be opened, read or written.
+    #[error(transparent)]
+    Image(#[from] qcow2_file::Error),
+    /// A device failed under the engine.
+    #[error(transparent)]
+    Device(#[from] mig_core::Error),
+}
+
+impl Error {
+    /// Whose fault it is.
+    pub fn blame(&self) -> Blame {
+        match self {
+            Self::Usage { .. } => Blame::Caller,
+            Self::WouldLose { .. } => Blame::WouldLose,
+            Self::Exists { .. } | Self::NoSpace { .. } | Self::File { .. } => Blame::Device,
+            Self::ProofMismatch { .. } => Blame::Device,
+            Self::Interrupted => Blame::Caller,
+            Self::Image(e) => e.blame(),
+            Self::Device(e) => e.blame(),
+        }
+    }
+
+    /// The exit status of a process that ends with this error. Pure; see CLI.md "Exit status".
+    pub fn exit_status(&self) -> u8 {
+        match self {
+            Self::Interrupted => 130,
+            Self::ProofMismatch { .. } => 1,
+            // An image that needs what we lack is a local file we cannot use, not a peer.
+            Self::Image(qcow2_file::Error::Unsupported { .. }) => 3,
+            _ => match self.blame() {
+                Blame::Caller => 2,
+                Blame::Device => 3,
+                Blame::Bytes => 5,
+                Blame::PeerBehaviour | Blame::PeerFeatures | Blame::Transport => 4,
+                Blame::WouldLose => 7,
+            },
+        }
+    }
+
+    /// What the user can do about it, as one sentence, where we know.
+    pub fn hint(&self) -> Option<String> {
+        use qcow2_file::Error as Image;
+        let text = match self {
+            Self::WouldLose { hint, .. } => hint.clone(),
+            Self::Exists { .. } => {
+                "use --force to replace it at the end, or --in-place to write into it".into()
+            }
+            Self::NoSpace { .. } => "free some room or choose another place".into(),
+            Self::ProofMismatch { .. } => {
+                "storage or memory returned other bytes than were written; check the device".into()
+            }
+            Self::Image(Image::NotAllowed { .. }) => {
+                "if you trust this image, use --allow-backing".into()
+            }
+            Self::Image(Image::InUse { .. }) => {
+                "stop whoever uses the image, or copy it through that program".into()
+            }
+            Self::Image(Image::Malformed { .. }) => {
+                "the image is damaged: `qemu-img check` may say more".into()
+            }
+            _ => return None,
+        };
+        Some(text)
+    }
+}

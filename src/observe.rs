@@ -1,0 +1,60 @@
+//! How a long operation is watched and stopped.
+
+/// Where a long operation is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Phase {
+    /// Opening images, deciding, looking for room. No totals.
+    Plan,
+    /// Moving guest data. Totals are bytes of stored data, zeroes excluded.
+    Transfer,
+    /// Storing bitmaps.
+    Bitmaps,
+    /// Writing metadata and syncing.
+    Seal,
+    /// Reading the destination back. Totals are bytes of stored data.
+    Prove,
+    /// Renaming to the final names.
+    Publish,
+    /// Hashing or comparing, for the verbs that only read.
+    Read,
+}
+
+impl Phase {
+    /// The phase in one lower-case word, for people and events.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Plan => "plan",
+            Self::Transfer => "transfer",
+            Self::Bitmaps => "bitmaps",
+            Self::Seal => "seal",
+            Self::Prove => "prove",
+            Self::Publish => "publish",
+            Self::Read => "read",
+        }
+    }
+}
+
+/// Who watches a long operation. All methods may be called from any thread and must return soon.
+pub trait Observer: Send + Sync {
+    /// A new phase begins; progress starts at zero.
+    fn phase(&self, _phase: Phase) {}
+
+    /// `done` of `total` bytes of the current phase. `done` never falls within a phase and ends at
+    /// `total` when the phase succeeds.
+    fn progress(&self, _done: u64, _total: u64) {}
+
+    /// Something the user should know that is not an error: one sentence, no full stop.
+    fn warning(&self, _message: &str) {}
+
+    /// Whether to stop. Polled at least once per MiB of data. What was begun is undone.
+    fn is_cancelled(&self) -> bool {
+        false
+    }
+}
+
+/// Watches nothing and never stops.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Silent;
+
+impl Observer for Silent {}

@@ -1,0 +1,185 @@
+//! What a copy did, as a value that serialises to the summary of CLI.md, and its exit status.
+//!
+//! Outcomes are made where the thing happened and are never guessed here.
+
+use serde::Serialize;
+
+use crate::error::Error;
+
+/// How a whole operation ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum Status {
+    /// Everything was done that could be; the disks say how well.
+    Completed,
+    /// A receipt says that an earlier run had finished.
+    AlreadyComplete,
+    /// It failed and nothing was published.
+    Failed,
+    /// The user stopped it.
+    Interrupted,
+    /// The last answer was lost; ask again.
+    Unknown,
+}
+
+/// Whether the destination was read back and found equal.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum Verified {
+    /// Read back afresh and equal.
+    Yes,
+    /// Not checked.
+    No,
+    /// Read back and different; not published.
+    Mismatch,
+    /// Only the peer could check, and it was not asked.
+    Unconfirmed,
+}
+
+/// What became of a bitmap.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum BitmapOutcome {
+    /// It is valid at the destination, bit for bit.
+    Preserved,
+    /// It was sent; only the peer could confirm it.
+    Sent,
+    /// It is not at the destination.
+    Dropped,
+    /// It is at the destination and marked as not to be trusted.
+    Invalidated,
+}
+
+/// One bitmap of a disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct BitmapReport {
+    /// Its name at the source; at the destination too unless `changed` says otherwise.
+    pub name: String,
+    /// What became of it.
+    pub outcome: BitmapOutcome,
+    /// What is different at the destination, as `what: old -> new`.
+    pub changed: Vec<String>,
+    /// Why, where the outcome is not `preserved`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+    /// Whether the user wanted it. Not part of the JSON.
+    #[serde(skip)]
+    pub is_wanted: bool,
+}
+
+/// One disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct DiskReport {
+    /// Its name in the operation: for `copy` the destination's path.
+    pub id: String,
+    /// Bytes of content that were moved.
+    pub bytes_data: u64,
+    /// Bytes that read as zero and were not moved.
+    pub bytes_zero: u64,
+    /// `bf1:…`, where it was computed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub content_hash: Option<String>,
+    /// Whether the destination was read back.
+    pub verified: Verified,
+    /// What the source has and the destination has not, one phrase each.
+    pub not_carried: Vec<String>,
+    /// Every bitmap of the source, and those of the destination that lost their validity.
+    pub bitmaps: Vec<BitmapReport>,
+}
+
+/// Guest memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct RamReport {
+    /// Pages sent with their content.
+    pub normal: u64,
+    /// Pages sent as a fill byte.
+    pub duplicate: u64,
+    /// Bytes on the wire.
+    pub wire_bytes: u64,
+}
+
+/// What an operation did.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Report {
+    /// How it ended.
+    pub status: Status,
+    /// The error, where it failed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+    /// From start to publication.
+    pub total_time_ms: u64,
+    /// How long the guest stood still.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub downtime_ms: Option<u64>,
+    /// Bytes on the wire; 0 on one host.
+    pub wire_bytes: u64,
+    /// Bytes that had to be sent again.
+    pub repeated_bytes: u64,
+    /// Whether an earlier try was continued.
+    pub resumed: bool,
+    /// Every disk.
+    pub disks: Vec<DiskReport>,
+    /// Guest memory, where there was any.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ram: Option<RamReport>,
+}
+
+impl Report {
+    /// The summary of an operation that failed before it had anything to report.
+    pub fn failure(error: &Error, total_time_ms: u64) -> Self {
+        let status = match error {
+            Error::Interrupted => Status::Interrupted,
+            _ => Status::Failed,
+        };
+        Self {
+            status,
+            error: Some(error_chain(error)),
+            total_time_ms,
+            downtime_ms: None,
+            wire_bytes: 0,
+            repeated_bytes: 0,
+            resumed: false,
+            disks: Vec::new(),
+            ram: None,
+        }
+    }
+}
+
+/// An error with its causes, joined by colons.
+pub fn error_chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
+}
+
+/// The exit status that a report stands for. Pure; see CLI.md "Exit status".
+pub fn exit_status(report: &Report) -> u8 {
+    match report.status {
+        Status::AlreadyComplete => 0,
+        Status::Interrupted => 130,
+        Status::Unknown => 8,
+        _ if report.disks.iter().any(|d| d.verified == Verified::Mismatch) => 1,
+        Status::Failed => 3,
+        Status::Completed if report.disks.iter().any(has_lost_something) => 6,
+        Status::Completed => 0,
+    }
+}
+
+/// Whether something the user wanted is missing at the destination.
+fn has_lost_something(disk: &DiskReport) -> bool {
+    disk.bitmaps.iter().any(|b| {
+        b.is_wanted && matches!(b.outcome, BitmapOutcome::Dropped | BitmapOutcome::Invalidated)
+    })
+}
