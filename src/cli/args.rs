@@ -1,0 +1,207 @@
+//! The raw command line. What only makes sense together is checked by the verb's plan.
+
+use std::path::PathBuf;
+
+use clap::{Args as Group, Parser, Subcommand, ValueEnum};
+
+use bitferry::copy::{BitmapSelection, Format};
+
+/// Move VM disk images with their backup bitmaps: copy them, prove the copy, go on with
+/// incremental backups.
+#[derive(Debug, Parser)]
+#[command(name = "bitferry", version, max_term_width = 100, arg_required_else_help = true)]
+#[command(after_help = EXIT_STATUS)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    pub(crate) common: Common,
+    #[command(subcommand)]
+    pub(crate) verb: Verb,
+}
+
+/// Shown below the help, and a section of every manual page.
+pub(crate) const EXIT_STATUS: &str = "\
+Exit status:
+  0    all that was asked for is done
+  1    compared and different, or the proof did not hold
+  2    wrong usage
+  3    local device or file
+  4    transport or peer
+  5    malformed input
+  6    finished and published, but something asked for was not preserved
+  7    refused before anything was written: something asked for would be lost
+  8    outcome unknown: give the same command again
+  130  interrupted";
+
+/// What every verb takes.
+#[derive(Debug, Group)]
+pub(crate) struct Common {
+    /// Print JSON on stdout: one document, or for long operations one event per line of which the
+    /// last is the summary
+    #[arg(long, global = true, help_heading = "Output")]
+    pub(crate) json: bool,
+    /// Show a bar with rate and remaining time; auto: where stderr is a terminal
+    #[arg(short, long, value_name = "auto|always|never", global = true, help_heading = "Output")]
+    #[arg(value_enum, default_value_t = When::Auto, hide_possible_values = true)]
+    #[arg(hide_default_value = true)]
+    pub(crate) progress: When,
+    /// Print nothing but errors
+    #[arg(short, long, global = true, help_heading = "Output")]
+    pub(crate) quiet: bool,
+    /// Log to stderr what is done; repeat for more
+    #[arg(short, long, action = clap::ArgAction::Count, global = true, help_heading = "Output")]
+    pub(crate) verbose: u8,
+}
+
+/// When to show something.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum When {
+    /// On a terminal
+    Auto,
+    /// Always
+    Always,
+    /// Never
+    Never,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Verb {
+    Copy(CopyArgs),
+    Info(InfoArgs),
+    Compare(CompareArgs),
+    Hash(HashArgs),
+    Completions(CompletionsArgs),
+    Man(ManArgs),
+}
+
+/// Copy an image with its bitmaps and prove the copy
+///
+/// The destination gets its name only when it is complete, durable and, unless --no-verify is
+/// given, read back and found equal. Bitmaps keep their names, granularity and flags. What the
+/// destination could not hold is refused before anything is written (exit status 7).
+#[derive(Debug, Group)]
+pub(crate) struct CopyArgs {
+    /// Image to copy
+    #[arg(value_name = "SRC")]
+    pub(crate) source: PathBuf,
+    /// Where to copy it
+    #[arg(value_name = "DST")]
+    pub(crate) destination: PathBuf,
+    /// Format of SRC, raw or qcow2; probed unless given
+    #[arg(short = 'f', long, value_name = "FMT")]
+    pub(crate) source_format: Option<Format>,
+    /// Format of DST, raw or qcow2; that of SRC unless given
+    #[arg(short = 'O', long, value_name = "FMT")]
+    pub(crate) target_format: Option<Format>,
+    /// Shape of DST in qemu-img's words: cluster_size, extended_l2, compression_type,
+    /// refcount_bits, compat, data_file, data_file_raw; may be repeated
+    #[arg(short = 'o', long, value_name = "K=V,…")]
+    pub(crate) target_options: Vec<String>,
+    /// Replace DST where it exists; the old one stays until the new one is complete
+    #[arg(long, conflicts_with = "in_place")]
+    pub(crate) force: bool,
+    /// Write into the existing DST; the only way for block devices
+    #[arg(long)]
+    pub(crate) in_place: bool,
+    /// Open the backing and data files that SRC names
+    #[arg(long)]
+    pub(crate) allow_backing: bool,
+    /// Read through the backing chain of SRC into one image
+    #[arg(long, conflicts_with = "backing")]
+    pub(crate) flatten: bool,
+    /// Copy what differs from this file and make it the backing file of DST
+    #[arg(long, value_name = "PATH")]
+    pub(crate) backing: Option<PathBuf>,
+    /// Bitmaps to carry: all, none or names
+    #[arg(long, value_name = "all|none|NAME,…", default_value = "all", hide_default_value = true)]
+    pub(crate) bitmaps: BitmapSelection,
+    /// Give a bitmap another name at the destination; may be repeated
+    #[arg(long, value_name = "OLD=NEW")]
+    pub(crate) rename_bitmap: Vec<bitferry::copy::Rename>,
+    /// Go on without inconsistent bitmaps, and say so
+    #[arg(long)]
+    pub(crate) skip_broken_bitmaps: bool,
+    /// Leave out the proof that DST reads back as SRC
+    #[arg(long)]
+    pub(crate) no_verify: bool,
+    /// Say what would be done, the space it needs and what would be lost; write nothing
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+}
+
+/// Show format, sizes, the files an image names, and its bitmaps
+///
+/// Nothing but IMAGE is opened.
+#[derive(Debug, Group)]
+pub(crate) struct InfoArgs {
+    /// Image to look at
+    pub(crate) image: PathBuf,
+    /// Format of IMAGE, raw or qcow2; probed unless given
+    #[arg(short = 'f', long, value_name = "FMT")]
+    pub(crate) source_format: Option<Format>,
+}
+
+/// Compare what a guest reads from two images, and their bitmaps
+///
+/// Formats may differ. Exit status 0: equal, 1: different.
+#[derive(Debug, Group)]
+pub(crate) struct CompareArgs {
+    /// One image
+    pub(crate) a: PathBuf,
+    /// The other
+    pub(crate) b: PathBuf,
+    /// Format of A, raw or qcow2; probed unless given
+    #[arg(short = 'f', long, value_name = "FMT")]
+    pub(crate) source_format: Option<Format>,
+    /// Format of B, raw or qcow2; probed unless given
+    #[arg(short = 'F', long, value_name = "FMT")]
+    pub(crate) other_format: Option<Format>,
+    /// Open the backing and data files that the images name
+    #[arg(long)]
+    pub(crate) allow_backing: bool,
+    /// Let a longer image equal a shorter one where the rest is zero
+    #[arg(long)]
+    pub(crate) allow_size: bool,
+    /// Whether bitmaps count; without this they do where both images can hold some
+    #[arg(long, value_name = "all|none", hide_possible_values = true)]
+    pub(crate) bitmaps: Option<BitmapsCount>,
+}
+
+/// Whether bitmaps are compared.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum BitmapsCount {
+    /// All of them
+    All,
+    /// None
+    None,
+}
+
+/// Print the content hash of an image and the digests of its bitmaps
+///
+/// The hash names what a guest reads, in whatever format it is stored.
+#[derive(Debug, Group)]
+pub(crate) struct HashArgs {
+    /// Image to hash
+    pub(crate) image: PathBuf,
+    /// Format of IMAGE, raw or qcow2; probed unless given
+    #[arg(short = 'f', long, value_name = "FMT")]
+    pub(crate) source_format: Option<Format>,
+    /// Open the backing and data files that IMAGE names
+    #[arg(long)]
+    pub(crate) allow_backing: bool,
+}
+
+/// Print a completion script for a shell
+#[derive(Debug, Group)]
+pub(crate) struct CompletionsArgs {
+    /// The shell
+    pub(crate) shell: clap_complete::Shell,
+}
+
+/// Print the manual page, or write one page per verb
+#[derive(Debug, Group)]
+pub(crate) struct ManArgs {
+    /// Directory for the pages; without it bitferry(1) goes to stdout
+    #[arg(value_name = "DIR")]
+    pub(crate) directory: Option<PathBuf>,
+}

@@ -1,0 +1,104 @@
+//! `info`: what an image is, for people and as the document of CLI.md.
+
+use bitferry::info::{BitmapSummary, ImageInfo, InfoOptions};
+
+use super::args::InfoArgs;
+use super::size::{human, human_exact};
+use super::{Outcome, Output, table};
+
+pub(crate) fn run(args: InfoArgs, output: &Output) -> Outcome {
+    let options = InfoOptions { image: args.image, format: args.source_format };
+    let info = bitferry::info::run(&options)?;
+    output.answer(&info, || text(&info))?;
+    Ok(0)
+}
+
+fn text(info: &ImageInfo) -> String {
+    let mut fields = vec![
+        ("image", info.filename.clone()),
+        ("format", info.format.to_string()),
+        ("virtual size", human_exact(info.virtual_size)),
+        ("disk size", human_exact(info.disk_size)),
+    ];
+    if info.cluster_size > 0 {
+        fields.push(("cluster size", human(info.cluster_size)));
+    }
+    if let Some(file) = &info.backing_filename {
+        fields.push(("backing file", format!("{} (not opened)", table::name(file))));
+    }
+    if let Some(file) = &info.data_file {
+        fields.push(("data file", format!("{} (not opened)", table::name(file))));
+    }
+    fields.extend(info.notes.iter().map(|note| ("note", note.clone())));
+    fields.push(("bitmaps", if info.bitmaps.is_empty() { "none" } else { "" }.to_owned()));
+    let mut text = table::fields(&fields).replace(": \n", ":\n");
+    text.truncate(text.trim_end().len());
+    text.push('\n');
+    if !info.bitmaps.is_empty() {
+        text.push_str(&bitmap_table(&info.bitmaps));
+    }
+    text
+}
+
+/// The bitmaps of an image, one per line.
+pub(crate) fn bitmap_table(bitmaps: &[BitmapSummary]) -> String {
+    let rows: Vec<[String; 4]> = bitmaps
+        .iter()
+        .map(|bitmap| {
+            [
+                table::name(&bitmap.name),
+                human(bitmap.granularity),
+                flags(bitmap),
+                bitmap.dirty_bytes.map_or_else(|| "unknown".to_owned(), human),
+            ]
+        })
+        .collect();
+    table::columns(["NAME", "GRANULARITY", "STATE", "DIRTY"], &rows)
+}
+
+fn flags(bitmap: &BitmapSummary) -> String {
+    if bitmap.inconsistent {
+        return "inconsistent".to_owned();
+    }
+    if bitmap.enabled { "enabled" } else { "disabled" }.to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use bitferry::copy::Format;
+
+    #[test]
+    fn an_image_reads_at_a_glance() {
+        let info = ImageInfo {
+            filename: "vm.qcow2".into(),
+            format: Format::Qcow2,
+            virtual_size: 64 << 30,
+            disk_size: 1_288_490_188,
+            cluster_size: 65536,
+            backing_filename: Some("base image.qcow2".into()),
+            data_file: None,
+            notes: vec![],
+            bitmaps: vec![BitmapSummary {
+                name: "daily".into(),
+                granularity: 65536,
+                enabled: true,
+                persistent: true,
+                inconsistent: false,
+                dirty_bytes: Some(3 * 65536),
+            }],
+        };
+        let expected = "\
+image:        vm.qcow2
+format:       qcow2
+virtual size: 64 GiB (68719476736 bytes)
+disk size:    1.20 GiB (1288490188 bytes)
+cluster size: 64 KiB
+backing file: \"base image.qcow2\" (not opened)
+bitmaps:
+  NAME   GRANULARITY  STATE    DIRTY
+  daily  64 KiB       enabled  192 KiB
+";
+        assert_eq!(text(&info), expected);
+    }
+}

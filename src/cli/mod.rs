@@ -1,0 +1,74 @@
+//! The command line: raw flags, a validated plan, one library call, its output, an exit status.
+//!
+//! Every verb is a file of this module and ends in a call to the `bitferry` library; nothing is
+//! decided here that another caller of the library would have to decide again.
+
+mod args;
+mod compare;
+mod completions;
+mod copy;
+mod failure;
+mod hash;
+mod info;
+mod interrupt;
+mod man;
+mod output;
+mod progress;
+mod size;
+mod table;
+mod target_options;
+mod watch;
+
+use std::process::ExitCode;
+
+use clap::Parser as _;
+
+use self::args::{Args, Verb};
+use self::output::Output;
+
+/// How a verb ended: the exit status of CLI.md, or the error that has one.
+type Outcome = bitferry::Result<u8>;
+
+/// Runs the command line of this process.
+pub(crate) fn main() -> ExitCode {
+    let args = match Args::try_parse() {
+        Ok(args) => args,
+        Err(error) => return failure::usage(&error),
+    };
+    start_log(args.common.verbose);
+    let output = Output::new(&args.common);
+    match run(args.verb, &output) {
+        Ok(status) => ExitCode::from(status),
+        Err(error) => {
+            failure::print(&error);
+            ExitCode::from(error.exit_status())
+        }
+    }
+}
+
+fn run(verb: Verb, output: &Output) -> Outcome {
+    match verb {
+        Verb::Copy(args) => copy::run(args, output),
+        Verb::Info(args) => info::run(args, output),
+        Verb::Compare(args) => compare::run(args, output),
+        Verb::Hash(args) => hash::run(args, output),
+        Verb::Completions(args) => completions::run(&args, output),
+        Verb::Man(args) => man::run(&args, output),
+    }
+}
+
+/// `-v`: what the libraries log, on stderr.
+fn start_log(verbose: u8) {
+    use tracing_subscriber::filter::LevelFilter;
+    let level = match verbose {
+        0 => return,
+        1 => LevelFilter::INFO,
+        2 => LevelFilter::DEBUG,
+        _ => LevelFilter::TRACE,
+    };
+    tracing_subscriber::fmt()
+        .with_max_level(level)
+        .with_writer(std::io::stderr)
+        .with_ansi(false)
+        .init();
+}

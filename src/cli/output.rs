@@ -1,0 +1,111 @@
+//! stdout: lines for people, documents and events for programs.
+
+use std::fmt::Display;
+use std::io::{self, IsTerminal as _, Write as _};
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use serde::Serialize;
+
+use super::args::{Common, When};
+
+/// Where results go and in which form. A reader that went away is not an error: what is still to
+/// be said is dropped, and the exit status stays that of the work.
+#[derive(Debug)]
+pub(crate) struct Output {
+    /// Whether programs read us.
+    pub(crate) is_json: bool,
+    /// Whether nothing is said to people.
+    pub(crate) is_quiet: bool,
+    /// Whether a bar is shown, if there is something to show.
+    pub(crate) shows_progress: bool,
+    is_coloured: bool,
+    is_closed: AtomicBool,
+}
+
+/// Whether the user's environment allows colour (<https://no-color.org>).
+pub(crate) fn may_colour() -> bool {
+    std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty())
+        && std::env::var_os("TERM").is_none_or(|v| v != "dumb")
+}
+
+impl Output {
+    /// Decides the form from the flags and the terminal.
+    pub(crate) fn new(common: &Common) -> Self {
+        let shows_progress = match common.progress {
+            When::Always => true,
+            When::Never => false,
+            When::Auto => !common.quiet && !common.json && io::stderr().is_terminal(),
+        };
+        Self {
+            is_json: common.json,
+            is_quiet: common.quiet,
+            shows_progress,
+            is_coloured: !common.json && io::stdout().is_terminal() && may_colour(),
+            is_closed: AtomicBool::new(false),
+        }
+    }
+
+    /// Text for people, which ends its own lines. Not printed with `--json` or `-q`.
+    pub(crate) fn text(&self, text: impl Display) -> bitferry::Result<()> {
+        if self.is_json || self.is_quiet {
+            return Ok(());
+        }
+        self.write(text.to_string().as_bytes())
+    }
+
+    /// The answer of a verb whose answer is its output: a document with `--json`, else text. `-q`
+    /// leaves only the exit status.
+    pub(crate) fn answer(
+        &self,
+        document: &impl Serialize,
+        text: impl FnOnce() -> String,
+    ) -> bitferry::Result<()> {
+        if self.is_json { self.event(document) } else { self.text(text()) }
+    }
+
+    /// One line of JSON.
+    pub(crate) fn event(&self, event: &impl Serialize) -> bitferry::Result<()> {
+        let mut line = serde_json::to_vec(event).map_err(|e| stdout_error(e.into()))?;
+        line.push(b'\n');
+        self.write(&line)
+    }
+
+    /// Bytes as they are, asked for by name: a script, a page.
+    pub(crate) fn write(&self, bytes: &[u8]) -> bitferry::Result<()> {
+        if self.is_closed.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        let mut stdout = io::stdout().lock();
+        match stdout.write_all(bytes).and_then(|()| stdout.flush()) {
+            Err(e) if e.kind() == io::ErrorKind::BrokenPipe => {
+                self.is_closed.store(true, Ordering::Relaxed);
+                Ok(())
+            }
+            result => result.map_err(stdout_error),
+        }
+    }
+
+    /// A heading or a verdict.
+    pub(crate) fn strong(&self, text: &str) -> String {
+        self.paint("1", text)
+    }
+
+    /// Good news.
+    pub(crate) fn good(&self, text: &str) -> String {
+        self.paint("32", text)
+    }
+
+    /// Bad news.
+    pub(crate) fn bad(&self, text: &str) -> String {
+        self.paint("1;31", text)
+    }
+
+    fn paint(&self, code: &str, text: &str) -> String {
+        if self.is_coloured { format!("\x1b[{code}m{text}\x1b[0m") } else { text.to_owned() }
+    }
+}
+
+fn stdout_error(source: io::Error) -> bitferry::Error {
+    bitferry::Error::File { action: "write", path: Path::new("standard output").into(), source }
+}

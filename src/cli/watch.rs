@@ -1,0 +1,127 @@
+//! Who watches a long operation for the user: the bar, the events, the warnings, Ctrl-C.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+
+use bitferry::{Observer, Phase};
+
+use super::output::Output;
+use super::progress::Bar;
+use super::{failure, interrupt};
+
+/// Time between two progress events: a program that draws its own bar needs no more.
+const EVENT_INTERVAL: Duration = Duration::from_millis(250);
+
+/// An [`Observer`] that tells the user.
+#[derive(Debug)]
+pub(crate) struct Watch<'a> {
+    events: Option<&'a Output>,
+    bar: Option<Bar>,
+    is_quiet: bool,
+    is_interrupted: Arc<AtomicBool>,
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    phase: Phase,
+    last_event: Option<Instant>,
+}
+
+/// One line of a long operation's JSON.
+#[derive(Debug, Serialize)]
+#[serde(tag = "event", rename_all = "kebab-case")]
+enum Event<'a> {
+    Phase { phase: &'static str },
+    Progress { phase: &'static str, done: u64, total: u64 },
+    Warning { message: &'a str },
+}
+
+impl<'a> Watch<'a> {
+    /// For a verb whose JSON is a sequence of events.
+    pub(crate) fn with_events(output: &'a Output) -> bitferry::Result<Self> {
+        Self::new(output, output.is_json.then_some(output))
+    }
+
+    /// For a verb whose JSON is one document.
+    pub(crate) fn quiet_unless_asked(output: &'a Output) -> bitferry::Result<Self> {
+        Self::new(output, None)
+    }
+
+    fn new(output: &'a Output, events: Option<&'a Output>) -> bitferry::Result<Self> {
+        Ok(Self {
+            events,
+            bar: output.shows_progress.then(Bar::new),
+            is_quiet: output.is_quiet,
+            is_interrupted: interrupt::watch()?,
+            state: Mutex::new(State { phase: Phase::Plan, last_event: None }),
+        })
+    }
+
+    /// Clears the bar, so that results stand where it stood.
+    pub(crate) fn finish(&self) {
+        if let Some(bar) = &self.bar {
+            bar.finish();
+        }
+    }
+
+    fn emit(&self, event: &Event<'_>) {
+        if let Some(output) = self.events {
+            // A full disk under our stdout must not stop a copy; the summary will fail to be written
+            // and that is an error.
+            let _ = output.event(event);
+        }
+    }
+}
+
+impl Drop for Watch<'_> {
+    fn drop(&mut self) {
+        self.finish();
+    }
+}
+
+impl Observer for Watch<'_> {
+    fn phase(&self, phase: Phase) {
+        *self.state.lock().unwrap_or_else(PoisonError::into_inner) =
+            State { phase, last_event: None };
+        self.emit(&Event::Phase { phase: phase.name() });
+        if let Some(bar) = &self.bar {
+            bar.phase(phase);
+        }
+    }
+
+    fn progress(&self, done: u64, total: u64) {
+        if let Some(bar) = &self.bar {
+            bar.progress(done, total);
+        }
+        if self.events.is_none() {
+            return;
+        }
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if done < total && state.last_event.is_some_and(|at| at.elapsed() < EVENT_INTERVAL) {
+            return;
+        }
+        state.last_event = Some(Instant::now());
+        // Written under the lock, so that events stand in the order they happened.
+        self.emit(&Event::Progress { phase: state.phase.name(), done, total });
+    }
+
+    fn warning(&self, message: &str) {
+        self.emit(&Event::Warning { message });
+        if self.is_quiet || self.events.is_some() {
+            return;
+        }
+        let line = format!("warning: {}", failure::one_line(message));
+        match &self.bar {
+            Some(bar) => bar.line(&line),
+            None => eprintln!("{line}"),
+        }
+    }
+
+    fn is_cancelled(&self) -> bool {
+        self.is_interrupted.load(Ordering::Relaxed)
+    }
+}
