@@ -13,6 +13,7 @@
 )]
 
 pub mod allocate;
+pub mod edit;
 pub mod error;
 pub mod layout;
 pub mod limits;

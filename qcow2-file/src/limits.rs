@@ -29,3 +29,8 @@ pub const MAX_BITMAP_BYTES: u64 = 512 << 20;
 pub const MAX_CHAIN_DEPTH: usize = 200;
 /// Largest virtual size: host offsets have 56 bits, and a guest offset must fit an `i64` with room.
 pub const MAX_VIRTUAL_SIZE: u64 = 1 << 61;
+/// Bytes of refcount blocks an editor keeps in memory. QEMU keeps four clusters.
+pub const REFCOUNT_CACHE_BYTES: u64 = 8 << 20;
+/// Freed clusters that wait for their decrement before a flush is forced, so that memory and what a
+/// crash leaks stay bounded: 4 GiB at 64 KiB clusters. QEMU frees at once.
+pub const MAX_PENDING_FREES: u64 = 65536;
