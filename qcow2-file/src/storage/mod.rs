@@ -1,9 +1,15 @@
 //! The bytes below an image.
 
+mod host_file;
+mod memory;
+
 use std::io;
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
+
+pub use host_file::{Access, FileId, HostFile};
+pub use memory::{Fault, Memory, Operation, OperationKind};
 
 /// The bytes of one file, block device or memory region, at absolute offsets, from any thread.
 ///

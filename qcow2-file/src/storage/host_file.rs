@@ -1,0 +1,270 @@
+//! Regular files and block devices.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use rustix::fs::{FallocateFlags, FileType, Mode, OFlags, SeekFrom};
+use rustix::io::Errno;
+
+use super::{Run, Storage};
+use crate::error::{Error, Result};
+
+/// Bytes that are written at a time where the system cannot zero a range by itself.
+const ZERO_BUFFER_BYTES: usize = 64 << 10;
+static ZEROES: [u8; ZERO_BUFFER_BYTES] = [0; ZERO_BUFFER_BYTES];
+
+/// What a file is opened for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Access {
+    /// Reading only.
+    #[default]
+    Read,
+    /// Reading and writing.
+    ReadWrite,
+}
+
+/// Which file a path led to, whatever its name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct FileId {
+    device: u64,
+    inode: u64,
+}
+
+/// A regular file or a block device. Anything else is refused: a pipe or a terminal has no offsets.
+#[derive(Debug)]
+pub struct HostFile {
+    file: File,
+    name: Arc<str>,
+    path: PathBuf,
+    id: FileId,
+    is_device: bool,
+    /// Whether `SEEK_DATA` works here, until it has answered that it does not.
+    knows_holes: AtomicBool,
+}
+
+impl HostFile {
+    /// Opens an existing file or block device. Follows symbolic links.
+    pub fn open(path: &Path, access: Access) -> Result<Self> {
+        let mode = match access {
+            Access::Read => OFlags::RDONLY,
+            Access::ReadWrite => OFlags::RDWR,
+        };
+        // Without NONBLOCK, opening a pipe that somebody put there would wait for its other end.
+        let flags = mode | OFlags::CLOEXEC | OFlags::NONBLOCK;
+        let fd = rustix::fs::open(path, flags, Mode::empty()).map_err(|e| open_error(path, e))?;
+        let opened = Self::from_fd(fd, path)?;
+        rustix::fs::fcntl_setfl(&opened.file, OFlags::empty()).map_err(|e| open_error(path, e))?;
+        Ok(opened)
+    }
+
+    /// Creates a file that must not exist, readable and writable by its owner alone. A symbolic link
+    /// at `path` counts as existing.
+    pub fn create_new(path: &Path) -> Result<Self> {
+        let flags =
+            OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let mode = Mode::RUSR | Mode::WUSR;
+        let fd = rustix::fs::open(path, flags, mode).map_err(|e| open_error(path, e))?;
+        Self::from_fd(fd, path)
+    }
+
+    /// Takes an open file. `path` serves error messages and resolves relative names.
+    pub fn from_fd(fd: OwnedFd, path: &Path) -> Result<Self> {
+        let stat = rustix::fs::fstat(&fd).map_err(|e| open_error(path, e))?;
+        let name: Arc<str> = path.display().to_string().into();
+        let is_device = match FileType::from_raw_mode(stat.st_mode) {
+            FileType::RegularFile => false,
+            FileType::BlockDevice => true,
+            _ => {
+                let reason = "is neither a regular file nor a block device".to_owned();
+                return Err(Error::Refused { file: name, reason });
+            }
+        };
+        // A device node may exist twice: what counts is the device it stands for.
+        let id = if is_device {
+            FileId { device: u64::MAX, inode: stat.st_rdev }
+        } else {
+            FileId { device: stat.st_dev, inode: stat.st_ino }
+        };
+        let file = File::from(fd);
+        let knows_holes = AtomicBool::new(!is_device);
+        Ok(Self { file, name, path: path.to_owned(), id, is_device, knows_holes })
+    }
+
+    /// The path it was opened by.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Which file it is.
+    pub fn id(&self) -> FileId {
+        self.id
+    }
+
+    /// Whether it is a block device.
+    pub fn is_device(&self) -> bool {
+        self.is_device
+    }
+
+    /// The open file, for owner, mode and times.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    fn write_zero_bytes(&self, mut offset: u64, len: u64) -> io::Result<()> {
+        let end = end_of(offset, len)?;
+        while offset < end {
+            let left = usize::try_from(end - offset).unwrap_or(usize::MAX);
+            let piece = ZEROES.get(..left.min(ZERO_BUFFER_BYTES)).unwrap_or(&ZEROES);
+            self.file.write_all_at(piece, offset)?;
+            offset += piece.len() as u64;
+        }
+        Ok(())
+    }
+
+    fn seek(&self, to: SeekFrom) -> rustix::io::Result<u64> {
+        rustix::fs::seek(&self.file, to)
+    }
+}
+
+impl AsFd for HostFile {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+impl Storage for HostFile {
+    fn name(&self) -> Arc<str> {
+        self.name.clone()
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        if self.is_device {
+            return Ok(self.seek(SeekFrom::End(0))?);
+        }
+        Ok(self.file.metadata()?.len())
+    }
+
+    fn read_at(&self, mut buf: &mut [u8], mut offset: u64) -> io::Result<()> {
+        while !buf.is_empty() {
+            match self.file.read_at(buf, offset) {
+                Ok(0) => {
+                    buf.fill(0);
+                    break;
+                }
+                Ok(count) => {
+                    buf = buf.get_mut(count..).unwrap_or_default();
+                    offset = offset.saturating_add(count as u64);
+                }
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(())
+    }
+
+    fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        self.file.write_all_at(buf, offset)
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64) -> io::Result<()> {
+        if len == 0 {
+            return Ok(());
+        }
+        let end = end_of(offset, len)?;
+        if !self.is_device && end > self.len()? {
+            self.file.set_len(end)?;
+        }
+        // Block devices take the same calls: the kernel turns them into what BLKZEROOUT does.
+        let keep = FallocateFlags::KEEP_SIZE;
+        for mode in [FallocateFlags::PUNCH_HOLE | keep, FallocateFlags::ZERO_RANGE | keep] {
+            match retry(|| rustix::fs::fallocate(&self.file, mode, offset, len)) {
+                Ok(()) => return Ok(()),
+                Err(e) if is_unsupported(e) => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
+        self.write_zero_bytes(offset, len)
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        if len == 0 {
+            return Ok(());
+        }
+        let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        match retry(|| rustix::fs::fallocate(&self.file, mode, offset, len)) {
+            Err(e) if !is_unsupported(e) => Err(e.into()),
+            _ => Ok(()),
+        }
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        if self.is_device {
+            return Err(io::Error::new(io::ErrorKind::Unsupported, "a block device has its size"));
+        }
+        self.file.set_len(len)
+    }
+
+    fn run_at(&self, offset: u64, max_len: u64) -> io::Result<Run> {
+        let data = Run { len: max_len, is_hole: false };
+        let hole = Run { len: max_len, is_hole: true };
+        if offset >= i64::MAX as u64 {
+            return Ok(hole);
+        }
+        if !self.knows_holes.load(Ordering::Relaxed) {
+            let left = self.len()?.saturating_sub(offset);
+            return Ok(if left == 0 { hole } else { Run { len: max_len.min(left), ..data } });
+        }
+        let next_data = match self.seek(SeekFrom::Data(offset)) {
+            Ok(at) => at,
+            Err(Errno::NXIO) => return Ok(hole),
+            Err(Errno::INVAL | Errno::OPNOTSUPP) => {
+                self.knows_holes.store(false, Ordering::Relaxed);
+                return self.run_at(offset, max_len);
+            }
+            Err(e) => return Err(e.into()),
+        };
+        if next_data > offset {
+            return Ok(Run { len: max_len.min(next_data - offset), ..hole });
+        }
+        match self.seek(SeekFrom::Hole(offset)) {
+            Ok(at) if at > offset => Ok(Run { len: max_len.min(at - offset), ..data }),
+            // Punched or cut between the two calls: data is always a true answer inside the file.
+            Ok(_) | Err(Errno::NXIO) => Ok(Run { len: 1, ..data }),
+            Err(e) => Err(e.into()),
+        }
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        // fdatasync writes the metadata that is needed to read the data back: length and extents.
+        self.file.sync_data()
+    }
+}
+
+fn open_error(path: &Path, errno: Errno) -> Error {
+    Error::Open { file: path.display().to_string().into(), source: errno.into() }
+}
+
+fn end_of(offset: u64, len: u64) -> io::Result<u64> {
+    let end = offset.checked_add(len).filter(|end| *end <= i64::MAX as u64);
+    end.ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))
+}
+
+fn retry<T>(mut call: impl FnMut() -> rustix::io::Result<T>) -> rustix::io::Result<T> {
+    loop {
+        match call() {
+            Err(Errno::INTR) => {}
+            answer => return answer,
+        }
+    }
+}
+
+/// What file systems and devices answer that cannot deallocate or zero a range, or not at this
+/// alignment.
+fn is_unsupported(e: Errno) -> bool {
+    matches!(e, Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL | Errno::NODEV | Errno::TXTBSY)
+}
