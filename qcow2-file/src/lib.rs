@@ -21,4 +21,4 @@ pub mod storage;
 
 pub use error::{Error, Result};
 pub use layout::units::{GuestOffset, HostOffset};
-pub use storage::Storage;
+pub use storage::{Access, HostFile, Memory, Storage};
