@@ -1,1 +1,21 @@
-//! Test support.
+//! Test support: real peers, child processes that cannot hang a test, scratch directories, images
+//! made by `qemu-img`, and the `bitferry` command under test.
+//!
+//! Only test code is here, so helpers panic with a message that names the command that failed: that
+//! is what a test wants. What must be waited for is waited for with a limit.
+#![allow(clippy::missing_panics_doc)]
+
+pub mod bitferry;
+pub mod image;
+pub mod json;
+pub mod peer;
+pub mod process;
+pub mod qemu;
+pub mod qmp;
+pub mod random;
+pub mod scratch;
+
+pub use bitferry::{Exit, bitferry};
+pub use peer::{Peer, require, require_all};
+pub use process::{Output, Run};
+pub use scratch::Scratch;
