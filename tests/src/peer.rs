@@ -1,8 +1,8 @@
 //! The programs that results are held against: which are here, and what happens when one is not.
 //!
-//! A test asks for its peer with [`require`]. A missing peer makes the test say "skipped" on standard
-//! error (past the test runner's capture) and in the file that `BITFERRY_SKIP_LOG` names, which
-//! `tests/run` counts. With `BITFERRY_DEMAND_PEERS=1` it fails instead.
+//! A test asks for its peer with [`require`]. A missing peer makes the test say "skipped" on
+//! standard error (past the test runner's capture) and in the file that `BITFERRY_SKIP_LOG` names,
+//! which `tests/run` counts. With `BITFERRY_DEMAND_PEERS=1` it fails instead.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};

@@ -18,8 +18,8 @@ pub fn qemu_img(subcommand: &str) -> Run {
     Run::new(path_of(Peer::QemuImg)).arg(subcommand)
 }
 
-/// Runs `qemu-io` commands on an image in one go. QEMU's tool succeeds although a command failed, so
-/// what it says is looked at too.
+/// Runs `qemu-io` commands on an image in one go. QEMU's tool succeeds although a command failed,
+/// so what it says is looked at too.
 #[track_caller]
 pub fn qemu_io<C: AsRef<str>>(image: &Path, format: &str, commands: impl IntoIterator<Item = C>) {
     let mut run = Run::new(path_of(Peer::QemuIo)).args(["-f", format]);
@@ -98,7 +98,7 @@ pub struct Nbd {
 }
 
 impl Nbd {
-    /// Serves `image` with further options of `qemu-nbd`; answers when the socket takes connections.
+    /// Serves `image` with further options of `qemu-nbd`; answers when the server is ready.
     #[track_caller]
     pub fn serve<A: AsRef<std::ffi::OsStr>>(
         image: &Path,
