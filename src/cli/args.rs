@@ -32,6 +32,19 @@ Exit status:
   8    outcome unknown: give the same command again
   130  interrupted";
 
+const COPY_EXAMPLES: &str = "\
+Examples:
+  bitferry copy vm.qcow2 /backup/vm.qcow2
+      the image with all its bitmaps, proved
+  bitferry copy --dry-run vm.qcow2 /backup/vm.qcow2
+      what would be done, the space it needs, what would be lost
+  bitferry copy -O raw --bitmaps none vm.qcow2 vm.raw
+      the contents alone
+  bitferry copy -o data_file=vm.raw,data_file_raw=on vm.qcow2 vm-bitmaps.qcow2
+      a raw disk, and beside it an overlay that holds its bitmaps
+  bitferry copy --flatten --allow-backing overlay.qcow2 whole.qcow2
+      a chain as one image";
+
 /// What every verb takes.
 #[derive(Debug, Group)]
 pub(crate) struct Common {
@@ -80,6 +93,7 @@ pub(crate) enum Verb {
 /// given, read back and found equal. Bitmaps keep their names, granularity and flags. What the
 /// destination could not hold is refused before anything is written (exit status 7).
 #[derive(Debug, Group)]
+#[command(after_long_help = COPY_EXAMPLES)]
 pub(crate) struct CopyArgs {
     /// Image to copy
     #[arg(value_name = "SRC")]

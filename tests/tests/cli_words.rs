@@ -1,0 +1,85 @@
+//! The command line as words: verbs, help, exit status of wrong usage, completions, manual pages.
+
+use bitferry_tests::{Exit, Output, Scratch, bitferry};
+
+const VERBS: [&str; 6] = ["copy", "info", "compare", "hash", "completions", "man"];
+
+fn run(line: &str) -> Output {
+    bitferry().words(line).output().expect_no_crash()
+}
+
+#[test]
+fn help_names_every_verb_and_exit_status() {
+    let help = run("--help").expect_exit(Exit::Done).text();
+    for verb in VERBS {
+        assert!(help.contains(&format!("\n  {verb} ")), "{verb} is missing:\n{help}");
+        run(&format!("{verb} --help")).expect_exit(Exit::Done);
+        run(&format!("help {verb}")).expect_exit(Exit::Done);
+    }
+    for status in ["0", "1", "2", "3", "4", "5", "6", "7", "8", "130"] {
+        assert!(help.contains(&format!("\n  {status} ")), "status {status} is missing:\n{help}");
+    }
+}
+
+#[test]
+fn what_does_not_exist_is_wrong_usage() {
+    for line in ["", "send unix:x", "receive unix:x", "inspect x", "control x y", "frobnicate"] {
+        run(line).expect_exit(Exit::Usage);
+    }
+    for line in
+        ["copy a", "copy a b c", "copy --channels 2 a b", "copy -f vmdk a b", "info", "man a b"]
+    {
+        let output = run(line).expect_exit(Exit::Usage);
+        assert!(output.complaint().starts_with("error: "), "{output}");
+    }
+    for line in
+        ["copy --force --in-place a b", "copy --flatten --backing c a b", "copy -o size a b"]
+    {
+        run(line).expect_exit(Exit::Usage);
+    }
+}
+
+#[test]
+fn a_remote_operand_is_refused_in_words() {
+    for (from, to) in [("host:a", "b"), ("./a", "user@host:/b")] {
+        let output = bitferry().args(["copy", from, to]).output().expect_exit(Exit::Usage);
+        let complaint = output.complaint();
+        assert!(complaint.starts_with("error: ") && complaint.contains("host"), "{output}");
+        assert!(complaint.contains("\nhint: "), "{output}");
+    }
+}
+
+#[test]
+fn completions_know_the_verbs() {
+    for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
+        let script = run(&format!("completions {shell}")).expect_exit(Exit::Done).text();
+        for verb in VERBS {
+            assert!(script.contains(verb), "{shell}: {verb}");
+        }
+    }
+    run("completions cobol").expect_exit(Exit::Usage);
+}
+
+#[test]
+fn manual_pages_come_one_per_verb() {
+    let page = run("man").expect_exit(Exit::Done).text();
+    assert!(page.contains(".SH \"EXIT STATUS\"") || page.contains(".SH EXIT STATUS"), "{page}");
+    let scratch = Scratch::new();
+    let directory = scratch.path("man");
+    bitferry().arg("man").arg(&directory).output().expect_exit(Exit::Done);
+    for verb in VERBS {
+        let page = std::fs::read_to_string(directory.join(format!("bitferry-{verb}.1"))).unwrap();
+        assert!(page.contains(".SH NAME"), "{page}");
+    }
+}
+
+#[test]
+fn a_reader_that_went_away_is_no_error() {
+    // The script is larger than a pipe's buffer, so the command meets the closed pipe while it writes.
+    let line =
+        format!("{} completions zsh | head -c 1", bitferry_tests::bitferry::binary().display());
+    let shell = bitferry_tests::Run::new("bash").args(["-o", "pipefail", "-c", &line]);
+    let output = shell.output();
+    assert_eq!(output.code(), Some(0), "{output}");
+    assert!(output.complaint().is_empty(), "{output}");
+}
