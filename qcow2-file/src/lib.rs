@@ -13,11 +13,13 @@
 )]
 
 pub mod allocate;
+pub mod create;
 pub mod edit;
 pub mod error;
 pub mod layout;
 pub mod limits;
 pub mod storage;
+mod zeroes;
 
 pub use error::{Error, Result};
 pub use layout::units::{GuestOffset, HostOffset};
