@@ -3,37 +3,109 @@
 //! Nothing here can corrupt an image, since until [`NewImage::finish`] the file has none: its first
 //! cluster stays zero. What this module does not do: write into an image that exists (see `edit`),
 //! create or rename files.
+//!
+//! ```text
+//! header | L1 table | L2 tables, data, compressed clusters as they come | bitmaps | refcounts
+//! ```
 
+mod compressed;
+mod convert;
+mod map;
 mod options;
+mod read;
+mod refcounts;
+mod seal;
+mod space;
+mod step;
+mod write;
+mod zero;
 
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use crate::error::{Error, Result};
 use crate::layout::geometry::Geometry;
 use crate::layout::header::{CompressionType, Header};
 use crate::layout::units::GuestOffset;
-use crate::storage::Storage;
+use crate::storage::{Storage, StorageExt};
+use map::Map;
+use space::Space;
+use step::Rules;
 
 pub use options::{Backing, BackingReader, CreateOptions, DataFile};
 
+/// Locks under which clusters are converted; see `convert`. A cluster uses the one of its number
+/// modulo this.
+const STRIPES: usize = 64;
+
 /// A qcow2 image that is being made. All methods may be called from any thread at any time.
 ///
-/// Two writes of overlapping ranges at the same time leave one or the other in each sector. After an
-/// error other than [`Error::Refused`] for its arguments the image cannot be finished.
+/// Two writes of overlapping ranges at the same time leave one or the other in each sector. A range
+/// that reaches beyond the disk is refused and changes nothing; after any other error the image
+/// cannot be finished.
 #[derive(Debug)]
 pub struct NewImage {
     file: Arc<dyn Storage>,
+    /// Where guest data goes, if not into `file`.
+    data: Option<Arc<dyn Storage>>,
+    backing: Option<Arc<dyn BackingReader>>,
     header: Header,
+    geometry: Geometry,
+    rules: Rules,
+    /// Raw data file: everything is mapped to its own offset from the start.
+    is_one_to_one: bool,
+    map: Map,
+    space: Space,
+    stripes: [Mutex<()>; STRIPES],
+    /// Whether the image is finished. Held shared by every call but the one that finishes.
+    is_finished: RwLock<bool>,
+    has_failed: AtomicBool,
 }
 
 impl NewImage {
     /// Starts an image in `file`, which must be empty: that what is not written reads as zero is
-    /// what makes this writer fast. Nothing but the length of the file changes before the first
-    /// write.
+    /// what makes this writer fast. Nothing is written yet, but that a raw data file is made as long
+    /// as the disk.
     pub fn create(file: Arc<dyn Storage>, options: &CreateOptions) -> Result<Self> {
-        options.check(&file.name())?;
-        let header = options.header(&file.name())?;
-        Ok(Self { file, header })
+        let name = file.name();
+        options.check(&name)?;
+        let header = options.header(&name)?;
+        if file.length()? != 0 {
+            let reason = "a new image needs an empty file".to_owned();
+            return Err(Error::Refused { file: name, reason });
+        }
+        let geometry = header.geometry();
+        let data = options.data_file.as_ref();
+        let is_one_to_one = data.is_some_and(|d| d.is_raw);
+        if let Some(data) = data.filter(|d| d.is_raw) {
+            lengthen(data.storage.as_ref(), header.size)?;
+        }
+        let rules = Rules {
+            has_backing: options.backing.is_some(),
+            is_virgin: data.map_or(Ok(true), |d| d.storage.length().map(|len| len == 0))?,
+            has_zero_flag: options.version >= 3,
+        };
+        let map = Map::new(Arc::clone(&file), geometry, header.size, data.is_some());
+        let l1_clusters = geometry.clusters_for(map.l1_len() * 8);
+        let mut first = 1 + l1_clusters;
+        if is_one_to_one {
+            map.place_tables(first << geometry.cluster_bits());
+            first += map.l1_len();
+        }
+        Ok(Self {
+            data: data.map(|d| Arc::clone(&d.storage)),
+            backing: options.backing.as_ref().and_then(|b| b.reader.clone()),
+            space: Space::new(name, geometry, first),
+            stripes: std::array::from_fn(|_| Mutex::new(())),
+            is_finished: RwLock::new(false),
+            has_failed: AtomicBool::new(false),
+            file,
+            header,
+            geometry,
+            rules,
+            is_one_to_one,
+            map,
+        })
     }
 
     /// Virtual size in bytes.
@@ -43,65 +115,159 @@ impl NewImage {
 
     /// Cluster arithmetic.
     pub fn geometry(&self) -> Geometry {
-        self.header.geometry()
+        self.geometry
     }
 
-    /// Writes all of `buf` at any alignment. Units that are all zero are stored as zeroes are, not as
-    /// data. With a backing file and no reader for it, a unit that is not written yet must be
-    /// covered whole (the end of the disk completes the last one).
-    pub fn write_at(&self, _buf: &[u8], _at: GuestOffset) -> Result<()> {
-        Err(self.not_yet())
+    /// Writes all of `buf` at any alignment. Units (clusters or subclusters) that are all zero are
+    /// stored as zeroes are, not as data, and so are pieces of 4 KiB in a new cluster. With a backing
+    /// file and no reader for it, a unit that was not written yet must be covered whole (the end of
+    /// the disk completes the last one).
+    pub fn write_at(&self, buf: &[u8], at: GuestOffset) -> Result<()> {
+        self.check_range(at, buf.len() as u64)?;
+        self.while_open(|| self.write(buf, at.0))
     }
 
     /// Makes the range read as zero. The rule of [`write_at`](Self::write_at) for units covered in
     /// part holds here too.
-    pub fn write_zeroes(&self, _at: GuestOffset, _len: u64) -> Result<()> {
-        Err(self.not_yet())
+    pub fn write_zeroes(&self, at: GuestOffset, len: u64) -> Result<()> {
+        self.check_range(at, len)?;
+        self.while_open(|| self.zero(at.0, len, self.rules))
     }
 
     /// Gives up the content of the units that lie in the range whole; it reads as anything
     /// afterwards.
-    pub fn discard(&self, _at: GuestOffset, _len: u64) -> Result<()> {
-        Err(self.not_yet())
+    pub fn discard(&self, at: GuestOffset, len: u64) -> Result<()> {
+        self.check_range(at, len)?;
+        self.while_open(|| self.forget(at.0, len))
     }
 
     /// Whether the range is known to read as zero now. `false` means "not known".
-    pub fn reads_as_zero(&self, _at: GuestOffset, _len: u64) -> bool {
-        false
+    pub fn reads_as_zero(&self, at: GuestOffset, len: u64) -> bool {
+        self.check_range(at, len).is_ok()
+            && (len == 0 || self.is_known_zero(at.0, len).unwrap_or(false))
     }
 
     /// Stores a compressed cluster as it is: `bytes` are exactly what its decoder consumes and decode
     /// to `cluster_size` bytes. `false`, and nothing is changed, where this image cannot hold it in
-    /// that form (other cluster size or compression type, an external data file, a cluster that is
-    /// stored as data already): the caller then writes the content.
+    /// that form (other cluster size or compression type, an external data file, a cluster that has
+    /// been stored as data already): the caller then writes the content.
+    ///
+    /// Storing the same cluster again leaves the earlier bytes in the file, unused.
     pub fn write_compressed(
         &self,
-        _at: GuestOffset,
-        _compression: CompressionType,
-        _cluster_size: u64,
-        _bytes: &[u8],
+        at: GuestOffset,
+        compression: CompressionType,
+        cluster_size: u64,
+        bytes: &[u8],
     ) -> Result<bool> {
-        Err(self.not_yet())
+        let left = self.header.size.saturating_sub(at.0);
+        self.check_range(at, cluster_size.min(left.max(1)))?;
+        if !self.holds(compression, cluster_size, bytes.len())
+            || self.geometry.in_cluster(at.0) != 0
+        {
+            return Ok(false);
+        }
+        self.while_open(|| self.store_compressed(at.0 >> self.geometry.cluster_bits(), bytes))
     }
 
     /// Reads what was written. Fails where the backing file would have to be read and no reader was
     /// given.
-    pub fn read_at(&self, _buf: &mut [u8], _at: GuestOffset) -> Result<()> {
-        Err(self.not_yet())
+    pub fn read_at(&self, buf: &mut [u8], at: GuestOffset) -> Result<()> {
+        self.check_range(at, buf.len() as u64)?;
+        self.read(buf, at.0)
     }
 
     /// Hands buffered tables to the system. Not durable, and the image is not valid before
     /// [`finish`](Self::finish).
     pub fn flush(&self) -> Result<()> {
-        Err(self.not_yet())
+        self.while_open(|| self.map.flush())
     }
 
     /// Makes everything written before durable. The image is still not valid.
     pub fn sync(&self) -> Result<()> {
-        self.flush()
+        self.while_open(|| {
+            self.map.flush()?;
+            self.data().make_durable()?;
+            if self.data.is_some() { self.file.make_durable() } else { Ok(()) }
+        })
     }
 
-    fn not_yet(&self) -> Error {
-        Error::Unsupported { file: self.file.name(), feature: "writing a new image".into() }
+    /// Writes what is missing, makes it durable, and then makes the header valid, durably. Waits for
+    /// calls under way; afterwards the image can only be read.
+    ///
+    /// An error means that there is no valid image, as far as the file still obeyed.
+    pub fn finish(&self) -> Result<()> {
+        let mut is_finished = self.is_finished.write().unwrap_or_else(PoisonError::into_inner);
+        self.check_open(*is_finished)?;
+        let sealed = self.seal();
+        *is_finished = sealed.is_ok();
+        self.has_failed.store(sealed.is_err(), Ordering::Relaxed);
+        sealed
     }
+
+    /// Runs one call, unless the image is finished or beyond repair.
+    fn while_open<T>(&self, call: impl FnOnce() -> Result<T>) -> Result<T> {
+        let is_finished = self.is_finished.read().unwrap_or_else(PoisonError::into_inner);
+        self.check_open(*is_finished)?;
+        let result = call();
+        if result.is_err() {
+            self.has_failed.store(true, Ordering::Relaxed);
+        }
+        result
+    }
+
+    fn check_open(&self, is_finished: bool) -> Result<()> {
+        let reason = if is_finished {
+            "the new image is finished"
+        } else if self.has_failed.load(Ordering::Relaxed) {
+            "an earlier write to the new image failed"
+        } else {
+            return Ok(());
+        };
+        Err(Error::Refused { file: self.file.name(), reason: reason.into() })
+    }
+
+    fn check_range(&self, at: GuestOffset, len: u64) -> Result<()> {
+        let size = self.header.size;
+        if at.0.checked_add(len).is_some_and(|end| end <= size) {
+            return Ok(());
+        }
+        let reason =
+            format!("{len} bytes at guest offset {at} reach beyond the disk of {size} bytes");
+        Err(Error::Refused { file: self.file.name(), reason })
+    }
+
+    /// Where guest data goes.
+    fn data(&self) -> &dyn Storage {
+        self.data.as_ref().unwrap_or(&self.file).as_ref()
+    }
+
+    /// File offset of the L1 table: behind the header.
+    fn l1_at(&self) -> u64 {
+        self.geometry.cluster_size()
+    }
+
+    /// Clusters of the header and the L1 table.
+    fn first_cluster(&self) -> u64 {
+        1 + self.geometry.clusters_for(self.map.l1_len() * 8)
+    }
+
+    #[expect(clippy::indexing_slicing, reason = "taken modulo the length of the array")]
+    fn stripe(&self, cluster: u64) -> MutexGuard<'_, ()> {
+        let stripe = &self.stripes[in_memory(cluster % STRIPES as u64)];
+        stripe.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Makes a file at least `len` bytes long.
+fn lengthen(storage: &dyn Storage, len: u64) -> Result<()> {
+    if storage.length()? >= len {
+        return Ok(());
+    }
+    storage.set_len(len).map_err(|e| storage.io_error("set the length to", len, e))
+}
+
+/// A length or position that was bounded before, as an index.
+fn in_memory(bytes: u64) -> usize {
+    usize::try_from(bytes).unwrap_or(usize::MAX)
 }

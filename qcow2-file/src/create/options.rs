@@ -142,7 +142,9 @@ impl CreateOptions {
                 self.data_file.as_ref().map(|d| d.name.as_str()),
             ];
             let bad = names.into_iter().flatten().any(is_bad_name);
-            bad.then_some("a file name to be recorded is empty, longer than 1023 bytes or has a NUL")
+            bad.then_some(
+                "a file name to be recorded is empty, longer than 1023 bytes or has a NUL",
+            )
         })
     }
 
@@ -157,7 +159,8 @@ impl CreateOptions {
             with_bitmaps.encode().is_some()
         };
         if !fits(&header) {
-            let reason = "the file names to be recorded do not fit one cluster; use larger clusters";
+            let reason =
+                "the file names to be recorded do not fit one cluster; use larger clusters";
             return Err(Error::Refused { file: Arc::clone(file), reason: reason.to_owned() });
         }
         if header.version >= 3 {
@@ -274,9 +277,8 @@ mod tests {
     fn feature_names_go_before_file_names() {
         let file: Arc<str> = "new".into();
         let mut options = CreateOptions { cluster_bits: 9, ..CreateOptions::new(1 << 20) };
-        let has_names = |h: &Header| {
-            h.extensions.iter().any(|e| matches!(e, Extension::FeatureNames(_)))
-        };
+        let has_names =
+            |h: &Header| h.extensions.iter().any(|e| matches!(e, Extension::FeatureNames(_)));
         assert!(!has_names(&options.header(&file).unwrap()));
         let backing = |len| Backing { name: "b".repeat(len), format: None, reader: None };
         options.backing = Some(backing(300));
