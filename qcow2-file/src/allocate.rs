@@ -11,4 +11,12 @@ pub trait Allocate {
 
     /// Gives clusters back. They are not reused before what pointed at them is durably gone.
     fn free(&mut self, at: HostOffset, clusters: u64) -> Result<()>;
+
+    /// Makes the refcounts of everything allocated so far durable. Nothing durable may point at an
+    /// allocated cluster before. A writer that computes refcounts at its end does nothing here.
+    fn flush(&mut self) -> Result<()>;
+
+    /// Lets the clusters given back so far be reused: whatever pointed at them is durably gone. A
+    /// writer that never reuses does nothing here.
+    fn release(&mut self) -> Result<()>;
 }

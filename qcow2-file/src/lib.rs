@@ -13,6 +13,7 @@
 )]
 
 pub mod allocate;
+pub mod bitmaps;
 pub mod create;
 pub mod edit;
 pub mod error;

@@ -149,6 +149,14 @@ impl Allocate for Recorder<'_> {
         self.taken = self.taken.iter().flat_map(keep).filter(|r| !r.is_empty()).collect();
         Ok(())
     }
+
+    fn flush(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    fn release(&mut self) -> Result<()> {
+        Ok(())
+    }
 }
 
 #[cfg(test)]

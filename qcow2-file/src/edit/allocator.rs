@@ -336,4 +336,12 @@ impl Allocate for Allocator {
         }
         Ok(())
     }
+
+    fn flush(&mut self) -> Result<()> {
+        Allocator::flush(self)
+    }
+
+    fn release(&mut self) -> Result<()> {
+        Allocator::release(self)
+    }
 }

@@ -2,6 +2,7 @@
 //! Pure; whoever calls has read the bytes and has bounded them.
 #![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
 
+pub mod bitmap_directory;
 pub mod entry;
 pub mod extension;
 pub mod geometry;
