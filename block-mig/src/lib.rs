@@ -1,1 +1,29 @@
-//! Disks: devices, plan, copy engine, verification.
+//! Disks: devices as sources and sinks, the cutting of a disk into units, the copy engine, proof
+//! and comparison.
+//!
+//! A copy is three steps that know nothing of one another: [`plan::Cutter`] turns extents into
+//! [`plan::Unit`]s, [`pool`] hands them to workers through a bounded queue, and a worker loads a
+//! unit from its source ([`load::Loader`]) and stores it in its sink ([`store::Storer`]). A network
+//! may later stand where the queue is.
+//!
+//! What this crate does not do: decide what may be opened or overwritten, bitmaps, publication.
+#![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
+
+mod compare;
+mod error;
+pub mod limits;
+pub mod load;
+#[cfg(test)]
+mod memory;
+pub mod monitor;
+pub mod plan;
+pub mod pool;
+pub mod proof;
+pub mod store;
+mod transfer;
+
+pub use compare::{Difference, first_difference};
+pub use error::{Error, Result};
+pub use monitor::{Monitor, Unwatched};
+pub use proof::content_hash;
+pub use transfer::{TransferOptions, Transferred, transfer};

@@ -1,0 +1,49 @@
+//! Why a transfer stopped.
+
+use format_spec::Blame;
+use format_spec::content_hash::{HashError, Missing};
+
+/// Result of this crate.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Why a transfer stopped. The first error wins; what other workers ran into is not told.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The disk that is read failed.
+    #[error("source: {0}")]
+    Source(#[source] mig_core::Error),
+    /// The disk that is written failed.
+    #[error("destination: {0}")]
+    Sink(#[source] mig_core::Error),
+    /// Sizes do not fit.
+    #[error("a disk of {source_bytes} bytes does not fit one of {sink_bytes} bytes")]
+    Size {
+        /// Size of what is read.
+        source_bytes: u64,
+        /// Size of what is written.
+        sink_bytes: u64,
+    },
+    /// The content hash could not be computed.
+    #[error(transparent)]
+    Hash(#[from] HashError),
+    /// The monitor asked to stop.
+    #[error("cancelled")]
+    Cancelled,
+}
+
+impl From<Missing> for Error {
+    fn from(missing: Missing) -> Self {
+        Self::Hash(missing.into())
+    }
+}
+
+impl Error {
+    /// Whose fault it is.
+    pub fn blame(&self) -> Blame {
+        match self {
+            Self::Source(e) | Self::Sink(e) => e.blame(),
+            Self::Size { .. } | Self::Hash(_) | Self::Cancelled => Blame::Caller,
+        }
+    }
+}

@@ -1,0 +1,24 @@
+//! Capacities of the engine. Memory is bounded by these, whatever the disk's size.
+
+/// Bytes that a worker loads at once: 16 leaves, one node of the ledger (SPEC 2). Larger units save
+/// system calls, smaller ones stay in the cache between read, hash and write.
+pub const UNIT_BYTES: u64 = 1 << 20;
+/// Largest unit, where a compressed cluster must fit into one. The largest cluster of qcow2.
+pub const MAX_UNIT_BYTES: u64 = 2 << 20;
+/// Units that may wait for a worker. They are a few words each; the queue only keeps workers fed
+/// while metadata is read.
+pub const QUEUE_UNITS: usize = 64;
+/// Most workers by default. More do not help: memory bandwidth is used up before.
+pub const MAX_DEFAULT_WORKERS: usize = 4;
+/// Most workers on request. Each holds one unit and a compressed cluster.
+pub const MAX_WORKERS: usize = 16;
+
+/// The number of workers for a wish: by the number of cores where there is none.
+pub fn workers(wish: Option<std::num::NonZeroUsize>) -> usize {
+    match wish {
+        Some(n) => n.get().min(MAX_WORKERS),
+        None => std::thread::available_parallelism()
+            .map_or(1, std::num::NonZeroUsize::get)
+            .min(MAX_DEFAULT_WORKERS),
+    }
+}

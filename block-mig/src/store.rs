@@ -1,0 +1,165 @@
+//! The second half of a worker's job: put a unit into a sink, leaving out what need not be written.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use mig_core::block::{BlockSink, BlockSource, ExtentKind, SECTOR_BYTES, is_zero};
+
+use crate::error::{Error, Result};
+use crate::plan::{Content, Unit};
+
+/// What was stored so far.
+#[derive(Debug, Default)]
+pub struct Counts {
+    /// Bytes of content that were written.
+    pub data: AtomicU64,
+    /// Guest bytes of compressed clusters that were passed on as they are.
+    pub passed_on: AtomicU64,
+    /// Guest bytes of compressed clusters that had to be stored plain.
+    pub decompressed: AtomicU64,
+}
+
+/// Puts units into one sink. Every range is stored once.
+pub struct Storer<'a> {
+    sink: &'a dyn BlockSink,
+    /// Whether the whole sink read as zero before the first unit. Since no range is stored twice, a
+    /// range that was not stored still does.
+    starts_zero: bool,
+    /// Grain of the zero test.
+    zero_grain: u64,
+    /// Whether compressed clusters are offered as they are.
+    offers_compressed: bool,
+    /// What was stored.
+    pub counts: Counts,
+}
+
+impl<'a> Storer<'a> {
+    /// Before anything is written to `sink`.
+    pub fn new(sink: &'a dyn BlockSink, offers_compressed: bool) -> Self {
+        Self {
+            sink,
+            starts_zero: sink.reads_as_zero(0, sink.size()),
+            zero_grain: sink.allocation_unit().max(SECTOR_BYTES),
+            offers_compressed,
+            counts: Counts::default(),
+        }
+    }
+
+    /// Stores a unit whose content, if it has any, was loaded into `bytes`. `packed` is scratch room
+    /// for a compressed cluster.
+    pub fn store(
+        &self,
+        unit: &Unit,
+        bytes: &[u8],
+        source: &dyn BlockSource,
+        packed: &mut Vec<u8>,
+    ) -> Result<()> {
+        match unit.content {
+            Content::Untouched => Ok(()),
+            Content::Zeroes => self.zeroes(unit.offset, unit.len),
+            Content::Bytes { compressed: true } => self.store_mixed(unit, bytes, source, packed),
+            Content::Bytes { .. } => self.bytes(unit.offset, bytes),
+        }
+    }
+
+    /// Writes content, except for what is zero and need not be written.
+    pub fn bytes(&self, offset: u64, bytes: &[u8]) -> Result<()> {
+        let mut at = 0;
+        while at < bytes.len() {
+            let (len, zero) = self.run(offset, bytes, at);
+            let here = offset.saturating_add(at as u64);
+            let run = bytes.get(at..at.saturating_add(len)).unwrap_or_default();
+            if zero {
+                self.zeroes(here, run.len() as u64)?;
+            } else {
+                self.sink.write_at(run, here).map_err(Error::Sink)?;
+                self.counts.data.fetch_add(run.len() as u64, Ordering::Relaxed);
+            }
+            at += len;
+        }
+        Ok(())
+    }
+
+    /// Length of the run of grains from `at` on that are all zero or all not, and which.
+    fn run(&self, offset: u64, bytes: &[u8], at: usize) -> (usize, bool) {
+        let mut end = at;
+        let mut zero = None;
+        while end < bytes.len() {
+            let here = offset.saturating_add(end as u64);
+            let to_next = self.zero_grain - here % self.zero_grain;
+            let next = usize::try_from(to_next).unwrap_or(usize::MAX).saturating_add(end);
+            let grain = bytes.get(end..next.min(bytes.len())).unwrap_or_default();
+            let is_zero = is_zero(grain);
+            if *zero.get_or_insert(is_zero) != is_zero {
+                break;
+            }
+            end += grain.len();
+        }
+        (end - at, zero.unwrap_or(false))
+    }
+
+    /// Makes a range read as zero, if it does not yet.
+    fn zeroes(&self, offset: u64, len: u64) -> Result<()> {
+        if self.starts_zero || self.sink.reads_as_zero(offset, len) {
+            return Ok(());
+        }
+        self.sink.write_zeroes(offset, len).map_err(Error::Sink)
+    }
+
+    /// Stores a unit of plain and compressed clusters.
+    fn store_mixed(
+        &self,
+        unit: &Unit,
+        bytes: &[u8],
+        source: &dyn BlockSource,
+        packed: &mut Vec<u8>,
+    ) -> Result<()> {
+        let mut at = unit.offset;
+        while at < unit.end() {
+            let extent = source.extent(at, unit.end() - at).map_err(Error::Source)?;
+            let end = at.saturating_add(extent.len).min(unit.end());
+            if extent.kind != ExtentKind::Compressed {
+                self.bytes(at, part(unit, bytes, at, end))?;
+                at = end;
+            }
+            while at < end {
+                at += self.store_cluster(unit, bytes, (at, end), source, packed)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Stores the compressed cluster that starts at `at`, and says how many guest bytes that was.
+    fn store_cluster(
+        &self,
+        unit: &Unit,
+        bytes: &[u8],
+        (at, end): (u64, u64),
+        source: &dyn BlockSource,
+        packed: &mut Vec<u8>,
+    ) -> Result<u64> {
+        packed.clear();
+        let cluster =
+            if self.offers_compressed { source.read_compressed(at, packed) } else { Ok(None) };
+        let cluster = cluster.map_err(Error::Source)?;
+        // The last cluster of a disk may stand for more than the disk has.
+        let len = cluster.map_or(end - at, |c| c.len.min(end - at));
+        let plain = part(unit, bytes, at, at.saturating_add(len));
+        if let Some(cluster) = cluster
+            && !(is_zero(plain) && self.starts_zero)
+            && self.sink.write_compressed(at, cluster, packed).map_err(Error::Sink)?
+        {
+            self.counts.passed_on.fetch_add(len, Ordering::Relaxed);
+            self.counts.data.fetch_add(len, Ordering::Relaxed);
+            return Ok(len);
+        }
+        self.counts.decompressed.fetch_add(len, Ordering::Relaxed);
+        self.bytes(at, plain)?;
+        Ok(len)
+    }
+}
+
+/// The part of a unit's content from guest offset `start` to `end`.
+fn part<'b>(unit: &Unit, bytes: &'b [u8], start: u64, end: u64) -> &'b [u8] {
+    let index = |at: u64| usize::try_from(at - unit.offset).unwrap_or(usize::MAX);
+    bytes.get(index(start)..index(end)).unwrap_or_default()
+}

@@ -1,0 +1,97 @@
+//! Move the content of one disk into another on this host.
+
+use std::sync::atomic::Ordering;
+
+use format_spec::content_hash::ContentHash;
+use mig_core::block::{BlockSink, BlockSource};
+
+use crate::error::{Error, Result};
+use crate::limits;
+use crate::load::{Loader, SharedTree};
+use crate::monitor::Monitor;
+use crate::plan::{Content, Scope, Unit, Units};
+use crate::pool::Pool;
+use crate::store::Storer;
+
+/// How to move.
+#[derive(Debug, Clone, Copy)]
+pub struct TransferOptions {
+    /// What the source's holes mean.
+    pub scope: Scope,
+    /// Whether to hash what is moved. Only with [`Scope::Whole`].
+    pub hashes: bool,
+    /// Whether compressed clusters are offered to the sink as they are.
+    pub offers_compressed: bool,
+    /// Worker threads.
+    pub workers: usize,
+    /// Largest unit, see [`limits::UNIT_BYTES`]; at least the source's cluster size where compressed
+    /// clusters are offered.
+    pub unit_bytes: u64,
+}
+
+impl Default for TransferOptions {
+    fn default() -> Self {
+        Self {
+            scope: Scope::Whole,
+            hashes: true,
+            offers_compressed: true,
+            workers: limits::workers(None),
+            unit_bytes: limits::UNIT_BYTES,
+        }
+    }
+}
+
+/// What was moved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Transferred {
+    /// Bytes of content that were written.
+    pub bytes_data: u64,
+    /// Bytes of the disk that were not, since they read as zero.
+    pub bytes_zero: u64,
+    /// Guest bytes whose compressed clusters were passed on.
+    pub passed_on: u64,
+    /// Guest bytes that were compressed at the source and are plain at the destination.
+    pub decompressed: u64,
+    /// What the source's content hashes to.
+    pub content_hash: Option<ContentHash>,
+}
+
+/// Moves all of `source` into `sink`, which nobody else writes to meanwhile. Afterwards the sink's
+/// content is handed over but not durable. A sink that is larger keeps what it has beyond the end.
+pub fn transfer(
+    source: &dyn BlockSource,
+    sink: &dyn BlockSink,
+    options: &TransferOptions,
+    monitor: &dyn Monitor,
+) -> Result<Transferred> {
+    let (source_bytes, sink_bytes) = (source.size(), sink.size());
+    if source_bytes > sink_bytes {
+        return Err(Error::Size { source_bytes, sink_bytes });
+    }
+    let hashes = options.hashes && options.scope == Scope::Whole;
+    let tree = if hashes { Some(SharedTree::new(source_bytes)?) } else { None };
+    let loader = Loader { source, tree: tree.as_ref() };
+    let storer = Storer::new(sink, options.offers_compressed);
+    let work = |(buffer, packed): &mut (Vec<u8>, Vec<u8>), unit: Unit| {
+        let bytes = loader.load(&unit, buffer)?;
+        storer.store(&unit, bytes, source, packed)?;
+        if matches!(unit.content, Content::Bytes { .. }) {
+            monitor.advance(unit.len);
+        }
+        Ok(())
+    };
+    let units = Units::new(source, options.scope, options.unit_bytes);
+    Pool { workers: options.workers, monitor }.run(units, Default::default, work)?;
+    sink.flush().map_err(Error::Sink)?;
+    let bytes_data = storer.counts.data.load(Ordering::Relaxed);
+    Ok(Transferred {
+        bytes_data,
+        bytes_zero: source_bytes.saturating_sub(bytes_data),
+        passed_on: storer.counts.passed_on.load(Ordering::Relaxed),
+        decompressed: storer.counts.decompressed.load(Ordering::Relaxed),
+        content_hash: tree.map(|t| t.root()).transpose()?,
+    })
+}
+
+#[cfg(test)]
+mod tests;
