@@ -14,14 +14,19 @@
 
 pub mod allocate;
 pub mod bitmaps;
+pub mod chain;
 pub mod create;
 pub mod edit;
 pub mod error;
+pub mod image;
 pub mod layout;
 pub mod limits;
+pub mod preflight;
 pub mod storage;
 mod zeroes;
 
+pub use chain::{Chain, ChainExtent, ChainKind, Format, Layer, Opener};
 pub use error::{Error, Result};
+pub use image::{Image, LayerExtent, LayerKind};
 pub use layout::units::{GuestOffset, HostOffset};
 pub use storage::{Access, HostFile, Memory, Storage};

@@ -34,3 +34,16 @@ pub const REFCOUNT_CACHE_BYTES: u64 = 8 << 20;
 /// Freed clusters that wait for their decrement before a flush is forced, so that memory and what a
 /// crash leaks stay bounded: 4 GiB at 64 KiB clusters. QEMU frees at once.
 pub const MAX_PENDING_FREES: u64 = 65536;
+/// Bytes of L2 tables that a chain of layers keeps in memory, all layers together: the tables of
+/// 64 GiB of disk at 64 KiB clusters. QEMU: 32 MiB per layer.
+pub const L2_CACHE_BYTES: usize = 8 << 20;
+/// Bytes of an L2 table that are read at a time, where clusters are larger: otherwise one look into
+/// an image of 2 MiB clusters would read 2 MiB. QEMU: 4 KiB.
+pub const L2_SLICE_BYTES: u64 = 64 << 10;
+/// Slices of L2 tables that one extent query may go through before it answers with what it has.
+pub const MAX_SLICES_PER_EXTENT: u32 = 64;
+/// Bytes of disk that an extent query through several layers looks at first; doubled while all of it
+/// is alike. Bounds what is thrown away when a lower layer has shorter extents.
+pub const FIRST_EXTENT_WINDOW: u64 = 4 << 20;
+/// L1 tables of all layers of a chain together, in bytes: two of the largest.
+pub const MAX_CHAIN_L1_BYTES: u64 = 2 * MAX_L1_BYTES;
