@@ -74,6 +74,52 @@ impl<'a> Reader<'a> {
         Ok(self.take(1, field)?.first().copied().unwrap_or_default())
     }
 
+    /// Takes `N` bytes as an array.
+    pub fn array<const N: usize>(&mut self, field: &'static str) -> Result<&'a [u8; N], Malformed> {
+        let at = self.offset;
+        let bytes = self.take(N, field)?;
+        bytes.try_into().map_err(|_| Malformed::new(at, field, Problem::Other("is cut off")))
+    }
+
+    /// Text behind a one-byte length, for messages: may be empty, and what is not UTF-8 is replaced.
+    pub fn text8(&mut self, field: &'static str) -> Result<String, Malformed> {
+        let len = self.u8(field)?;
+        self.take(len.into(), field).map(|bytes| String::from_utf8_lossy(bytes).into_owned())
+    }
+
+    /// Text behind a big-endian two-byte length of at most `max` bytes, for messages: may be empty,
+    /// and what is not UTF-8 is replaced.
+    pub fn text16(&mut self, max: usize, field: &'static str) -> Result<String, Malformed> {
+        let len = self.length16(0, max, field)?;
+        self.take(len, field).map(|bytes| String::from_utf8_lossy(bytes).into_owned())
+    }
+
+    /// A name behind a big-endian two-byte length: 1 to `max` bytes of UTF-8 without NUL.
+    pub fn name16(&mut self, max: usize, field: &'static str) -> Result<&'a str, Malformed> {
+        let len = self.length16(1, max, field)?;
+        let at = self.offset;
+        let bytes = self.take(len, field)?;
+        match std::str::from_utf8(bytes) {
+            Ok(name) if !name.contains('\0') => Ok(name),
+            _ => Err(Malformed::new(at, field, Problem::BadName)),
+        }
+    }
+
+    fn length16(
+        &mut self,
+        min: usize,
+        max: usize,
+        field: &'static str,
+    ) -> Result<usize, Malformed> {
+        let at = self.offset;
+        let len = self.be16(field)?;
+        if (min..=max).contains(&usize::from(len)) {
+            return Ok(len.into());
+        }
+        let (min, max) = (min as u64, max as u64);
+        Err(Malformed::new(at, field, Problem::OutOfRange { value: len.into(), min, max }))
+    }
+
     /// Big-endian 16 bits.
     pub fn be16(&mut self, field: &'static str) -> Result<u16, Malformed> {
         self.take(2, field).map(BigEndian::read_u16)
@@ -133,6 +179,18 @@ impl Writer {
         self.bytes(&value.to_le_bytes())
     }
 
+    /// Text behind a one-byte length, cut at a character where it is longer than that can say.
+    pub fn text8(&mut self, text: &str) -> &mut Self {
+        let text = cut(text, u8::MAX.into());
+        self.u8(u8::try_from(text.len()).unwrap_or(u8::MAX)).bytes(text.as_bytes())
+    }
+
+    /// Text or a name behind a big-endian two-byte length, cut at a character beyond `max` bytes.
+    pub fn text16(&mut self, text: &str, max: usize) -> &mut Self {
+        let text = cut(text, max.min(u16::MAX.into()));
+        self.be16(u16::try_from(text.len()).unwrap_or(u16::MAX)).bytes(text.as_bytes())
+    }
+
     /// Raw bytes.
     pub fn bytes(&mut self, bytes: &[u8]) -> &mut Self {
         self.bytes.extend_from_slice(bytes);
@@ -160,6 +218,10 @@ impl Writer {
     pub fn into_bytes(self) -> Vec<u8> {
         self.bytes
     }
+}
+
+fn cut(text: &str, max: usize) -> &str {
+    text.get(..text.floor_char_boundary(max)).unwrap_or(text)
 }
 
 #[cfg(test)]

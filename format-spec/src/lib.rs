@@ -19,6 +19,7 @@ mod blame;
 pub mod content_hash;
 mod cursor;
 mod malformed;
+pub mod native;
 
 pub use blame::Blame;
 pub use cursor::{Reader, Writer};

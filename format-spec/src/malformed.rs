@@ -38,6 +38,16 @@ pub enum Problem {
         /// Largest allowed value.
         max: u64,
     },
+    /// A number that is no power of two in its range.
+    #[error("is {value}, not a power of two from {min} to {max}")]
+    NotPowerOfTwo {
+        /// The value found.
+        value: u64,
+        /// Smallest allowed value.
+        min: u64,
+        /// Largest allowed value.
+        max: u64,
+    },
     /// A value that must equal another.
     #[error("is {value:#x} where {expected:#x} is required")]
     Mismatch {
@@ -45,6 +55,12 @@ pub enum Problem {
         value: u64,
         /// The value required.
         expected: u64,
+    },
+    /// A number that stands for nothing known here.
+    #[error("is {value:#x}, which is not known here")]
+    Unknown {
+        /// The number found.
+        value: u64,
     },
     /// Reserved bits or bytes that are not zero.
     #[error("has reserved bits set: {value:#x}")]
