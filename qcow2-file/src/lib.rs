@@ -18,15 +18,18 @@ pub mod chain;
 pub mod create;
 pub mod edit;
 pub mod error;
+pub mod guard;
 pub mod image;
 pub mod layout;
 pub mod limits;
+pub mod lock;
 pub mod preflight;
 pub mod storage;
 mod zeroes;
 
 pub use chain::{Chain, ChainExtent, ChainKind, Format, Layer, Opener};
 pub use error::{Error, Result};
+pub use guard::Guard;
 pub use image::{Image, LayerExtent, LayerKind};
 pub use layout::units::{GuestOffset, HostOffset};
 pub use storage::{Access, HostFile, Memory, Storage};

@@ -4,10 +4,12 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::bits::{Bits, count_ones};
+use super::store::refuse;
 use super::table::Table;
 use crate::error::{Error, Result};
 use crate::layout::bitmap_directory::{
-    ImageFacts, LocatedEntry, TableEntry, broken_set_rules, check_place, decode_directory,
+    DirectoryEntry, ImageFacts, LocatedEntry, TableEntry, broken_set_rules, check_place,
+    decode_directory,
 };
 use crate::layout::extension::BitmapsExtension;
 use crate::layout::header::{Header, autoclear};
@@ -29,6 +31,25 @@ pub enum State {
     Unknown(&'static str),
 }
 
+impl State {
+    pub(crate) fn of(entry: &DirectoryEntry) -> Self {
+        match entry.unknown_to_us() {
+            Some(why) => Self::Unknown(why),
+            None if entry.is_in_use() => Self::Inconsistent,
+            None => Self::Consistent,
+        }
+    }
+
+    /// Why the bitmap may not be used, as a phrase that follows its name.
+    pub fn reason(self) -> &'static str {
+        match self {
+            Self::Consistent => "may be used",
+            Self::Inconsistent => "was not saved (in use), so its content is not to be trusted",
+            Self::Unknown(why) => why,
+        }
+    }
+}
+
 /// A bitmap as the directory describes it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Entry {
@@ -39,12 +60,7 @@ pub struct Entry {
 
 impl Entry {
     pub(crate) fn new(located: LocatedEntry) -> Self {
-        let state = match located.entry.unknown_to_us() {
-            Some(why) => State::Unknown(why),
-            None if located.entry.is_in_use() => State::Inconsistent,
-            None => State::Consistent,
-        };
-        Self { located, state }
+        Self { state: State::of(&located.entry), located }
     }
 
     /// The name.
@@ -184,16 +200,10 @@ impl Bitmaps {
 
     fn usable(&self, name: &str) -> Result<Table<'_>> {
         let entry = self.find(name)?;
-        let reason = match entry.state {
-            State::Consistent => return Ok(self.table(entry)),
-            State::Inconsistent => "was not saved (in use): its content is not to be trusted",
-            State::Unknown(why) => why,
-        };
-        Err(self.refuse(name, reason))
-    }
-
-    pub(crate) fn refuse(&self, name: &str, reason: impl Into<String>) -> Error {
-        Error::Bitmap { file: self.file.name(), name: name.into(), reason: reason.into() }
+        match entry.state {
+            State::Consistent => Ok(self.table(entry)),
+            state => Err(refuse(&*self.file, name, state.reason())),
+        }
     }
 }
 

@@ -10,11 +10,16 @@
 //! 10.0 refuses to open an image that holds such a bitmap.
 
 mod bits;
-mod load;
-mod store;
-mod table;
+pub(crate) mod change;
+mod edit;
+pub(crate) mod header;
+pub(crate) mod load;
+pub(crate) mod store;
+pub(crate) mod table;
+pub(crate) mod tracker;
 
 pub use bits::{Bits, Runs, granules};
+pub use edit::{BitmapEditor, MergeSource};
 pub use load::{Bitmaps, Entry, State, stale_extension};
 pub use store::write;
 

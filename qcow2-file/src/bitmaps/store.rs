@@ -44,15 +44,15 @@ pub fn write(
         }
     }
     let mut target = Target { file, geometry, allocator, taken: Vec::new() };
-    let mut entries = Vec::new();
-    for bitmap in bitmaps {
-        let table = target.store_bits(&bitmap.bits)?;
-        entries.push(new_entry(bitmap, table));
-    }
-    target.store_directory(&entries)
+    let stored: Result<_> = bitmaps
+        .iter()
+        .map(|bitmap| Ok(new_entry(bitmap, target.store_bits(&bitmap.bits)?)))
+        .collect::<Result<Vec<_>>>()
+        .and_then(|entries| target.store_directory(&entries));
+    stored.inspect_err(|_| target.give_back())
 }
 
-fn new_entry(
+pub(crate) fn new_entry(
     bitmap: &PersistentBitmap,
     (table, table_entries): (HostOffset, u32),
 ) -> DirectoryEntry {
@@ -130,7 +130,7 @@ impl Target<'_> {
     }
 
     /// Stores all bits. Clusters without a set bit take no space. Answers the table.
-    fn store_bits(&mut self, bits: &Bits) -> Result<(HostOffset, u32)> {
+    pub(crate) fn store_bits(&mut self, bits: &Bits) -> Result<(HostOffset, u32)> {
         let size = self.geometry.cluster_size();
         let words_per_cluster = usize::try_from(size / 8).unwrap_or(usize::MAX);
         let is_dirty = |words: &[u64]| words.iter().any(|w| *w != 0);
