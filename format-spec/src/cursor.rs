@@ -130,6 +130,16 @@ impl<'a> Reader<'a> {
         self.take(4, field).map(BigEndian::read_u32)
     }
 
+    /// Big-endian 32 bits of which only those of `known` may be set.
+    pub fn flags32(&mut self, field: &'static str, known: u32) -> Result<u32, Malformed> {
+        let at = self.offset;
+        let flags = self.be32(field)?;
+        match flags & !known {
+            0 => Ok(flags),
+            unknown => Err(Malformed::new(at, field, Problem::Reserved { value: unknown.into() })),
+        }
+    }
+
     /// Big-endian 64 bits.
     pub fn be64(&mut self, field: &'static str) -> Result<u64, Malformed> {
         self.take(8, field).map(BigEndian::read_u64)

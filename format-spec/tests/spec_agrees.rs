@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use format_spec::content_hash;
-use format_spec::native::{block, frame, hello};
+use format_spec::native::{answer, block, control, frame, hello, journal};
 
 const SPEC: &str = include_str!("../SPEC.md");
 
@@ -72,6 +72,16 @@ fn modules() -> BTreeMap<&'static str, Constants> {
                 KEEPS_REST HAS_BLOCK HAS_BITMAPS ZERO_BLOCK HAS_HASH ENABLED PERSISTENT PIECE_BYTES
                 RUN_HEAD_BYTES PIECE_HEAD_BYTES MAX_DISK_NAME MAX_BITMAP_NAME MIN_GRANULARITY
                 MAX_GRANULARITY),
+        ),
+        ("native::control", constants!(control: BARRIER PREPARE COMMIT ABORT DURABLE)),
+        (
+            "native::answer",
+            constants!(answer: ACK HAVE HAVE_ZEROES HAVE_DONE READY COMMITTED FAILED UNKNOWN_OFFSET),
+        ),
+        (
+            "native::journal",
+            constants!(journal: JOURNAL_MAGIC RECEIPT_MAGIC VERSION SESSION UNITS ZEROES IMAGE PREPARED
+                RECEIPT RECEIPT_BITMAP UNIT_BYTES MAX_TARGET),
         ),
     ])
 }

@@ -181,12 +181,7 @@ impl Hello {
 impl Offer {
     fn decode(body: &mut Reader<'_>) -> Result<Self, Malformed> {
         let session = *body.array("session")?;
-        let flags_at = body.offset();
-        let flags = body.be32("offer flags")?;
-        if flags & !ONE_WAY != 0 {
-            let problem = Problem::Reserved { value: (flags & !ONE_WAY).into() };
-            return Err(Malformed::new(flags_at, "offer flags", problem));
-        }
+        let flags = body.flags32("offer flags", ONE_WAY)?;
         let features = body.be64("features offered")?;
         let required_at = body.offset();
         let required = body.be64("features required")?;

@@ -2,7 +2,7 @@
 
 use super::{
     BITMAP_CREATE, BITMAP_SEAL, BITMAP_UPDATE, DiskId, ENABLED, MAX_BITMAP_NAME, MAX_GRANULARITY,
-    MIN_GRANULARITY, PERSISTENT, PIECE_BYTES, encode_hash, flags, sealed_hash,
+    MIN_GRANULARITY, PERSISTENT, PIECE_BYTES, encode_hash, sealed_hash,
 };
 use crate::content_hash::BitmapDigest;
 use crate::{Malformed, Problem, Reader, Writer};
@@ -17,7 +17,7 @@ pub struct BitmapVersion {
 }
 
 impl BitmapVersion {
-    pub(super) fn decode(body: &mut Reader<'_>) -> Result<Self, Malformed> {
+    pub(in crate::native) fn decode(body: &mut Reader<'_>) -> Result<Self, Malformed> {
         let bitmap = body.be32("bitmap number")?;
         let at = body.offset();
         let generation = body.be32("bitmap generation")?;
@@ -28,7 +28,7 @@ impl BitmapVersion {
         Ok(Self { bitmap, generation })
     }
 
-    pub(super) fn encode(self, body: &mut Writer) {
+    pub(in crate::native) fn encode(self, body: &mut Writer) {
         body.be32(self.bitmap).be32(self.generation);
     }
 }
@@ -116,7 +116,7 @@ impl<'a> BitmapCreate<'a> {
             return Err(Malformed::new(at, "bitmap granularity", problem));
         }
         let shape = BitmapShape { granularity, bits: body.be64("bitmap size in bits")? };
-        let flags = flags(body, "bitmap flags", ENABLED | PERSISTENT)?;
+        let flags = body.flags32("bitmap flags", ENABLED | PERSISTENT)?;
         let name = body.name16(MAX_BITMAP_NAME, "bitmap name")?;
         let (is_enabled, is_persistent) = (flags & ENABLED != 0, flags & PERSISTENT != 0);
         Ok(Self { version, disk, shape, is_enabled, is_persistent, name })
@@ -154,7 +154,7 @@ pub struct BitmapUpdate {
 impl BitmapUpdate {
     pub(super) fn decode(body: &mut Reader<'_>) -> Result<Self, Malformed> {
         let version = BitmapVersion::decode(body)?;
-        let flags = flags(body, "bitmap flags", ENABLED | PERSISTENT)?;
+        let flags = body.flags32("bitmap flags", ENABLED | PERSISTENT)?;
         let (is_enabled, is_persistent) = (flags & ENABLED != 0, flags & PERSISTENT != 0);
         Ok(Self { version, is_enabled, is_persistent })
     }
@@ -263,6 +263,6 @@ impl<'a> Pieces<'a> {
     }
 }
 
-fn flag_bits(is_enabled: bool, is_persistent: bool) -> u32 {
+pub(in crate::native) fn flag_bits(is_enabled: bool, is_persistent: bool) -> u32 {
     (if is_enabled { ENABLED } else { 0 }) | (if is_persistent { PERSISTENT } else { 0 })
 }

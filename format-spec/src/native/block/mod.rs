@@ -8,6 +8,8 @@ pub use bitmap::{
 };
 pub use run::{Content, Run};
 
+pub(super) use bitmap::flag_bits;
+
 use super::frame::{self, Record};
 use crate::content_hash::{ContentHash, MAX_SIZE};
 use crate::{Malformed, Problem, Reader, Writer};
@@ -154,7 +156,7 @@ impl<'a> BlockRecord<'a> {
 impl<'a> Disk<'a> {
     fn decode(body: &mut Reader<'a>) -> Result<Self, Malformed> {
         let disk = DiskId(body.be32("disk number")?);
-        let flags = flags(body, "disk flags", KEEPS_REST)?;
+        let flags = body.flags32("disk flags", KEEPS_REST)?;
         let at = body.offset();
         let size = body.be64("disk size")?;
         if !size.is_multiple_of(SECTOR_BYTES) {
@@ -190,19 +192,9 @@ impl DiskSeal {
     }
 }
 
-/// Flags of which only `known` may be set.
-fn flags(body: &mut Reader<'_>, field: &'static str, known: u32) -> Result<u32, Malformed> {
-    let at = body.offset();
-    let flags = body.be32(field)?;
-    if flags & !known == 0 {
-        return Ok(flags);
-    }
-    Err(Malformed::new(at, field, Problem::Reserved { value: (flags & !known).into() }))
-}
-
 /// The flags of a seal, and what they say follows.
 fn sealed_hash(body: &mut Reader<'_>, field: &'static str) -> Result<Option<[u8; 32]>, Malformed> {
-    if flags(body, "seal flags", HAS_HASH)? & HAS_HASH == 0 {
+    if body.flags32("seal flags", HAS_HASH)? & HAS_HASH == 0 {
         return Ok(None);
     }
     body.array(field).map(|hash| Some(*hash))

@@ -86,7 +86,7 @@ impl<'a> Run<'a> {
     pub(super) fn decode(body: &mut Reader<'a>) -> Result<Self, Malformed> {
         let disk = DiskId(body.be32("disk number")?);
         let flags_at = body.offset();
-        let flags = super::flags(body, "run flags", HAS_BLOCK | HAS_BITMAPS | ZERO_BLOCK)?;
+        let flags = body.flags32("run flags", HAS_BLOCK | HAS_BITMAPS | ZERO_BLOCK)?;
         let offset_at = body.offset();
         let offset = body.be64("run offset")?;
         let len_at = body.offset();

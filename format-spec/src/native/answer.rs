@@ -1,0 +1,162 @@
+//! What the destination answers on the reverse direction of main. SPEC 8 to 10.
+
+use super::block::{BitmapVersion, DiskId};
+use super::control::{decode_blame, reason};
+use super::frame::{self, Record};
+use super::hello::{self, MAX_REFUSAL_TEXT};
+use super::units::{UnitNodes, ZeroUnits};
+use crate::content_hash::{BitmapDigest, ContentHash};
+use crate::{Blame, Malformed, Problem, Reader, Writer};
+
+/// All before a barrier is applied.
+pub const ACK: u16 = 1;
+/// Units that are there.
+pub const HAVE: u16 = 2;
+/// Units that are there and zero.
+pub const HAVE_ZEROES: u16 = 3;
+/// No more units of a disk are there.
+pub const HAVE_DONE: u16 = 4;
+/// All is durable and proved.
+pub const READY: u16 = 5;
+/// All is published.
+pub const COMMITTED: u16 = 6;
+/// The destination gives up.
+pub const FAILED: u16 = 7;
+/// The stream offset of a failure that has none.
+pub const UNKNOWN_OFFSET: u64 = u64::MAX;
+
+/// What the destination read back.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Ready {
+    /// As offered.
+    pub session: [u8; 16],
+    /// Root of each disk.
+    pub disks: Vec<(DiskId, ContentHash)>,
+    /// Digest of each bitmap.
+    pub bitmaps: Vec<(BitmapVersion, BitmapDigest)>,
+}
+
+/// Any answer. Nodes are borrowed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Answer<'a> {
+    /// All before this barrier is applied.
+    Ack(u64),
+    /// Units that are there.
+    Have(DiskId, UnitNodes<'a>),
+    /// Units that are there and zero.
+    HaveZeroes(DiskId, ZeroUnits),
+    /// No more units of this disk are there.
+    HaveDone(DiskId),
+    /// All is durable and proved.
+    Ready(Ready),
+    /// All is published. With the session.
+    Committed([u8; 16]),
+    /// The destination gives up.
+    Failed {
+        /// Whose fault it is, as the destination sees it.
+        blame: Blame,
+        /// Where in the stream, if that is known.
+        offset: Option<u64>,
+        /// For the user. Longer than [`MAX_REFUSAL_TEXT`] is cut.
+        text: String,
+    },
+}
+
+impl<'a> Answer<'a> {
+    /// Decodes a record; `None` for an unknown one that may be skipped.
+    pub fn decode(record: &Record<'a>) -> Result<Option<Self>, Malformed> {
+        if !(ACK..=FAILED).contains(&record.header.kind) {
+            return record.skip_unknown().map(|()| None);
+        }
+        let mut body = record.plain_body()?;
+        let decoded = match record.header.kind {
+            ACK => Self::Ack(body.be64("barrier number")?),
+            HAVE => Self::Have(disk(&mut body)?, UnitNodes::decode(&mut body)?),
+            HAVE_ZEROES => Self::HaveZeroes(disk(&mut body)?, ZeroUnits::decode(&mut body)?),
+            HAVE_DONE => Self::HaveDone(disk(&mut body)?),
+            READY => Self::Ready(Ready::decode(&mut body)?),
+            COMMITTED => Self::Committed(*body.array("session")?),
+            _ => {
+                let blame = decode_blame(&mut body)?;
+                let offset = Some(body.be64("stream offset")?).filter(|at| *at != UNKNOWN_OFFSET);
+                Self::Failed { blame, offset, text: reason(&mut body)? }
+            }
+        };
+        body.finish("record")?;
+        Ok(Some(decoded))
+    }
+
+    /// Appends the whole record.
+    pub fn encode(&self, out: &mut Vec<u8>) {
+        let mut body = Writer::new();
+        let kind = match self {
+            Self::Ack(number) => {
+                body.be64(*number);
+                ACK
+            }
+            Self::Have(disk, units) => {
+                units.encode(body.be32(disk.0));
+                HAVE
+            }
+            Self::HaveZeroes(disk, units) => {
+                units.encode(body.be32(disk.0));
+                HAVE_ZEROES
+            }
+            Self::HaveDone(disk) => {
+                body.be32(disk.0);
+                HAVE_DONE
+            }
+            Self::Ready(ready) => {
+                ready.encode(&mut body);
+                READY
+            }
+            Self::Committed(session) => {
+                body.bytes(session);
+                COMMITTED
+            }
+            Self::Failed { blame, offset, text } => {
+                body.be16(hello::blame_code(*blame)).be64(offset.unwrap_or(UNKNOWN_OFFSET));
+                body.text16(text, MAX_REFUSAL_TEXT);
+                FAILED
+            }
+        };
+        frame::encode(kind, &[&body.into_bytes()], out);
+    }
+}
+
+impl Ready {
+    fn decode(body: &mut Reader<'_>) -> Result<Self, Malformed> {
+        let session = *body.array("session")?;
+        let at = body.offset();
+        let count = body.be32("number of disks")?;
+        let max = body.left().checked_div(36).unwrap_or_default() as u64;
+        if u64::from(count) > max {
+            let problem = Problem::OutOfRange { value: count.into(), min: 0, max };
+            return Err(Malformed::new(at, "number of disks", problem));
+        }
+        let disks = (0..count)
+            .map(|_| Ok((disk(body)?, ContentHash(*body.array("content hash")?))))
+            .collect::<Result<_, Malformed>>()?;
+        let mut bitmaps = Vec::new();
+        while body.left() > 0 {
+            let version = BitmapVersion::decode(body)?;
+            bitmaps.push((version, BitmapDigest(*body.array("bitmap digest")?)));
+        }
+        Ok(Self { session, disks, bitmaps })
+    }
+
+    fn encode(&self, body: &mut Writer) {
+        body.bytes(&self.session).be32(u32::try_from(self.disks.len()).unwrap_or(u32::MAX));
+        for (disk, hash) in &self.disks {
+            body.be32(disk.0).bytes(&hash.0);
+        }
+        for (version, digest) in &self.bitmaps {
+            version.encode(body);
+            body.bytes(&digest.0);
+        }
+    }
+}
+
+fn disk(body: &mut Reader<'_>) -> Result<DiskId, Malformed> {
+    body.be32("disk number").map(DiskId)
+}

@@ -1,0 +1,191 @@
+//! Journals of unfinished destinations and receipts of finished ones. SPEC 10.
+
+use super::block::{
+    BITMAP_CREATE, BITMAP_REMOVE, BITMAP_UPDATE, BlockRecord, Content, ENABLED, MAX_BITMAP_NAME,
+    PERSISTENT, RUN,
+};
+use super::frame::{self, Record};
+use super::units::{UnitNodes, ZeroUnits};
+use crate::content_hash::{BitmapDigest, ContentHash};
+use crate::{Malformed, Problem, Reader, Writer};
+
+/// First four bytes of a journal.
+pub const JOURNAL_MAGIC: &[u8; 4] = b"BFJL";
+/// First four bytes of a receipt.
+pub const RECEIPT_MAGIC: &[u8; 4] = b"BFRC";
+/// Version of both.
+pub const VERSION: u32 = 1;
+/// Type of [`JournalRecord::Session`].
+pub const SESSION: u16 = 0x101;
+/// Type of [`JournalRecord::Units`].
+pub const UNITS: u16 = 0x102;
+/// Type of [`JournalRecord::Zeroes`].
+pub const ZEROES: u16 = 0x103;
+/// Type of [`JournalRecord::Image`].
+pub const IMAGE: u16 = 0x104;
+/// Type of [`JournalRecord::Prepared`].
+pub const PREPARED: u16 = 0x105;
+/// Type of [`JournalRecord::Receipt`].
+pub const RECEIPT: u16 = 0x106;
+/// Type of [`JournalRecord::ReceiptBitmap`].
+pub const RECEIPT_BITMAP: u16 = 0x107;
+/// Bytes of a disk below one node of a journal.
+pub const UNIT_BYTES: u64 = 1 << 20;
+/// Longest description of a destination, in bytes.
+pub const MAX_TARGET: usize = 1024;
+
+/// Any record of a journal or a receipt. Borrows from the record's body.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum JournalRecord<'a> {
+    /// What the journal is of.
+    Session {
+        /// The session.
+        session: [u8; 16],
+        /// Size of the disk in bytes.
+        size: u64,
+        /// Format and options of the destination. Longer than [`MAX_TARGET`] is cut.
+        target: String,
+    },
+    /// Units that are durable.
+    Units(UnitNodes<'a>),
+    /// Units that are durable and zero.
+    Zeroes(ZeroUnits),
+    /// What the image's writer needs to reopen it unfinished.
+    Image(&'a [u8]),
+    /// The disk was proved, this is its root, and READY was or will be sent.
+    Prepared(ContentHash),
+    /// A bitmap's life and pieces, as they were received.
+    Bitmap(BlockRecord<'a>),
+    /// The disk was published.
+    Receipt {
+        /// The session.
+        session: [u8; 16],
+        /// Size of the disk in bytes.
+        size: u64,
+        /// Its root when it was published.
+        hash: ContentHash,
+    },
+    /// A bitmap that was published with the disk.
+    ReceiptBitmap {
+        /// Guest bytes per bit.
+        granularity: u32,
+        /// Whether it was enabled.
+        is_enabled: bool,
+        /// Whether it is kept with the disk.
+        is_persistent: bool,
+        /// Its digest when it was published.
+        digest: BitmapDigest,
+        /// Its name.
+        name: &'a str,
+    },
+}
+
+/// Takes magic and version from the start of a file.
+pub fn decode_start(reader: &mut Reader<'_>, magic: &[u8; 4]) -> Result<(), Malformed> {
+    let number = |bytes: &[u8; 4]| u64::from(u32::from_be_bytes(*bytes));
+    for (field, expected) in [("magic", *magic), ("version", VERSION.to_be_bytes())] {
+        let at = reader.offset();
+        let found = reader.array(field)?;
+        if *found != expected {
+            let problem = Problem::Mismatch { value: number(found), expected: number(&expected) };
+            return Err(Malformed::new(at, field, problem));
+        }
+    }
+    Ok(())
+}
+
+/// Appends magic and version.
+pub fn encode_start(magic: &[u8; 4], out: &mut Vec<u8>) {
+    out.extend_from_slice(magic);
+    out.extend_from_slice(&VERSION.to_be_bytes());
+}
+
+impl<'a> JournalRecord<'a> {
+    /// Decodes a record; `None` for an unknown one that may be skipped.
+    pub fn decode(record: &Record<'a>) -> Result<Option<Self>, Malformed> {
+        if matches!(record.header.kind, RUN | BITMAP_CREATE | BITMAP_UPDATE | BITMAP_REMOVE) {
+            return bitmap(record);
+        }
+        if !(SESSION..=RECEIPT_BITMAP).contains(&record.header.kind) {
+            return record.skip_unknown().map(|()| None);
+        }
+        let mut body = record.plain_body()?;
+        let decoded = match record.header.kind {
+            SESSION => {
+                let (session, size) = (*body.array("session")?, body.be64("disk size")?);
+                Self::Session { session, size, target: body.text16(MAX_TARGET, "target")? }
+            }
+            UNITS => Self::Units(UnitNodes::decode(&mut body)?),
+            ZEROES => Self::Zeroes(ZeroUnits::decode(&mut body)?),
+            IMAGE => Self::Image(body.take_rest()),
+            PREPARED => Self::Prepared(ContentHash(*body.array("content hash")?)),
+            RECEIPT => {
+                let (session, size) = (*body.array("session")?, body.be64("disk size")?);
+                Self::Receipt { session, size, hash: ContentHash(*body.array("content hash")?) }
+            }
+            _ => {
+                let granularity = body.be32("bitmap granularity")?;
+                let flags = body.flags32("bitmap flags", ENABLED | PERSISTENT)?;
+                Self::ReceiptBitmap {
+                    granularity,
+                    is_enabled: flags & ENABLED != 0,
+                    is_persistent: flags & PERSISTENT != 0,
+                    digest: BitmapDigest(*body.array("bitmap digest")?),
+                    name: body.name16(MAX_BITMAP_NAME, "bitmap name")?,
+                }
+            }
+        };
+        body.finish("record")?;
+        Ok(Some(decoded))
+    }
+
+    /// Appends the whole record.
+    pub fn encode(&self, out: &mut Vec<u8>) {
+        let mut body = Writer::new();
+        let kind = match self {
+            Self::Bitmap(record) => return record.encode(out),
+            Self::Session { session, size, target } => {
+                body.bytes(session).be64(*size).text16(target, MAX_TARGET);
+                SESSION
+            }
+            Self::Units(units) => {
+                units.encode(&mut body);
+                UNITS
+            }
+            Self::Zeroes(units) => {
+                units.encode(&mut body);
+                ZEROES
+            }
+            Self::Image(bytes) => {
+                body.bytes(bytes);
+                IMAGE
+            }
+            Self::Prepared(hash) => {
+                body.bytes(&hash.0);
+                PREPARED
+            }
+            Self::Receipt { session, size, hash } => {
+                body.bytes(session).be64(*size).bytes(&hash.0);
+                RECEIPT
+            }
+            Self::ReceiptBitmap { granularity, is_enabled, is_persistent, digest, name } => {
+                body.be32(*granularity).be32(super::block::flag_bits(*is_enabled, *is_persistent));
+                body.bytes(&digest.0).text16(name, MAX_BITMAP_NAME);
+                RECEIPT_BITMAP
+            }
+        };
+        frame::encode(kind, &[&body.into_bytes()], out);
+    }
+}
+
+/// A record of chapter 6 that may stand in a journal.
+fn bitmap<'a>(record: &Record<'a>) -> Result<Option<JournalRecord<'a>>, Malformed> {
+    let decoded = BlockRecord::decode(record)?;
+    match &decoded {
+        Some(BlockRecord::Run(run)) if run.content != Content::None => {
+            let problem = Problem::Other("carries content, which has no place in a journal");
+            Err(Malformed::new(record.offset, "run", problem))
+        }
+        _ => Ok(decoded.map(JournalRecord::Bitmap)),
+    }
+}
