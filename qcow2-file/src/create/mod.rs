@@ -23,6 +23,7 @@ mod zero;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
+use crate::bitmaps::PersistentBitmap;
 use crate::error::{Error, Result};
 use crate::layout::geometry::Geometry;
 use crate::layout::header::{CompressionType, Header};
@@ -192,16 +193,26 @@ impl NewImage {
         })
     }
 
-    /// Writes what is missing, makes it durable, and then makes the header valid, durably. Waits for
-    /// calls under way; afterwards the image can only be read.
+    /// Writes what is missing and `bitmaps`, makes it durable, and then makes the header valid,
+    /// durably. Waits for calls under way; afterwards the image can only be read.
     ///
-    /// An error means that there is no valid image, as far as the file still obeyed.
-    pub fn finish(&self) -> Result<()> {
+    /// An error means that there is no valid image, as far as the file still obeyed. After
+    /// [`Error::Bitmap`], which says that a bitmap cannot be stored, one may try again without it.
+    pub fn finish(&self, bitmaps: &[PersistentBitmap]) -> Result<()> {
         let mut is_finished = self.is_finished.write().unwrap_or_else(PoisonError::into_inner);
         self.check_open(*is_finished)?;
-        let sealed = self.seal();
+        if let Some(bitmap) = bitmaps.first().filter(|_| self.header.version < 3) {
+            let reason = "cannot be stored in a version 2 image".to_owned();
+            return Err(Error::Bitmap {
+                file: self.file.name(),
+                name: bitmap.name.clone(),
+                reason,
+            });
+        }
+        let sealed = self.seal(bitmaps);
         *is_finished = sealed.is_ok();
-        self.has_failed.store(sealed.is_err(), Ordering::Relaxed);
+        let is_fatal = !matches!(sealed, Ok(()) | Err(Error::Bitmap { .. }));
+        self.has_failed.store(is_fatal, Ordering::Relaxed);
         sealed
     }
 

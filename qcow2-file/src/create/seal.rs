@@ -4,8 +4,11 @@ use super::refcounts::{Placement, Refcounts, write_words};
 use super::space::Recorder;
 use super::step::mapped;
 use super::{NewImage, lengthen};
+use crate::bitmaps::{self, PersistentBitmap};
 use crate::error::Result;
 use crate::layout::entry::{COPIED, Subclusters};
+use crate::layout::extension::BitmapsExtension;
+use crate::layout::header::autoclear;
 use crate::layout::units::HostOffset;
 use crate::storage::StorageExt;
 
@@ -14,7 +17,7 @@ const HEADER_ALIGN: usize = 4096;
 
 impl NewImage {
     /// [`NewImage::finish`] without its gate. Nobody else may be writing.
-    pub(super) fn seal(&self) -> Result<()> {
+    pub(super) fn seal(&self, bitmaps: &[PersistentBitmap]) -> Result<()> {
         self.map.flush()?;
         self.map.forget();
         self.space.trim();
@@ -22,19 +25,19 @@ impl NewImage {
         if self.is_one_to_one {
             self.write_one_to_one()?;
         }
-        let recorder = Recorder::new(&self.space);
         let g = self.geometry;
+        let mut recorder = Recorder::new(&self.space);
+        let file = self.file.as_ref();
+        let bitmaps = bitmaps::write(file, g, bitmaps, self.header.size, &mut recorder)?;
         let at = Placement::behind(self.space.clusters(), g);
         let mut taken = recorder.into_taken();
         taken.push(0..self.first_cluster());
-        let mut refcounts =
-            Refcounts::new(self.file.as_ref(), (g, self.data.is_some()), &self.map, taken);
-        refcounts.write(at)?;
+        Refcounts::new(file, (g, self.data.is_some()), &self.map, taken).write(at)?;
         self.write_l1()?;
         let end = at.end << g.cluster_bits();
-        self.file.set_len(end).map_err(|e| self.file.io_error("set the length to", end, e))?;
-        self.file.make_durable()?;
-        self.write_header(at)
+        file.set_len(end).map_err(|e| file.io_error("set the length to", end, e))?;
+        file.make_durable()?;
+        self.write_header(at, bitmaps)
     }
 
     /// A data file is as long as the disk, so that it can be used by itself.
@@ -66,13 +69,17 @@ impl NewImage {
 
     /// Makes the image valid. Where that cannot be made sure of, it is made invalid again as far as
     /// the file allows.
-    fn write_header(&self, at: Placement) -> Result<()> {
+    fn write_header(&self, at: Placement, bitmaps: Option<BitmapsExtension>) -> Result<()> {
         let bits = self.geometry.cluster_bits();
         let mut header = self.header.clone();
         header.l1_size = u32::try_from(self.map.l1_len()).unwrap_or(u32::MAX);
         header.l1_table_offset = self.l1_at();
         header.refcount_table_offset = at.table << bits;
         header.refcount_table_clusters = u32::try_from(at.table_clusters).unwrap_or(u32::MAX);
+        header.set_bitmaps(bitmaps);
+        if bitmaps.is_some() {
+            header.autoclear_features |= autoclear::BITMAPS;
+        }
         let mut bytes = header.encode().unwrap_or_default();
         let used = bytes.iter().rposition(|b| *b != 0).map_or(0, |last| last + 1);
         bytes.truncate(used.next_multiple_of(HEADER_ALIGN));
