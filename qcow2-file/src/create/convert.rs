@@ -16,6 +16,7 @@
 //! clears the unit first.
 
 use super::step::{Piece, Touch, becoming_data, mapped};
+use super::write::write_sparse;
 use super::{NewImage, in_memory};
 use crate::error::{Error, Result};
 use crate::layout::entry::{L2Entry, StandardEntry, Subclusters};
@@ -59,7 +60,7 @@ impl NewImage {
                 let host = self.new_cluster(cluster, spare.take())?;
                 if touch.whole != u32::MAX {
                     let content = self.decompressed(c)?;
-                    self.write_sparse(&content, host.0)?;
+                    write_sparse(self.data(), &content, host.0)?;
                 }
                 Ok((host, mapped(host, Subclusters::DATA)))
             }

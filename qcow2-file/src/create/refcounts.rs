@@ -9,6 +9,7 @@ use std::ops::Range;
 
 use super::in_memory;
 use super::map::Map;
+use super::write::write_sparse;
 use crate::error::{Error, Result};
 use crate::layout::entry::{L2Entry, OFFSET_MASK};
 use crate::layout::geometry::Geometry;
@@ -101,7 +102,7 @@ impl<'a> Refcounts<'a> {
             let window = blocks.get_mut(..in_memory(count << bits)).unwrap_or_default();
             window.fill(0);
             self.count(first * self.geometry.refcounts_per_block(), window)?;
-            self.file.write(window, (at.blocks + first) << bits)?;
+            write_sparse(self.file, window, (at.blocks + first) << bits)?;
             first += count;
         }
         self.write_table(at)

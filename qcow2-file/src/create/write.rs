@@ -8,12 +8,12 @@ use super::{NewImage, in_memory};
 use crate::error::Result;
 use crate::layout::entry::L2Entry;
 use crate::layout::units::HostOffset;
-use crate::storage::StorageExt;
+use crate::storage::{Storage, StorageExt};
 use crate::zeroes::is_zero;
 
 /// Pieces of a new cluster of this size that are all zero stay holes: the block size of the file
 /// systems that images lie on.
-const HOLE_BYTES: usize = 4096;
+const HOLE_BYTES: u64 = 4096;
 
 /// A stretch of a write that goes to one place.
 #[derive(Debug, Clone, Copy)]
@@ -99,7 +99,7 @@ impl NewImage {
             let bytes =
                 buf.get(from..).and_then(|b| b.get(..in_memory(run.len))).unwrap_or_default();
             if run.is_virgin {
-                self.write_sparse(bytes, run.host)?;
+                write_sparse(self.data(), bytes, run.host)?;
             } else {
                 self.data().write(bytes, run.host)?;
             }
@@ -163,22 +163,22 @@ impl NewImage {
         let first = if missing == 0 { 0 } else { self.space.allocate(missing)?.0 };
         Ok(Fresh::From(first, 1 << bits))
     }
+}
 
-    /// Writes to a place that reads as zero, leaving holes.
-    pub(super) fn write_sparse(&self, bytes: &[u8], host: u64) -> Result<()> {
-        let mut rest = bytes;
-        let mut host = host;
-        while !rest.is_empty() {
-            let (len, is_zero) = first_run(rest, host, HOLE_BYTES as u64);
-            let (run, tail) = rest.split_at_checked(len).unwrap_or((rest, &[]));
-            if !is_zero {
-                self.data().write(run, host)?;
-            }
-            host += run.len() as u64;
-            rest = tail;
+/// Writes to a place that reads as zero, leaving holes.
+pub(super) fn write_sparse(file: &dyn Storage, bytes: &[u8], at: u64) -> Result<()> {
+    let mut rest = bytes;
+    let mut at = at;
+    while !rest.is_empty() {
+        let (len, is_zero) = first_run(rest, at, HOLE_BYTES);
+        let (run, tail) = rest.split_at_checked(len).unwrap_or((rest, &[]));
+        if !is_zero {
+            file.write(run, at)?;
         }
-        Ok(())
+        at += run.len() as u64;
+        rest = tail;
     }
+    Ok(())
 }
 
 fn lacks_cluster(entry: L2Entry) -> bool {
