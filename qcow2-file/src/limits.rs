@@ -24,6 +24,11 @@ pub const MAX_BITMAP_DIRECTORY_BYTES: u64 = 1024 * 65535;
 pub const BITMAP_GRANULARITY_BITS: std::ops::RangeInclusive<u8> = 9..=31;
 /// Largest bitmap payload on disk in bytes, as QEMU.
 pub const MAX_BITMAP_BYTES: u64 = 512 << 20;
+/// Most findings that a check of bitmaps keeps; more are counted.
+pub const MAX_BITMAP_FINDINGS: usize = 1000;
+/// Most data clusters of bitmaps that are held against each other: 64 MiB of memory, or one bitmap
+/// of the largest size at 512-byte clusters four times over.
+pub const MAX_CHECKED_BITMAP_CLUSTERS: usize = 4 << 20;
 /// Deepest backing chain. QEMU has no limit and runs out of descriptors; longer honest chains are
 /// unheard of.
 pub const MAX_CHAIN_DEPTH: usize = 200;

@@ -190,10 +190,6 @@ impl Bitmaps {
         self.extension
     }
 
-    pub(crate) fn image(&self) -> ImageFacts {
-        self.image
-    }
-
     pub(crate) fn table<'a>(&'a self, entry: &'a Entry) -> Table<'a> {
         Table { file: &*self.file, image: self.image, entry: &entry.located.entry }
     }

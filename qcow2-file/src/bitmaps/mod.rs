@@ -11,16 +11,20 @@
 
 mod bits;
 pub(crate) mod change;
+mod check;
 mod edit;
 pub(crate) mod header;
 pub(crate) mod load;
+mod repair;
 pub(crate) mod store;
 pub(crate) mod table;
 pub(crate) mod tracker;
 
 pub use bits::{Bits, Runs, granules};
+pub use check::{BitmapCheck, Defect, Finding, Severity, check};
 pub use edit::{BitmapEditor, MergeSource};
 pub use load::{Bitmaps, Entry, State, stale_extension};
+pub use repair::{RepairOptions, Repaired, clear_unfinished, repair, strip};
 pub use store::write;
 
 /// A bitmap as it is to be stored.

@@ -29,6 +29,8 @@ pub fn write(
     size: u64,
     allocator: &mut dyn Allocate,
 ) -> Result<Option<BitmapsExtension>> {
+    // The format counts bytes, a disk has whole sectors.
+    let size = size & !511;
     let mut names = HashSet::new();
     for bitmap in bitmaps {
         check_new(file, &bitmap.name, bitmap.granularity_bits, (geometry, size))?;

@@ -121,22 +121,23 @@ impl Table<'_> {
                 TableEntry::Data(at) => self.file.read(piece, at.0 + (start - index * size)),
             }
         })?;
-        clear_tail(self.shape().bits, offset, buf);
+        self.clear_tail(offset, buf);
         Ok(())
     }
-}
 
-/// Clears in `buf`, which holds bytes from `offset` on, the bits behind the first `bits`.
-fn clear_tail(bits: u64, offset: u64, buf: &mut [u8]) {
-    let used_bytes = (bits / 8).saturating_sub(offset);
-    let Some(behind) = usize::try_from(used_bytes).ok().and_then(|used| buf.get_mut(used..)) else {
-        return;
-    };
-    if bits / 8 < offset {
-        behind.fill(0);
-    } else if let Some((first, rest)) = behind.split_first_mut() {
-        *first &= ((1u16 << (bits % 8)) - 1) as u8;
-        rest.fill(0);
+    /// Clears in `buf`, which holds the bytes from `offset` on, the bits behind the last granule.
+    pub(crate) fn clear_tail(&self, offset: u64, buf: &mut [u8]) {
+        let bits = self.shape().bits;
+        let skipped = (bits / 8).saturating_sub(offset);
+        let skipped = usize::try_from(skipped).unwrap_or(usize::MAX);
+        let Some(behind) = buf.get_mut(skipped..) else { return };
+        match behind.split_first_mut() {
+            Some((first, rest)) if bits / 8 >= offset => {
+                *first &= !(u8::MAX << (bits % 8));
+                rest.fill(0);
+            }
+            _ => behind.fill(0),
+        }
     }
 }
 

@@ -1,7 +1,7 @@
 //! Writing into an existing image: refcounts, allocator, ordered flush.
 
 mod allocator;
-mod refcounts;
+pub(crate) mod refcounts;
 
 pub use allocator::Allocator;
 
