@@ -133,16 +133,21 @@ pub fn read_l1(file: &dyn Storage, header: &Header) -> Result<Vec<u64>> {
         let problem = Problem::OutOfRange { value: start, min: 0, max: len.saturating_sub(bytes) };
         return Err(file.malformed(Malformed::new(40, "l1_table_offset", problem)));
     }
-    let mut raw = vec![0; small(bytes)];
-    if !raw.is_empty() {
-        file.read(&mut raw, start)?;
+    // Piece by piece, so that the largest table is never held twice.
+    const PIECE_BYTES: u64 = 1 << 20;
+    let mut l1 = Vec::with_capacity(small(entries));
+    let mut raw = vec![0; small(bytes.min(PIECE_BYTES))];
+    for done in (0..bytes).step_by(small(PIECE_BYTES)) {
+        raw.truncate(small(bytes - done));
+        file.read(&mut raw, start.saturating_add(done))?;
+        l1.extend(words(&raw));
     }
-    Ok(words(&raw))
+    Ok(l1)
 }
 
 /// Big-endian 64-bit words; a cut-off last one is left out.
-pub(crate) fn words(raw: &[u8]) -> Vec<u64> {
-    raw.as_chunks::<8>().0.iter().map(|word| u64::from_be_bytes(*word)).collect()
+pub(crate) fn words(raw: &[u8]) -> impl Iterator<Item = u64> + '_ {
+    raw.as_chunks::<8>().0.iter().map(|word| u64::from_be_bytes(*word))
 }
 
 /// A length that has met its limit before.

@@ -17,7 +17,7 @@ pub struct RawLayer {
 impl RawLayer {
     /// Takes a file as it is. A length that is no multiple of 512 is rounded up (SPEC 2).
     pub fn open(file: Arc<dyn Storage>) -> Result<Self> {
-        let virtual_size = file.length()?.checked_next_multiple_of(512).unwrap_or(u64::MAX & !511);
+        let virtual_size = file.length()?.checked_next_multiple_of(512).unwrap_or(!511);
         Ok(Self { file, virtual_size })
     }
 
@@ -32,13 +32,9 @@ impl RawLayer {
     }
 
     pub(super) fn extent(&self, at: GuestOffset, max_len: u64) -> Result<LayerExtent> {
-        let whole = self.whole(at, max_len);
-        let run = self
-            .file
-            .run_at(at.0, max_len)
-            .map_err(|e| self.file.io_error("find holes", at.0, e))?;
+        let run = self.file.run(at.0, max_len)?;
         let kind = if run.is_hole { LayerKind::Zero } else { LayerKind::Data };
-        Ok(LayerExtent { kind, len: run.len.clamp(1, max_len.max(1)), ..whole })
+        Ok(LayerExtent { kind, len: run.len, ..self.whole(at, max_len) })
     }
 
     /// All of it as data, without asking for holes.

@@ -79,12 +79,10 @@ impl Image {
     pub fn extent(&self, at: GuestOffset, max_len: u64) -> Result<LayerExtent> {
         let found = self.mapped(at, max_len)?;
         let (LayerKind::Data, Some(host)) = (found.kind, found.host) else { return Ok(found) };
-        let data = self.data_file()?;
         // Preallocated clusters are mapped before they are written: the file knows better.
-        let run =
-            data.run_at(host.0, found.len).map_err(|e| data.io_error("find holes", host.0, e))?;
+        let run = self.data_file()?.run(host.0, found.len)?;
         let kind = if run.is_hole { LayerKind::Zero } else { LayerKind::Data };
-        Ok(LayerExtent { len: run.len.clamp(1, found.len), kind, ..found })
+        Ok(LayerExtent { len: run.len, kind, ..found })
     }
 
     /// [`extent`](Self::extent) by the tables alone.
@@ -130,7 +128,7 @@ impl Image {
             let position = Position { table, index: g.l2_index(GuestOffset(pos)) };
             let entry = self.entry_in(&slice, slice_start, position)?;
             let piece = piece_at(&entry, g, g.in_cluster(pos));
-            self.check_inside(&entry, &piece, position)?;
+            self.check_inside(&entry, piece.kind, position)?;
             let piece = LayerExtent { len: piece.len.min(stop - pos), ..piece };
             if !run.push(piece) {
                 return Ok(Step::Ended);
@@ -146,9 +144,11 @@ impl Image {
         let position = Position { table, index: self.geometry.l2_index(at) };
         let (slice, slice_start) = self.slice_of(table, position.index)?;
         let entry = self.entry_in(&slice, slice_start, position)?;
-        self.check_inside(&entry, &piece_at(&entry, self.geometry, 0), position)?;
         Ok(match entry {
-            L2Entry::Compressed(compressed) => Some(compressed),
+            L2Entry::Compressed(compressed) => {
+                self.check_inside(&entry, LayerKind::Compressed, position)?;
+                Some(compressed)
+            }
             L2Entry::Standard(_) => None,
         })
     }
@@ -186,7 +186,7 @@ impl Image {
         let inside = self.file.length()?.saturating_sub(at).min(len);
         let mut raw = vec![0; usize::try_from(inside).unwrap_or(0)];
         self.file.read(&mut raw, at)?;
-        let slice: Slice = words(&raw).into();
+        let slice: Slice = words(&raw).collect();
         self.cache.keep(self.cache_layer, at, slice.clone());
         Ok((slice, start))
     }
@@ -216,7 +216,7 @@ impl Image {
 
     /// An entry's host cluster must start inside the file and behind the header: what is cut off is
     /// an error and not zeroes. The tail of the last cluster may be missing, and reads as zero.
-    fn check_inside(&self, entry: &L2Entry, piece: &LayerExtent, position: Position) -> Result<()> {
+    fn check_inside(&self, entry: &L2Entry, kind: LayerKind, position: Position) -> Result<()> {
         let wrong = |problem| {
             Err(self.file.malformed(Malformed::new(
                 self.entry_offset(position),
@@ -224,15 +224,17 @@ impl Image {
                 problem,
             )))
         };
-        let (offset, min) = match (entry, piece.kind, piece.host) {
-            (L2Entry::Compressed(_), ..) if self.has_data_file() => {
+        let (offset, min) = match (entry, kind) {
+            (L2Entry::Compressed(_), _) if self.has_data_file() => {
                 return wrong(Problem::Other("is compressed in an image with a data file"));
             }
-            (L2Entry::Compressed(c), ..) => (c.offset.0, self.geometry.cluster_size()),
-            (L2Entry::Standard(_), LayerKind::Zero, _) if self.header.version < 3 => {
+            (L2Entry::Compressed(c), _) => (c.offset.0, self.geometry.cluster_size()),
+            (L2Entry::Standard(_), LayerKind::Zero) if self.header.version < 3 => {
                 return wrong(Problem::Other("reads as zero, which version 2 does not know"));
             }
-            (L2Entry::Standard(_), LayerKind::Data, Some(host)) => (host.0, 0),
+            (L2Entry::Standard(StandardEntry { cluster: Some(host), .. }), LayerKind::Data) => {
+                (host.0, 0)
+            }
             _ => return Ok(()),
         };
         let (file, end) = match (self.data(), self.has_data_file()) {

@@ -2,11 +2,12 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::fs::{FallocateFlags, FileType, Mode, OFlags, SeekFrom};
 use rustix::io::Errno;
@@ -45,6 +46,10 @@ pub struct HostFile {
     is_device: bool,
     /// Whether `SEEK_DATA` works here, until it has answered that it does not.
     knows_holes: AtomicBool,
+    /// A stretch that held data when it was last looked at. Some file systems walk a stretch page by
+    /// page to find its end, so asking again for every extent in it would take quadratic time. That
+    /// what was data may be a hole by now does no harm: it reads all the same.
+    known_data: Mutex<Range<u64>>,
 }
 
 impl HostFile {
@@ -92,7 +97,9 @@ impl HostFile {
         };
         let file = File::from(fd);
         let knows_holes = AtomicBool::new(!is_device);
-        Ok(Self { file, name, path: path.to_owned(), id, is_device, knows_holes })
+        let path = path.to_owned();
+        let known_data = Mutex::new(0..0);
+        Ok(Self { file, name, path, id, is_device, knows_holes, known_data })
     }
 
     /// The path it was opened by.
@@ -124,6 +131,10 @@ impl HostFile {
             offset += piece.len() as u64;
         }
         Ok(())
+    }
+
+    fn known_data(&self) -> MutexGuard<'_, Range<u64>> {
+        self.known_data.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn seek(&self, to: SeekFrom) -> rustix::io::Result<u64> {
@@ -176,6 +187,7 @@ impl Storage for HostFile {
             return Ok(());
         }
         let end = end_of(offset, len)?;
+        *self.known_data() = 0..0;
         if !self.is_device && end > self.len()? {
             self.file.set_len(end)?;
         }
@@ -195,6 +207,7 @@ impl Storage for HostFile {
         if len == 0 {
             return Ok(());
         }
+        *self.known_data() = 0..0;
         let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         match retry(|| rustix::fs::fallocate(&self.file, mode, offset, len)) {
             Err(e) if !is_unsupported(e) => Err(e.into()),
@@ -206,22 +219,27 @@ impl Storage for HostFile {
         if self.is_device {
             return Err(io::Error::new(io::ErrorKind::Unsupported, "a block device has its size"));
         }
+        *self.known_data() = 0..0;
         self.file.set_len(len)
     }
 
     fn run_at(&self, offset: u64, max_len: u64) -> io::Result<Run> {
-        let data = Run { len: max_len, is_hole: false };
-        let hole = Run { len: max_len, is_hole: true };
+        let data = |end: u64| Run { len: max_len.min(end.saturating_sub(offset)), is_hole: false };
+        let hole = |end: u64| Run { len: max_len.min(end.saturating_sub(offset)), is_hole: true };
         if offset >= i64::MAX as u64 {
-            return Ok(hole);
+            return Ok(hole(u64::MAX));
         }
         if !self.knows_holes.load(Ordering::Relaxed) {
-            let left = self.len()?.saturating_sub(offset);
-            return Ok(if left == 0 { hole } else { Run { len: max_len.min(left), ..data } });
+            let end = self.len()?;
+            return Ok(if end > offset { data(end) } else { hole(u64::MAX) });
+        }
+        let known = self.known_data().clone();
+        if known.contains(&offset) {
+            return Ok(data(known.end));
         }
         let next_data = match self.seek(SeekFrom::Data(offset)) {
             Ok(at) => at,
-            Err(Errno::NXIO) => return Ok(hole),
+            Err(Errno::NXIO) => return Ok(hole(u64::MAX)),
             Err(Errno::INVAL | Errno::OPNOTSUPP) => {
                 self.knows_holes.store(false, Ordering::Relaxed);
                 return self.run_at(offset, max_len);
@@ -229,12 +247,15 @@ impl Storage for HostFile {
             Err(e) => return Err(e.into()),
         };
         if next_data > offset {
-            return Ok(Run { len: max_len.min(next_data - offset), ..hole });
+            return Ok(hole(next_data));
         }
         match self.seek(SeekFrom::Hole(offset)) {
-            Ok(at) if at > offset => Ok(Run { len: max_len.min(at - offset), ..data }),
-            // Punched or cut between the two calls: data is always a true answer inside the file.
-            Ok(_) | Err(Errno::NXIO) => Ok(Run { len: 1, ..data }),
+            Ok(end) if end > offset => {
+                *self.known_data() = offset..end;
+                Ok(data(end))
+            }
+            // Punched or cut between the two calls: data is always a true answer.
+            Ok(_) | Err(Errno::NXIO) => Ok(data(offset + 1)),
             Err(e) => Err(e.into()),
         }
     }

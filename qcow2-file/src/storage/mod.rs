@@ -46,7 +46,7 @@ pub trait Storage: Send + Sync + std::fmt::Debug {
     fn set_len(&self, len: u64) -> io::Result<()>;
 
     /// The run that starts at `offset`: whether it is data or a hole that reads as zero, and its
-    /// length, at least 1 and at most `max_len`. Storage that cannot tell answers data. Beyond the
+    /// length, at least 1 and at most `max_len` (which must not be zero). Storage that cannot tell answers data. Beyond the
     /// end everything is a hole.
     fn run_at(&self, offset: u64, max_len: u64) -> io::Result<Run>;
 
@@ -83,6 +83,22 @@ pub(crate) trait StorageExt: Storage {
     /// [`Storage::len`] naming the file.
     fn length(&self) -> Result<u64> {
         self.len().map_err(|e| self.io_error("find the length of the file", 0, e))
+    }
+
+    /// [`Storage::run_at`] naming the file, cut on 512-byte borders: a run never ends inside a sector,
+    /// except at `max_len`. Where a sector is partly data, it is data.
+    fn run(&self, offset: u64, max_len: u64) -> Result<Run> {
+        let max_len = max_len.max(1);
+        let found = self.run_at(offset, max_len);
+        let found = found.map_err(|e| self.io_error("find holes", offset, e))?;
+        let end = offset.saturating_add(found.len.clamp(1, max_len));
+        let (last, max_end) = (end & !511, offset.saturating_add(max_len));
+        if found.is_hole && (last > offset || end >= max_end) {
+            let end = if end >= max_end { end } else { last };
+            return Ok(Run { len: end - offset, is_hole: true });
+        }
+        let first_end = end.checked_next_multiple_of(512).unwrap_or(end).min(max_end);
+        Ok(Run { len: (first_end - offset).max(1), is_hole: false })
     }
 
     /// An error about this file.
