@@ -15,6 +15,7 @@
 pub mod allocate;
 pub mod bitmaps;
 pub mod chain;
+pub mod check;
 pub mod create;
 pub mod edit;
 pub mod error;

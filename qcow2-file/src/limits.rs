@@ -12,6 +12,8 @@ pub const MAX_REFCOUNT_TABLE_BYTES: u64 = 8 << 20;
 pub const MAX_SNAPSHOTS: u32 = 65536;
 /// Largest snapshot table in bytes, as QEMU.
 pub const MAX_SNAPSHOT_TABLE_BYTES: u64 = 1024 * 65536;
+/// Longest extra data of a snapshot table entry in bytes, as QEMU.
+pub const MAX_SNAPSHOT_EXTRA_BYTES: u32 = 1024;
 /// Longest backing file or data file name in bytes, as the spec.
 pub const MAX_FILE_NAME_BYTES: u32 = 1023;
 /// Longest bitmap name in bytes, as QEMU.
@@ -52,3 +54,16 @@ pub const MAX_SLICES_PER_EXTENT: u32 = 64;
 pub const FIRST_EXTENT_WINDOW: u64 = 4 << 20;
 /// L1 tables of all layers of a chain together, in bytes: two of the largest.
 pub const MAX_CHAIN_L1_BYTES: u64 = 2 * MAX_L1_BYTES;
+/// Memory in which a check counts references: 2^26 clusters (4 TiB at 64 KiB) in one pass over the
+/// metadata. QEMU holds the counts of the whole file.
+pub const CHECK_COUNTS_BYTES: usize = 132 << 20;
+/// Most passes of a check, so that an image that scatters references over exabytes ends in an error:
+/// 256 TiB of dense data at 64 KiB clusters.
+pub const MAX_CHECK_PASSES: u32 = 64;
+/// Clusters with more references than the counts' width holds, which a check counts aside.
+pub const MAX_CHECK_OVERFLOWS: usize = 1 << 20;
+/// Distinct L2 tables, active and in snapshots, that a check remembers: as many as the largest L1
+/// table has entries.
+pub const MAX_CHECK_TABLES: usize = 4 << 20;
+/// Findings that a check describes; further ones are counted only.
+pub const MAX_CHECK_FINDINGS: usize = 1000;

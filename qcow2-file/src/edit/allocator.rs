@@ -61,11 +61,12 @@ enum TableState {
 
 impl Allocator {
     /// Walks all metadata and refuses a corrupt image: an allocator that trusts wrong refcounts
-    /// overwrites what is in use. Costs what `check` costs; writes nothing.
+    /// overwrites what is in use. Costs what [`check`](crate::check::check) costs; writes nothing.
     ///
     /// `file` must not be written by others while the allocator lives, apart from clusters that it
     /// handed out and header fields other than those of the refcount table.
     pub fn open(file: Arc<dyn Storage>, header: &Header) -> Result<Self> {
+        crate::check::refuse_unless_writable(&file, header)?;
         Ok(Self {
             geometry: header.geometry(),
             refcounts: Refcounts::open(file.clone(), header)?,
@@ -204,7 +205,7 @@ impl Allocator {
             return Ok(true);
         }
         for index in first_block..=last_block {
-            if self.refcounts.block_at(index)?.is_none() {
+            if self.refcounts.block_in_file(index)?.is_none() {
                 self.add_block(index)?;
                 return Ok(true);
             }
@@ -218,8 +219,8 @@ impl Allocator {
         let own = index * self.geometry.refcounts_per_block();
         let free = self.refcounts.next_free(self.first_free)?;
         let (covering, _) = self.refcounts.position(free);
-        let is_covered =
-            covering < self.refcounts.table_len() && self.refcounts.block_at(covering)?.is_some();
+        let is_covered = covering < self.refcounts.table_len()
+            && self.refcounts.block_in_file(covering)?.is_some();
         let cluster = if is_covered { free } else { own };
         self.refcounts.insert_block(index, self.offset(cluster))?;
         self.refcounts.set(cluster, 1)?;

@@ -4,6 +4,7 @@ mod allocator;
 pub(crate) mod refcounts;
 
 pub use allocator::Allocator;
+pub(crate) use refcounts::Refcounts;
 
 use crate::error::Error;
 use crate::storage::Storage;

@@ -79,18 +79,31 @@ impl Refcounts {
     }
 
     /// Where block `index` stands; `None` where there is none.
-    pub(crate) fn block_at(&self, index: u64) -> Result<Option<HostOffset>> {
+    pub(crate) fn block_at(&self, index: u64) -> Result<Option<HostOffset>, Malformed> {
         let raw = self.table.get(index as usize).copied().unwrap_or(0);
         let at = self.table_at.0.saturating_add(index * 8);
         if raw & !BLOCK_OFFSET_MASK != 0 {
             let problem = Problem::Reserved { value: raw & !BLOCK_OFFSET_MASK };
-            return Err(self.file.malformed(Malformed::new(at, "refcount_table_entry", problem)));
+            return Err(Malformed::new(at, "refcount_table_entry", problem));
         }
         if !self.geometry.is_cluster_aligned(HostOffset(raw)) {
             let problem = Problem::Misaligned { value: raw, align: self.geometry.cluster_size() };
-            return Err(self.file.malformed(Malformed::new(at, "refcount_table_entry", problem)));
+            return Err(Malformed::new(at, "refcount_table_entry", problem));
         }
         Ok((raw != 0).then_some(HostOffset(raw)))
+    }
+
+    /// Like [`block_at`](Self::block_at), naming the file.
+    pub(crate) fn block_in_file(&self, index: u64) -> Result<Option<HostOffset>> {
+        self.block_at(index).map_err(|what| self.file.malformed(what))
+    }
+
+    /// Treats block `index` as absent from now on, without changing the file. For a walk over an
+    /// image whose table entry is wrong.
+    pub(crate) fn forget_block(&mut self, index: u64) {
+        if let Some(entry) = self.table.get_mut(index as usize) {
+            *entry = 0;
+        }
     }
 
     /// Enters a new block, all zero, at `at`. It is dirty; the table entry is changed in memory.
@@ -173,7 +186,7 @@ impl Refcounts {
     }
 
     fn write_block(&mut self, index: u64) -> Result<()> {
-        let at = self.block_at(index)?;
+        let at = self.block_in_file(index)?;
         if let (Some(at), Some(block)) = (at, self.blocks.get_mut(&index)) {
             self.file.write(&block.bytes, at.0)?;
             block.is_dirty = false;
@@ -183,7 +196,7 @@ impl Refcounts {
 
     fn block(&mut self, index: u64) -> Result<Option<&mut Block>> {
         if !self.blocks.contains_key(&index) {
-            let Some(at) = self.block_at(index)? else { return Ok(None) };
+            let Some(at) = self.block_in_file(index)? else { return Ok(None) };
             self.make_room()?;
             let mut bytes = vec![0; self.geometry.cluster_size() as usize];
             self.file.read(&mut bytes, at.0)?;

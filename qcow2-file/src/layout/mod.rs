@@ -8,4 +8,5 @@ pub mod extension;
 pub mod geometry;
 pub mod header;
 pub mod refcount;
+pub mod snapshot;
 pub mod units;
