@@ -34,3 +34,8 @@ pub use guard::Guard;
 pub use image::{Image, LayerExtent, LayerKind};
 pub use layout::units::{GuestOffset, HostOffset};
 pub use storage::{Access, HostFile, Memory, Storage};
+
+/// A length or index within what is held in memory, whose bounds were checked in 64 bits.
+pub(crate) fn in_memory(count: u64) -> usize {
+    usize::try_from(count).unwrap_or(usize::MAX)
+}

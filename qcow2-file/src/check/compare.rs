@@ -7,6 +7,7 @@ use format_spec::{Malformed, Problem};
 use super::counts::{CHUNK_CLUSTERS, Counts};
 use super::{FindingKind, Image};
 use crate::error::Result;
+use crate::in_memory;
 use crate::layout::refcount::refcount_at;
 
 /// Compares the chunks of the window, and reports overlaps in it.
@@ -41,7 +42,7 @@ fn compare_chunk(image: &mut Image<'_>, chunk: u64, references: &[u64]) -> Resul
         let mut wrong = Vec::new();
         for cluster in at..stop {
             let stored = refcount_at(block, within + (cluster - at), order).unwrap_or(0);
-            let counted = references.get((cluster - start) as usize).copied().unwrap_or(0);
+            let counted = references.get(in_memory(cluster - start)).copied().unwrap_or(0);
             if stored != counted {
                 wrong.push((cluster, stored, counted));
             }

@@ -3,10 +3,12 @@
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 
+use crate::in_memory;
 use crate::limits;
 
 /// Clusters that are counted in one piece of memory.
-pub(super) const CHUNK_CLUSTERS: u64 = 4096;
+pub(super) const CHUNK_CLUSTERS: u64 = CHUNK as u64;
+const CHUNK: usize = 4096;
 /// A count that stands in the overflow map.
 const OVERFLOWED: u16 = u16::MAX;
 
@@ -29,8 +31,8 @@ pub(super) struct Referrer {
 }
 
 struct Chunk {
-    counts: [u16; CHUNK_CLUSTERS as usize],
-    metadata: [u64; CHUNK_CLUSTERS as usize / 64],
+    counts: [u16; CHUNK],
+    metadata: [u64; CHUNK / 64],
 }
 
 const MAX_CHUNKS: usize = limits::CHECK_COUNTS_BYTES / size_of::<Chunk>();
@@ -66,7 +68,7 @@ impl Counts {
     /// Counts `weight` references to each of the clusters.
     pub(super) fn claim(&mut self, clusters: Range<u64>, weight: u64, how: Use, by: Referrer) {
         for cluster in clusters {
-            let within = (cluster % CHUNK_CLUSTERS) as usize;
+            let within = in_memory(cluster % CHUNK_CLUSTERS);
             let Some(chunk) = self.chunk(cluster / CHUNK_CLUSTERS) else { continue };
             let (Some(count), Some(bits)) =
                 (chunk.counts.get_mut(within), chunk.metadata.get_mut(within / 64))
@@ -79,10 +81,9 @@ impl Counts {
                 *bits |= bit;
             }
             let sum = u64::from(*count).saturating_add(weight);
-            if *count != OVERFLOWED && sum < u64::from(OVERFLOWED) {
-                *count = sum as u16;
-            } else {
-                let before = std::mem::replace(count, OVERFLOWED);
+            let before = std::mem::replace(count, u16::try_from(sum).unwrap_or(OVERFLOWED));
+            if before == OVERFLOWED || *count == OVERFLOWED {
+                *count = OVERFLOWED;
                 self.count_aside(cluster, before, weight);
             }
             if overlaps && self.overlaps.len() < limits::MAX_CHECK_FINDINGS {
@@ -110,10 +111,7 @@ impl Counts {
             if !self.chunks.contains_key(&index) && !self.make_room(index) {
                 return None;
             }
-            let empty = || {
-                let (counts, metadata) = ([0; CHUNK_CLUSTERS as usize], [0; 64]);
-                Box::new(Chunk { counts, metadata })
-            };
+            let empty = || Box::new(Chunk { counts: [0; CHUNK], metadata: [0; CHUNK / 64] });
             self.current = Some((index, self.chunks.remove(&index).unwrap_or_else(empty)));
         }
         self.current.as_mut().map(|(_, chunk)| &mut **chunk)

@@ -8,6 +8,7 @@ use format_spec::{Malformed, Problem};
 use super::counts::Referrer;
 use super::{FindingKind, Image};
 use crate::error::Result;
+use crate::in_memory;
 use crate::layout::bitmap_directory::{self, ImageFacts};
 use crate::layout::entry::L1Entry;
 use crate::layout::header::autoclear;
@@ -127,7 +128,7 @@ impl Roots {
         let mut done = 0;
         while done < table.entries * 8 {
             let at = table.start + done;
-            piece.resize((table.entries * 8 - done).min(L1_PIECE_BYTES) as usize, 0);
+            piece.resize(in_memory((table.entries * 8 - done).min(L1_PIECE_BYTES)), 0);
             if image.read_unless_hole(&mut piece, at)? {
                 let (entries, _) = piece.as_chunks::<8>();
                 for (i, raw) in entries.iter().enumerate().filter(|(_, raw)| **raw != [0; 8]) {
@@ -247,7 +248,7 @@ impl Roots {
         let start = extension.directory_offset;
         let by = Referrer { at: 0, field: "bitmap_directory_offset" };
         self.area(image, start, extension.directory_size, by);
-        let mut bytes = vec![0; extension.directory_size as usize];
+        let mut bytes = vec![0; in_memory(extension.directory_size)];
         image.file.read(&mut bytes, start)?;
         let entries = match bitmap_directory::decode_directory(&bytes, start, extension.count) {
             Ok(entries) => entries,

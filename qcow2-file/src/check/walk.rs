@@ -6,6 +6,7 @@ use super::counts::{Counts, Referrer, Use};
 use super::roots::{Area, Roots, Table};
 use super::{FindingKind, Image};
 use crate::error::Result;
+use crate::in_memory;
 use crate::layout::bitmap_directory::TableEntry;
 use crate::layout::entry::{CompressedEntry, L2Entry, StandardEntry};
 
@@ -34,7 +35,7 @@ pub(super) fn count_references(
     for table in &roots.bitmap_tables {
         bitmap_table(image, counts, *table, is_first)?;
     }
-    let mut buf = vec![0; image.geometry.cluster_size() as usize];
+    let mut buf = vec![0; in_memory(image.geometry.cluster_size())];
     for (at, table) in &roots.tables {
         if image.read_unless_hole(&mut buf, *at)? {
             let mut walk = TableWalk { image: &mut *image, counts: &mut *counts, is_first };
@@ -60,7 +61,7 @@ fn bitmap_table(
     let mut piece = Vec::new();
     let mut done = 0;
     while done < table.bytes {
-        piece.resize((table.bytes - done).min(BITMAP_PIECE_BYTES) as usize, 0);
+        piece.resize(in_memory((table.bytes - done).min(BITMAP_PIECE_BYTES)), 0);
         if image.read_unless_hole(&mut piece, table.start + done)? {
             let (entries, _) = piece.as_chunks::<8>();
             for (i, raw) in entries.iter().enumerate() {
@@ -94,7 +95,7 @@ impl TableWalk<'_, '_> {
         let g = self.image.geometry;
         let has_data_file = self.image.header.has_data_file();
         let width = g.l2_entry_size();
-        for (i, raw) in bytes.chunks_exact(width as usize).enumerate() {
+        for (i, raw) in bytes.chunks_exact(in_memory(width)).enumerate() {
             let (first, rest) = raw.split_at_checked(8).unwrap_or_default();
             let word = |b: &[u8]| b.try_into().map_or(0, u64::from_be_bytes);
             let (raw, bitmap) = (word(first), word(rest));

@@ -25,6 +25,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use crate::bitmaps::PersistentBitmap;
 use crate::error::{Error, Result};
+use crate::in_memory;
 use crate::layout::geometry::Geometry;
 use crate::layout::header::{CompressionType, Header};
 use crate::layout::units::GuestOffset;
@@ -276,9 +277,4 @@ fn lengthen(storage: &dyn Storage, len: u64) -> Result<()> {
         return Ok(());
     }
     storage.set_len(len).map_err(|e| storage.io_error("set the length to", len, e))
-}
-
-/// A length or position that was bounded before, as an index.
-fn in_memory(bytes: u64) -> usize {
-    usize::try_from(bytes).unwrap_or(usize::MAX)
 }

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use format_spec::{Malformed, Problem};
 
 use crate::error::Result;
+use crate::in_memory;
 use crate::layout::geometry::Geometry;
 use crate::layout::header::Header;
 use crate::layout::refcount::{refcount_at, set_refcount};
@@ -44,7 +45,7 @@ impl Refcounts {
     pub(crate) fn open(file: Arc<dyn Storage>, header: &Header) -> Result<Self> {
         let geometry = header.geometry();
         let bytes = u64::from(header.refcount_table_clusters) << geometry.cluster_bits();
-        let mut raw = vec![0; bytes.min(limits::MAX_REFCOUNT_TABLE_BYTES) as usize];
+        let mut raw = vec![0; in_memory(bytes.min(limits::MAX_REFCOUNT_TABLE_BYTES))];
         file.read(&mut raw, header.refcount_table_offset)?;
         let (entries, _) = raw.as_chunks::<8>();
         let table = entries.iter().map(|e| u64::from_be_bytes(*e)).collect();
@@ -64,7 +65,7 @@ impl Refcounts {
 
     /// Bytes `first..end` of entries as they stand in the table.
     pub(crate) fn table_bytes(&self, first: u64, end: u64) -> Vec<u8> {
-        let entries = self.table.get(first as usize..end as usize).unwrap_or_default();
+        let entries = self.table.get(in_memory(first)..in_memory(end)).unwrap_or_default();
         entries.iter().flat_map(|e| e.to_be_bytes()).collect()
     }
 
@@ -75,12 +76,12 @@ impl Refcounts {
 
     /// Lengthens the table in memory.
     pub(crate) fn lengthen_table(&mut self, entries: u64) {
-        self.table.resize(self.table.len().max(entries as usize), 0);
+        self.table.resize(self.table.len().max(in_memory(entries)), 0);
     }
 
     /// Where block `index` stands; `None` where there is none.
     pub(crate) fn block_at(&self, index: u64) -> Result<Option<HostOffset>, Malformed> {
-        let raw = self.table.get(index as usize).copied().unwrap_or(0);
+        let raw = self.table.get(in_memory(index)).copied().unwrap_or(0);
         let at = self.table_at.0.saturating_add(index * 8);
         if raw & !BLOCK_OFFSET_MASK != 0 {
             let problem = Problem::Reserved { value: raw & !BLOCK_OFFSET_MASK };
@@ -101,7 +102,7 @@ impl Refcounts {
     /// Treats block `index` as absent from now on, without changing the file. For a walk over an
     /// image whose table entry is wrong.
     pub(crate) fn forget_block(&mut self, index: u64) {
-        if let Some(entry) = self.table.get_mut(index as usize) {
+        if let Some(entry) = self.table.get_mut(in_memory(index)) {
             *entry = 0;
         }
     }
@@ -109,10 +110,10 @@ impl Refcounts {
     /// Enters a new block, all zero, at `at`. It is dirty; the table entry is changed in memory.
     pub(crate) fn insert_block(&mut self, index: u64, at: HostOffset) -> Result<()> {
         self.make_room()?;
-        if let Some(entry) = self.table.get_mut(index as usize) {
+        if let Some(entry) = self.table.get_mut(in_memory(index)) {
             *entry = at.0;
         }
-        let bytes = vec![0; self.geometry.cluster_size() as usize];
+        let bytes = vec![0; in_memory(self.geometry.cluster_size())];
         self.blocks.insert(index, Block { bytes, is_dirty: true, is_used: true });
         self.clock.push_back(index);
         Ok(())
@@ -198,16 +199,16 @@ impl Refcounts {
         if !self.blocks.contains_key(&index) {
             let Some(at) = self.block_in_file(index)? else { return Ok(None) };
             self.make_room()?;
-            let mut bytes = vec![0; self.geometry.cluster_size() as usize];
+            let mut bytes = vec![0; in_memory(self.geometry.cluster_size())];
             self.file.read(&mut bytes, at.0)?;
             self.blocks.insert(index, Block { bytes, is_dirty: false, is_used: false });
             self.clock.push_back(index);
         }
-        let block = self.blocks.get_mut(&index);
-        Ok(block.map(|b| {
-            b.is_used = true;
-            b
-        }))
+        let mut block = self.blocks.get_mut(&index);
+        if let Some(block) = &mut block {
+            block.is_used = true;
+        }
+        Ok(block)
     }
 
     /// Evicts until one more block fits. A dirty block is written first: increments may become

@@ -127,7 +127,11 @@ mod tests {
     fn entry(extra: &[u8]) -> Vec<u8> {
         let mut w = Writer::new();
         w.be64(0x50000).be32(3).bytes(&[0, 1, 0, 4]).be32(7).bytes(&[0; 12]).be32(9);
-        w.be32(extra.len() as u32).bytes(extra).bytes(b"1").bytes(b"snap").pad_to(8);
+        w.be32(u32::try_from(extra.len()).unwrap())
+            .bytes(extra)
+            .bytes(b"1")
+            .bytes(b"snap")
+            .pad_to(8);
         w.into_bytes()
     }
 
