@@ -295,6 +295,8 @@ fn first_other_word(words: &[u64], plain: u64) -> Option<usize> {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::cast_possible_truncation)]
+
     use proptest::prelude::*;
 
     use super::*;

@@ -16,7 +16,6 @@ use crate::allocate::Allocate;
 use crate::error::Result;
 use crate::layout::bitmap_directory::{BitmapShape, DirectoryEntry, ImageFacts, TableEntry};
 use crate::layout::extension::BitmapsExtension;
-use crate::layout::header::autoclear;
 use crate::layout::units::HostOffset;
 use crate::storage::{Storage, StorageExt};
 
@@ -77,13 +76,7 @@ impl Change {
         let stored = self.store(&mut target, image);
         let (extension, freed) = stored.inspect_err(|_| target.give_back())?;
         allocator.flush()?;
-        header::update(file, |header| {
-            header.set_bitmaps(extension);
-            header.autoclear_features &= !autoclear::BITMAPS;
-            if extension.is_some() {
-                header.autoclear_features |= autoclear::BITMAPS;
-            }
-        })?;
+        header::set_extension(file, extension)?;
         for (at, clusters) in freed.0 {
             allocator.free(at, clusters)?;
         }

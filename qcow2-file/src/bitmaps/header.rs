@@ -1,17 +1,27 @@
-//! Changing the header of an image that holds data: in an order in which no torn write, cut between
-//! two sectors, leaves a header that means something else than the old or the new one.
+//! Changing the header of an image that holds data, one sector at a time.
+//!
+//! A disk writes a sector as a whole and nothing larger. The extension may lie behind the first
+//! sector while the autoclear bit lies in it, and a new extension may need the place where the
+//! backing file's name stands. The header is therefore changed as raw bytes, by as few as possible,
+//! in steps each of which leaves a header that means the same as before or as after.
+
+use std::ops::Range;
 
 use crate::error::{Error, Result};
+use crate::layout::extension::{BitmapsExtension, Extension};
 use crate::layout::header::{Header, autoclear, incompatible};
-use crate::preflight::read_header;
+use crate::preflight::{check_readable, read_header};
 use crate::storage::{Storage, StorageExt};
 
 /// What a disk writes in one piece.
 const SECTOR: usize = 512;
-/// Header field `backing_file_offset`.
-const BACKING_OFFSET: std::ops::Range<usize> = 8..16;
-/// Header field `autoclear_features`.
-const AUTOCLEAR_AT: u64 = 88;
+const BACKING_OFFSET: Range<usize> = 8..16;
+const AUTOCLEAR: Range<usize> = 88..96;
+const HEADER_LENGTH: Range<usize> = 100..104;
+/// Bytes of the extension: type, length and body.
+const EXTENSION_BYTES: usize = 32;
+const EXTENSION_HEAD_BYTES: usize = 8;
+const BITMAPS_KIND: u32 = 0x2385_2875;
 /// Autoclear bits that stay right when this crate writes; others must be cleared (qcow2 spec).
 pub(crate) const KNOWN_AUTOCLEAR: u64 = autoclear::BITMAPS | autoclear::DATA_FILE_RAW;
 
@@ -19,7 +29,7 @@ pub(crate) const KNOWN_AUTOCLEAR: u64 = autoclear::BITMAPS | autoclear::DATA_FIL
 /// written.
 pub(crate) fn read_writable(file: &dyn Storage) -> Result<Header> {
     let header = read_header(file)?;
-    crate::preflight::check_readable(file, &header, true)?;
+    check_readable(file, &header, true)?;
     let refuse = |reason: &str| Err(Error::Refused { file: file.name(), reason: reason.into() });
     if header.incompatible_features & incompatible::CORRUPT != 0 {
         return refuse(
@@ -41,79 +51,298 @@ pub(crate) fn clear_autoclear(file: &dyn Storage, header: &Header, bits: u64) ->
     if header.version < 3 || kept == header.autoclear_features {
         return Ok(());
     }
-    file.write(&kept.to_be_bytes(), AUTOCLEAR_AT)?;
+    file.write(&kept.to_be_bytes(), AUTOCLEAR.start as u64)?;
     file.make_durable()
 }
 
-/// Reads the header as it is now, changes it and writes it back durably. What it points at must be
-/// durable.
-pub(crate) fn update(file: &dyn Storage, change: impl FnOnce(&mut Header)) -> Result<()> {
-    let mut header = read_header(file)?;
+/// Durably replaces, adds or (with `None`) removes the extension of a version 3 image and sets the
+/// autoclear bit accordingly. What the extension points at must be durable.
+pub(crate) fn set_extension(file: &dyn Storage, extension: Option<BitmapsExtension>) -> Result<()> {
+    let header = read_header(file)?;
     let mut old = vec![0; 1 << header.cluster_bits];
     file.read(&mut old, 0)?;
-    change(&mut header);
-    header.autoclear_features &= KNOWN_AUTOCLEAR;
-    let new = header.encode().ok_or_else(|| Error::Refused {
+    let name_len = header.backing_file.as_ref().map_or(0, String::len);
+    let steps = steps(&old, extension, name_len);
+    let steps = steps.filter(|steps| {
+        // A list that this arithmetic does not fit must not reach the disk.
+        steps
+            .iter()
+            .all(|bytes| Header::decode(bytes).is_ok_and(|h| h.backing_file == header.backing_file))
+    });
+    let steps = steps.ok_or_else(|| Error::Refused {
         file: file.name(),
-        reason: "has no room in its first cluster for the bitmaps extension".into(),
+        reason: "has no room in its first cluster for a change of the bitmaps extension".into(),
     })?;
-    let Some(name_len) = header.backing_file.as_ref().map(String::len).filter(|n| *n > 0) else {
-        return write_in_order(file, &old, new);
-    };
-    if is_safe(&old, &new) {
-        return write_in_order(file, &old, new);
-    }
-    match relocate_name(&old, &new, name_len) {
-        Some(relocated) => write_in_order(file, &old, relocated),
-        None => write_in_order(file, &old, new),
-    }
-}
-
-/// Whether the sectors behind the first may be written before it: they change nothing that the old
-/// first sector refers to.
-fn is_safe(old: &[u8], new: &[u8]) -> bool {
-    let end = used_end(old);
-    let tail = |bytes: &[u8]| bytes.get(SECTOR..end.max(SECTOR)).map(<[u8]>::to_vec);
-    tail(old) == tail(new)
-}
-
-/// The same header with the backing file's name behind everything that either header uses, and with
-/// the old one's bytes left where the new one needs none. `None` when there is no room.
-fn relocate_name(old: &[u8], new: &[u8], name_len: usize) -> Option<Vec<u8>> {
-    let from = u64::from_be_bytes(new.get(BACKING_OFFSET)?.try_into().ok()?);
-    let from = usize::try_from(from).ok()?;
-    let to = used_end(old).max(used_end(new)).next_multiple_of(8);
-    let name = new.get(from..from.checked_add(name_len)?)?.to_vec();
-    let mut moved = new.to_vec();
-    let kept = from.max(SECTOR);
-    moved.get_mut(from..)?.fill(0);
-    moved.get_mut(kept..)?.copy_from_slice(old.get(kept..)?);
-    moved.get_mut(to..to.checked_add(name_len)?)?.copy_from_slice(&name);
-    moved.get_mut(BACKING_OFFSET)?.copy_from_slice(&(to as u64).to_be_bytes());
-    Some(moved)
-}
-
-/// Writes what differs: the sectors behind the first and, once they are durable, the first. Where
-/// the old header needs what changes behind its first sector, which takes a list of extensions
-/// longer than a sector, all goes in one write.
-fn write_in_order(file: &dyn Storage, old: &[u8], new: Vec<u8>) -> Result<()> {
-    let (head, tail) = new.split_at(SECTOR.min(new.len()));
-    let (old_head, old_tail) = old.split_at(SECTOR.min(old.len()));
-    if tail != old_tail {
-        if head != old_head && !is_safe(old, &new) {
-            file.write(&new, 0)?;
-            return file.make_durable();
-        }
-        file.write(tail, head.len() as u64)?;
-        file.make_durable()?;
-    }
-    if head != old_head {
-        file.write(head, 0)?;
-        file.make_durable()?;
+    let mut before = old;
+    for after in steps {
+        write_sectors(file, &before, &after)?;
+        before = after;
     }
     Ok(())
 }
 
-fn used_end(bytes: &[u8]) -> usize {
-    bytes.iter().rposition(|b| *b != 0).map_or(0, |last| last + 1)
+/// Writes the sectors that differ, durably.
+fn write_sectors(file: &dyn Storage, before: &[u8], after: &[u8]) -> Result<()> {
+    let pairs = before.chunks(SECTOR).zip(after.chunks(SECTOR));
+    let mut is_changed = false;
+    for (at, (old, new)) in (0u64..).step_by(SECTOR).zip(pairs) {
+        if old != new {
+            file.write(new, at)?;
+            is_changed = true;
+        }
+    }
+    if is_changed { file.make_durable() } else { Ok(()) }
+}
+
+/// The states of the first cluster on the way from `old` to one with that extension. Of each step
+/// either one sector changes, or only bytes that the state before does not refer to. `None` when
+/// there is no room, or the cluster is not the header of a version 3 image.
+fn steps(old: &[u8], extension: Option<BitmapsExtension>, name_len: usize) -> Option<Vec<Vec<u8>>> {
+    let mut steps = Vec::new();
+    let mut now = old.to_vec();
+    let list = ExtensionList::of(&now)?;
+    if extension.is_some() && list.bitmaps.is_none() && name_len > 0 {
+        let name_at = usize::try_from(be64(&now, BACKING_OFFSET)?).ok()?;
+        if name_at < list.end.checked_add(EXTENSION_HEAD_BYTES + EXTENSION_BYTES)? {
+            let name = name_at..name_at.checked_add(name_len)?;
+            let Some(moved) = move_name(&now, name.clone(), list.end) else {
+                return Some(vec![shift_name(&now, name, &list, extension)?]);
+            };
+            steps.extend(moved);
+            now.clone_from(steps.last()?);
+        }
+    }
+    let mut new = list.edit(&now, extension)?;
+    let bits = be64(&new, AUTOCLEAR)? & KNOWN_AUTOCLEAR & !autoclear::BITMAPS;
+    put(&mut new, AUTOCLEAR.start, &bits.to_be_bytes())?;
+    let invalid = new.clone();
+    if extension.is_some() {
+        put(&mut new, AUTOCLEAR.start, &(bits | autoclear::BITMAPS).to_be_bytes())?;
+    }
+    let (head, tail) = new.split_at_checked(SECTOR)?;
+    let (head_now, tail_now) = now.split_at_checked(SECTOR)?;
+    let is_list_in_head = list.end + EXTENSION_HEAD_BYTES <= SECTOR;
+    let changes_both = head != head_now && tail != tail_now;
+    if changes_both && is_list_in_head {
+        // The list of now ends in the first sector: nothing refers to what follows it.
+        steps.push([head_now, tail].concat());
+    } else if changes_both {
+        // The extension itself stands across the border, or behind it: nobody may look at it while
+        // it changes.
+        let mut hidden = now.clone();
+        put(&mut hidden, AUTOCLEAR.start, &bits.to_be_bytes())?;
+        steps.push(hidden.clone());
+        let (hidden_head, _) = hidden.split_at_checked(SECTOR)?;
+        steps.push([hidden_head, tail].concat());
+        steps.push(invalid);
+    }
+    steps.push(new);
+    Some(steps)
+}
+
+/// Moves the backing file's name behind everything in use, to make room for one more extension: the
+/// copy first, then the reference to it.
+fn move_name(now: &[u8], name: Range<usize>, list_end: usize) -> Option<[Vec<u8>; 2]> {
+    let used = now.iter().rposition(|b| *b != 0)?.checked_add(1)?;
+    let to = used.max(list_end + EXTENSION_HEAD_BYTES + EXTENSION_BYTES).next_multiple_of(8);
+    let name = now.get(name)?.to_vec();
+    let mut copied = now.to_vec();
+    // A name that would share the first sector with its reference moves in one step with it.
+    put(&mut copied, to, &name)?;
+    let mut moved = copied.clone();
+    put(&mut moved, BACKING_OFFSET.start, &(to as u64).to_be_bytes())?;
+    Some([copied, moved])
+}
+
+/// Adds the extension where the cluster has no room for two copies of the backing file's name, all
+/// in one step. With 512-byte clusters that is one sector all the same; a name that long in clusters
+/// of 1 or 2 KiB is what a cut could tear.
+fn shift_name(
+    now: &[u8],
+    name: Range<usize>,
+    list: &ExtensionList,
+    extension: Option<BitmapsExtension>,
+) -> Option<Vec<u8>> {
+    let text = now.get(name.clone())?.to_vec();
+    let mut new = now.to_vec();
+    new.get_mut(name)?.fill(0);
+    let mut new = list.edit(&new, extension)?;
+    let to = list.end + EXTENSION_BYTES + EXTENSION_HEAD_BYTES;
+    put(&mut new, to, &text)?;
+    put(&mut new, BACKING_OFFSET.start, &(to as u64).to_be_bytes())?;
+    let bits = be64(&new, AUTOCLEAR)? & KNOWN_AUTOCLEAR | autoclear::BITMAPS;
+    put(&mut new, AUTOCLEAR.start, &bits.to_be_bytes())?;
+    Some(new)
+}
+
+/// Where the extensions of a raw header are.
+struct ExtensionList {
+    /// The bitmaps extension.
+    bitmaps: Option<usize>,
+    /// The end marker, or where one would stand.
+    end: usize,
+}
+
+impl ExtensionList {
+    fn of(bytes: &[u8]) -> Option<Self> {
+        let backing = usize::try_from(be64(bytes, BACKING_OFFSET)?).ok()?;
+        let area_end = if backing == 0 { bytes.len() } else { backing.min(bytes.len()) };
+        let mut list = Self { bitmaps: None, end: be32(bytes, HEADER_LENGTH)? as usize };
+        while list.end + EXTENSION_HEAD_BYTES <= area_end {
+            let kind = be32(bytes, list.end..list.end + 4)?;
+            let len = be32(bytes, list.end + 4..list.end + 8)? as usize;
+            if kind == 0 {
+                break;
+            }
+            if kind == BITMAPS_KIND {
+                list.bitmaps = Some(list.end);
+            }
+            let next = len.checked_next_multiple_of(8)?.checked_add(EXTENSION_HEAD_BYTES)?;
+            list.end = list.end.checked_add(next)?;
+        }
+        Some(list)
+    }
+
+    /// The cluster with the extension replaced, added at the end, or cut out.
+    fn edit(&self, bytes: &[u8], extension: Option<BitmapsExtension>) -> Option<Vec<u8>> {
+        let mut new = bytes.to_vec();
+        let mut body = format_spec::Writer::new();
+        if let Some(e) = extension {
+            Extension::Bitmaps(e).encode(&mut body);
+        }
+        let body = body.into_bytes();
+        match (self.bitmaps, extension) {
+            (Some(at), Some(_)) => put(&mut new, at, &body)?,
+            (None, Some(_)) => {
+                put(&mut new, self.end, &body)?;
+                put(&mut new, self.end + EXTENSION_BYTES, &[0; EXTENSION_HEAD_BYTES])?;
+            }
+            (Some(at), None) => {
+                let behind = new.get(at + EXTENSION_BYTES..self.end)?.to_vec();
+                let end = at.checked_add(behind.len())?;
+                put(&mut new, at, &behind)?;
+                put(&mut new, end, &[0; EXTENSION_HEAD_BYTES])?;
+            }
+            (None, None) => {}
+        }
+        Some(new)
+    }
+}
+
+fn put(bytes: &mut [u8], at: usize, value: &[u8]) -> Option<()> {
+    bytes.get_mut(at..at.checked_add(value.len())?)?.copy_from_slice(value);
+    Some(())
+}
+
+fn be32(bytes: &[u8], at: Range<usize>) -> Option<u32> {
+    Some(u32::from_be_bytes(bytes.get(at)?.try_into().ok()?))
+}
+
+fn be64(bytes: &[u8], at: Range<usize>) -> Option<u64> {
+    Some(u64::from_be_bytes(bytes.get(at)?.try_into().ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layout::header::CompressionType;
+
+    #[test]
+    fn a_long_name_in_a_small_cluster_is_shifted() {
+        let one = BitmapsExtension { count: 3, directory_size: 96, directory_offset: 0x3000 };
+        for (bits, features, name_len) in [(9, 2, 200), (9, 2, 240), (11, 7, 900)] {
+            let mut from = header(features, name_len, None);
+            from.cluster_bits = bits;
+            let steps = steps(&from.encode().unwrap(), Some(one), name_len).unwrap();
+            assert_eq!(steps.len(), 1);
+            let to = Header::decode(&steps[0]).unwrap();
+            assert_eq!((valid(&to), to.backing_file), (Some(one), from.backing_file));
+        }
+        let full = Header { cluster_bits: 9, ..header(2, 241, None) };
+        assert!(steps(&full.encode().unwrap(), Some(one), 241).is_none());
+    }
+
+    fn header(features: u8, name_len: usize, extension: Option<BitmapsExtension>) -> Header {
+        let feature =
+            |bit| crate::layout::extension::FeatureName { kind: 0, bit, name: "x".into() };
+        let mut extensions = vec![Extension::FeatureNames((0..features).map(feature).collect())];
+        if name_len > 0 {
+            extensions.insert(0, Extension::BackingFormat("raw".into()));
+        }
+        extensions.extend(extension.map(Extension::Bitmaps));
+        Header {
+            version: 3,
+            cluster_bits: 11,
+            size: 1 << 20,
+            crypt_method: 0,
+            l1_size: 64,
+            l1_table_offset: 0x1000,
+            refcount_table_offset: 0x2000,
+            refcount_table_clusters: 1,
+            nb_snapshots: 0,
+            snapshots_offset: 0,
+            incompatible_features: 0,
+            compatible_features: 0,
+            autoclear_features: u64::from(extension.is_some()),
+            refcount_order: 4,
+            compression_type: CompressionType::Zlib,
+            further_fields: Vec::new(),
+            extensions,
+            backing_file: (name_len > 0).then(|| "n".repeat(name_len)),
+        }
+    }
+
+    fn valid(h: &Header) -> Option<BitmapsExtension> {
+        h.bitmaps().filter(|_| h.autoclear_features & autoclear::BITMAPS != 0)
+    }
+
+    /// Every mix of old and new sectors of every step decodes to the old or the new bitmaps, or to
+    /// none where that cannot be helped, and to the same backing file.
+    fn walk(from: &Header, to: Option<BitmapsExtension>) -> bool {
+        let old = from.encode().unwrap();
+        let name_len = from.backing_file.as_ref().map_or(0, String::len);
+        let mut before = old.clone();
+        let mut has_lost = false;
+        for after in steps(&old, to, name_len).unwrap() {
+            for mix in 0..16usize {
+                let pairs = before.chunks(SECTOR).zip(after.chunks(SECTOR)).enumerate();
+                let mixed = pairs.flat_map(|(i, (b, a))| if mix >> i & 1 == 0 { b } else { a });
+                let mixed: Vec<u8> = mixed.copied().collect();
+                let h = Header::decode(&mixed).unwrap();
+                assert_eq!(h.backing_file, from.backing_file);
+                let now = valid(&h);
+                assert!(now == valid(from) || now == to || now.is_none());
+                has_lost |= now.is_none() && valid(from).is_some() && to.is_some();
+            }
+            before = after;
+        }
+        let h = Header::decode(&before).unwrap();
+        assert_eq!((valid(&h), h.bitmaps()), (to, to));
+        assert_eq!(
+            h.extensions.len(),
+            from.extensions.len() + usize::from(to.is_some())
+                - usize::from(from.bitmaps().is_some())
+        );
+        has_lost
+    }
+
+    #[test]
+    fn no_cut_between_two_sectors_breaks_the_header() {
+        let one = BitmapsExtension { count: 3, directory_size: 96, directory_offset: 0x3000 };
+        let two = BitmapsExtension { count: 4, directory_size: 128, directory_offset: 0x13000 };
+        for features in 0..11 {
+            for name_len in (0..60).chain([100, 300, 500]) {
+                walk(&header(features, name_len, None), Some(one));
+                walk(&header(features, name_len, Some(one)), None);
+                let has_lost = walk(&header(features, name_len, Some(one)), Some(two));
+                let at = header(features, name_len, Some(one)).encode().unwrap();
+                let at = ExtensionList::of(&at).unwrap().bitmaps.unwrap();
+                let is_split = at / SECTOR != (at + EXTENSION_BYTES - 1) / SECTOR;
+                assert_eq!(
+                    has_lost,
+                    is_split && (at + 12) / SECTOR != (at + 31) / SECTOR && at + 12 <= SECTOR
+                );
+            }
+        }
+    }
 }

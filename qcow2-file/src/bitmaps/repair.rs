@@ -4,14 +4,14 @@ use std::sync::Arc;
 
 use super::change::{Change, Content, Slot};
 use super::check::{BitmapCheck, Defect, Severity, check};
-use super::header::{self, read_writable};
+use super::header::{read_writable, set_extension};
 use super::load::{Bitmaps, image_facts, load_bits, read_directory, stale_extension};
 use super::table::Table;
 use crate::edit::Allocator;
 use crate::error::{Error, Result};
 use crate::layout::bitmap_directory::LocatedEntry;
 use crate::layout::extension::BitmapsExtension;
-use crate::layout::header::{Header, autoclear, incompatible};
+use crate::layout::header::{Header, incompatible};
 use crate::preflight::read_header;
 use crate::storage::{Storage, StorageExt};
 
@@ -59,7 +59,7 @@ pub fn repair(file: &Arc<dyn Storage>, options: RepairOptions) -> Result<Repaire
     let header = read_writable(&**file)?;
     let Some(extension) = header.bitmaps() else { return Ok(Repaired::default()) };
     if stale_extension(&header).is_some() {
-        drop_extension(&**file)?;
+        set_extension(&**file, None)?;
         let stale_dropped = extension.count;
         return Ok(Repaired { stale_dropped, has_leaked: true, ..Repaired::default() });
     }
@@ -146,16 +146,12 @@ fn commit(file: &Arc<dyn Storage>, header: &Header, mut change: Change) -> Resul
     // What is leaked together with the broken bitmaps may be shared with them.
     change.replaced = None;
     change.removed.clear();
-    drop_extension(&**file)?;
+    set_extension(&**file, None)?;
     apply(change).inspect_err(|_| restore(&**file, old))
 }
 
 fn restore(file: &dyn Storage, extension: BitmapsExtension) {
-    let restored = header::update(file, |header| {
-        header.set_bitmaps(Some(extension));
-        header.autoclear_features |= autoclear::BITMAPS;
-    });
-    if let Err(error) = restored {
+    if let Err(error) = set_extension(file, Some(extension)) {
         tracing::warn!(%error, "the bitmaps extension could not be put back");
     }
 }
@@ -166,12 +162,12 @@ pub fn strip(file: &Arc<dyn Storage>) -> Result<bool> {
     let header = read_writable(&**file)?;
     let Some(extension) = header.bitmaps() else { return Ok(false) };
     if stale_extension(&header).is_some() {
-        drop_extension(&**file)?;
+        set_extension(&**file, None)?;
         return Ok(true);
     }
     let report = check(file, &header)?;
     if report.worst() == Some(Severity::Corrupt) {
-        drop_extension(&**file)?;
+        set_extension(&**file, None)?;
         return Ok(true);
     }
     let Some(bitmaps) = Bitmaps::open(file.clone(), &header)? else { return Ok(false) };
@@ -196,14 +192,6 @@ pub fn clear_unfinished(file: &dyn Storage) -> Result<bool> {
 }
 
 fn drop_directory(file: &dyn Storage) -> Result<Repaired> {
-    drop_extension(file)?;
+    set_extension(file, None)?;
     Ok(Repaired { is_directory_dropped: true, has_leaked: true, ..Repaired::default() })
-}
-
-/// Takes the extension out of the header; clusters stay as they are.
-fn drop_extension(file: &dyn Storage) -> Result<()> {
-    header::update(file, |header| {
-        header.set_bitmaps(None);
-        header.autoclear_features &= !autoclear::BITMAPS;
-    })
 }

@@ -87,6 +87,8 @@ impl Tracker {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::cast_possible_truncation)]
+
     use super::*;
     use crate::bitmaps::Bits;
 

@@ -348,6 +348,8 @@ impl TableEntry {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::cast_possible_truncation)]
+
     use proptest::prelude::*;
 
     use super::*;
