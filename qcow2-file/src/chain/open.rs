@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::format::PROBE_BYTES;
-use super::{Chain, Format, Layer, LayerFiles, RawLayer, probe};
+use super::{Chain, Format, Layer, LayerFiles, RawLayer, foreign_format, probe};
 use crate::error::{Error, Result};
 use crate::image::{Image, ImageOptions, TableCache};
 use crate::layout::header::Header;
@@ -47,7 +47,8 @@ impl Opener {
         Self::default()
     }
 
-    /// The format of the top layer. `None` probes it; [`Chain::is_probed`] tells.
+    /// The format of the top layer. `None` probes it; [`Chain::is_probed`] tells. What looks like yet
+    /// another format is refused then, and not taken for a raw disk.
     pub fn format(mut self, format: Option<Format>) -> Self {
         self.format = format;
         self
@@ -210,6 +211,10 @@ impl Opening<'_> {
         let mut first = [0; PROBE_BYTES];
         file.read(&mut first, 0)?;
         let format = probe(&first);
+        if let (Format::Raw, Some(foreign)) = (format, foreign_format(&first)) {
+            let feature = format!("format {foreign} (if it is a raw disk all the same, say so)");
+            return Err(Error::Unsupported { file: file.name(), feature });
+        }
         if let (Format::Qcow2, Some(overlay)) = (format, self.chain.layers.last()) {
             let warning = Warning::ProbedBacking { backing: file.name().to_string() };
             self.chain.warnings.push((overlay.file().name(), warning));

@@ -129,13 +129,39 @@ impl Image {
             let entry = self.entry_in(&slice, slice_start, position)?;
             let piece = piece_at(&entry, g, g.in_cluster(pos));
             self.check_inside(&entry, piece.kind, position)?;
-            let piece = LayerExtent { len: piece.len.min(stop - pos), ..piece };
+            let more = self.alike(&slice, slice_start, position, piece.kind) << g.cluster_bits();
+            let len = piece.len.saturating_add(more).min(stop - pos);
+            let piece = LayerExtent { len, ..piece };
             if !run.push(piece) {
                 return Ok(Step::Ended);
             }
             pos = pos.saturating_add(piece.len);
         }
         Ok(Step::Slice { reached: stop })
+    }
+
+    /// How many entries right behind `position` map on as it does: nothing, or one host cluster after
+    /// the other. Long runs are nearly all of most tables, so they are compared word by word; the
+    /// last entry is then checked for all, since offsets only grow on the way to it.
+    fn alike(&self, slice: &[u64], slice_start: u64, position: Position, kind: LayerKind) -> u64 {
+        let step = match kind {
+            LayerKind::Data => self.geometry.cluster_size(),
+            LayerKind::Unallocated => 0,
+            LayerKind::Zero | LayerKind::Compressed => return 0,
+        };
+        let first = usize::try_from(position.index - slice_start).unwrap_or(usize::MAX);
+        let Some([head, rest @ ..]) = slice.get(first..) else { return 0 };
+        if self.geometry.has_subclusters() || (step == 0 && *head != 0) {
+            return 0;
+        }
+        let steps = (1..).map(|n: u64| head.wrapping_add(n.wrapping_mul(step)));
+        let count = rest.iter().zip(steps).take_while(|(word, expected)| *word == expected).count();
+        let last = Position { index: position.index.saturating_add(count as u64), ..position };
+        let check = |entry| self.check_inside(&entry, kind, last);
+        match self.entry_in(slice, slice_start, last).and_then(check) {
+            Ok(()) => count as u64,
+            Err(_) => 0,
+        }
     }
 
     /// The compressed cluster that holds `at`, where it is one.

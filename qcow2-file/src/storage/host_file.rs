@@ -289,3 +289,77 @@ fn retry<T>(mut call: impl FnMut() -> rustix::io::Result<T>) -> rustix::io::Resu
 fn is_unsupported(e: Errno) -> bool {
     matches!(e, Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL | Errno::NODEV | Errno::TXTBSY)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+
+    use super::*;
+
+    fn scratch() -> (tempfile::TempDir, PathBuf) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("file");
+        (dir, path)
+    }
+
+    #[test]
+    fn creates_only_what_is_not_there_and_for_its_owner_alone() {
+        let (dir, path) = scratch();
+        let file = HostFile::create_new(&path).unwrap();
+        assert_eq!(file.file().metadata().unwrap().permissions().mode() & 0o7777, 0o600);
+        assert!(HostFile::create_new(&path).is_err());
+        let link = dir.path().join("link");
+        symlink("nowhere", &link).unwrap();
+        assert!(HostFile::create_new(&link).is_err());
+        assert!(!dir.path().join("nowhere").exists());
+        symlink("file", dir.path().join("same")).unwrap();
+        let same = HostFile::open(&dir.path().join("same"), Access::Read).unwrap();
+        assert_eq!(same.id(), file.id());
+        assert!(same.write_at(b"x", 0).is_err());
+    }
+
+    #[test]
+    fn zeroes_become_holes_and_holes_are_found() {
+        let (_dir, path) = scratch();
+        let file = HostFile::create_new(&path).unwrap();
+        let block = 1 << 20;
+        file.write_at(&vec![7; 3 << 20], 0).unwrap();
+        assert_eq!(file.run_at(5, u64::MAX).unwrap(), Run { len: 3 * block - 5, is_hole: false });
+        file.write_zeroes(block, block).unwrap();
+        let mut buf = vec![9; 4 << 20];
+        file.read_at(&mut buf, 0).unwrap();
+        let at = |n: usize| (buf[n << 20], buf[((n + 1) << 20) - 1]);
+        assert_eq!([at(0), at(1), at(2), at(3)], [(7, 7), (0, 0), (7, 7), (0, 0)]);
+        // A file system without holes answers one stretch of data, which is true as well.
+        let run = file.run_at(0, u64::MAX).unwrap();
+        assert!(!run.is_hole && [block, 3 * block].contains(&run.len), "{run:?}");
+        if run.len == block {
+            assert!(file.file().metadata().unwrap().blocks() * 512 <= 2 * block + 65536);
+            let hole = file.run_at(block + 4096, u64::MAX).unwrap();
+            assert_eq!(hole, Run { len: block - 4096, is_hole: true });
+        }
+        assert!(file.run_at(3 * block, 10).unwrap().is_hole);
+        file.write_zeroes(3 * block, block).unwrap();
+        assert_eq!(file.len().unwrap(), 4 * block);
+        file.write_zeroes(100, 0).unwrap();
+        assert!(file.write_zeroes(u64::MAX - 5, 10).is_err());
+        file.write_zero_bytes(5, 70_000).unwrap();
+        file.read_at(&mut buf, 0).unwrap();
+        assert_eq!((buf[4], buf[5], buf[70_004], buf[70_005]), (7, 0, 0, 7));
+        file.discard(2 * block, block).unwrap();
+        file.set_len(10).unwrap();
+        file.sync().unwrap();
+        assert_eq!((file.len().unwrap(), file.is_empty().unwrap()), (10, false));
+    }
+
+    #[test]
+    fn runs_are_cut_between_sectors() {
+        use crate::storage::StorageExt;
+        let (_dir, path) = scratch();
+        let file = HostFile::create_new(&path).unwrap();
+        file.write_at(&[1; 700], 0).unwrap();
+        assert_eq!(file.run(0, 4096).unwrap(), Run { len: 1024, is_hole: false });
+        assert_eq!(file.run(1024, 4096).unwrap(), Run { len: 4096, is_hole: true });
+        assert_eq!(file.run(0, 600).unwrap(), Run { len: 600, is_hole: false });
+    }
+}

@@ -194,6 +194,54 @@ fn features_are_judged_and_named() {
     assert!(complaint(&image, 0).contains("version 2"));
 }
 
+/// Header fields that other implementations fell over, by offset.
+#[test]
+fn header_fields_are_bounded() {
+    let good = Hand::new(16, 4 << 30).finish();
+    let with = |at: u64, bytes: &[u8]| {
+        let bad = good.snapshot();
+        bad.write_at(bytes, at).unwrap();
+        text(&Image::open(Arc::new(bad), None).unwrap_err())
+    };
+    let all: [(u64, &[u8], &str); 18] = [
+        (0, b"QFI\0", "magic"),
+        (4, &[0, 0, 0, 4], "version at offset 4"),
+        (8, &[0, 0, 0, 0, 0, 0, 0xff, 0xff, 0, 0, 3, 0xff], "backing_file_offset at offset 8"),
+        (8, &[0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 4, 0], "backing_file_size at offset 16"),
+        (20, &[0, 0, 0, 8], "cluster_bits at offset 20 is 8, outside 9 to 21"),
+        (20, &[0, 0, 1, 4], "cluster_bits at offset 20 is 260"),
+        (24, &[0x7f; 8], "size at offset 24"),
+        (24, &[0, 0, 1, 0, 0, 0, 0, 0], "l1_size at offset 36 is 8, outside 2048"),
+        (36, &[0, 0, 0, 7], "l1_size at offset 36 is 7, outside 8"),
+        (36, &[0x7f, 0xff, 0xff, 0xff], "l1_size at offset 36"),
+        (40, &[0; 8], "l1_table_offset at offset 40"),
+        (40, &[0, 0, 0, 0, 0, 2, 0, 8], "l1_table_offset at offset 40 is 0x20008, not a multiple"),
+        (40, &[0x7f, 0xff, 0xff, 0xff, 0xff, 0xff, 0, 0], "l1_table_offset at offset 40"),
+        (48, &[0xff; 8], "refcount_table_offset at offset 48"),
+        (56, &[0, 0x10, 0, 0], "refcount_table_clusters at offset 56"),
+        (56, &[0; 4], "refcount_table_clusters at offset 56"),
+        (60, &[0xff; 4], "nb_snapshots at offset 60"),
+        (96, &[0, 0, 1, 0], "refcount_order at offset 96 is 256"),
+    ];
+    for (at, bytes, want) in all {
+        let said = with(at, bytes);
+        assert!(said.contains(want), "{at}: {said}");
+    }
+    assert!(with(100, &[0, 0, 0, 105]).contains("header_length at offset 100"));
+    assert!(with(104, &[9]).contains("compression_type at offset 104"));
+    // The length of the first extension, beyond the cluster.
+    assert!(with(112, &[1, 2, 3, 4, 0xff, 0xff, 0xff, 0xff]).contains("extension data at offset"));
+}
+
+#[test]
+fn a_crooked_feature_name_table_means_nothing() {
+    for len in [0, 1, 47, 49, 97] {
+        let odd = Extension::Unknown { kind: 0x6803_f857, data: vec![0; len] };
+        let image = Image::open(Hand::new(16, K64).extension(odd).finish(), None).unwrap();
+        assert_eq!(byte(&image, 0), 0);
+    }
+}
+
 #[test]
 fn a_data_file_that_was_not_opened_is_missed_only_by_reads() {
     let mut hand = Hand::new(16, 4 * K64);

@@ -176,6 +176,16 @@ fn content_never_decides_silently() {
 }
 
 #[test]
+fn foreign_formats_are_not_taken_for_raw_disks() {
+    let dir = Dir::new();
+    dir.put("disk.vmdk", b"KDMV and more");
+    assert!(dir.complaint(&trusting(), "disk.vmdk").contains("format vmdk"));
+    assert_eq!(first_byte(&trusting().format(Some(Format::Raw)), &dir.path("disk.vmdk")), b'K');
+    dir.image("top.qcow2", 0, Some(("disk.vmdk", None)));
+    assert!(dir.complaint(&trusting(), "top.qcow2").contains("format vmdk"));
+}
+
+#[test]
 fn only_files_and_devices_are_opened() {
     let dir = Dir::new();
     let status = std::process::Command::new("mkfifo").arg(dir.path("pipe")).status().unwrap();
