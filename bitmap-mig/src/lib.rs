@@ -1,1 +1,11 @@
-//! Named dirty bitmaps: in memory, digest, selection, stores.
+//! Named dirty bitmaps: in memory, their digest, which of them are carried under which name, and
+//! where they come from and go to.
+//!
+//! What this crate does not do: read or write guest data, decide what happens to a disk.
+#![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
+
+mod named;
+pub mod select;
+
+pub use named::{Bitmap, load, summary};
+pub use select::{Choice, Decision, Fate, Holder, Problem, Rename, Wanted, Wish, decide};
