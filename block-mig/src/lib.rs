@@ -10,6 +10,7 @@
 #![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 
 mod compare;
+pub mod device;
 mod error;
 pub mod limits;
 pub mod load;

@@ -1,0 +1,40 @@
+//! Files as disks: what the qcow2 crate opens and writes, behind the contracts of `mig-core`.
+
+mod chain;
+mod new_image;
+mod raw;
+
+use format_spec::Blame;
+use mig_core::Error;
+use mig_core::block::Compression;
+use qcow2_file::layout::header::CompressionType;
+
+pub use chain::{AboveSource, ChainSource};
+pub use new_image::NewImageSink;
+pub use raw::RawSink;
+
+/// Names the guest range at which an image failed.
+fn failed(operation: &'static str, offset: u64) -> impl Fn(qcow2_file::Error) -> Error {
+    move |e| Error::Device { operation, offset, blame: e.blame(), source: Box::new(e) }
+}
+
+/// Names the guest range at which plain storage failed.
+fn storage_failed(operation: &'static str, offset: u64) -> impl Fn(std::io::Error) -> Error {
+    move |e| Error::Device { operation, offset, blame: Blame::Device, source: Box::new(e) }
+}
+
+/// QEMU's word for a kind of compression.
+pub fn compression_type(compression: Compression) -> CompressionType {
+    match compression {
+        Compression::Deflate => CompressionType::Zlib,
+        Compression::Zstd => CompressionType::Zstd,
+    }
+}
+
+/// A kind of compression, by QEMU's word.
+pub fn compression(kind: CompressionType) -> Compression {
+    match kind {
+        CompressionType::Zlib => Compression::Deflate,
+        CompressionType::Zstd => Compression::Zstd,
+    }
+}

@@ -1,0 +1,52 @@
+//! A new qcow2 image as a sink.
+
+use mig_core::Result;
+use mig_core::block::{BlockSink, CompressedUnit};
+use qcow2_file::GuestOffset;
+use qcow2_file::create::NewImage;
+
+use super::{compression_type, failed};
+
+/// A qcow2 image that is being made. Whoever owns it finishes it.
+#[derive(Debug, Clone, Copy)]
+pub struct NewImageSink<'a>(pub &'a NewImage);
+
+impl BlockSink for NewImageSink<'_> {
+    fn size(&self) -> u64 {
+        self.0.virtual_size()
+    }
+
+    fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
+        self.0.write_at(buf, GuestOffset(offset)).map_err(failed("write", offset))
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64) -> Result<()> {
+        self.0.write_zeroes(GuestOffset(offset), len).map_err(failed("write zeroes", offset))
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> Result<()> {
+        self.0.discard(GuestOffset(offset), len).map_err(failed("discard", offset))
+    }
+
+    fn reads_as_zero(&self, offset: u64, len: u64) -> bool {
+        self.0.reads_as_zero(GuestOffset(offset), len)
+    }
+
+    fn allocation_unit(&self) -> u64 {
+        self.0.geometry().subcluster_size()
+    }
+
+    fn write_compressed(&self, offset: u64, unit: CompressedUnit, bytes: &[u8]) -> Result<bool> {
+        let kind = compression_type(unit.compression);
+        let stored = self.0.write_compressed(GuestOffset(offset), kind, unit.len, bytes);
+        stored.map_err(failed("write compressed data", offset))
+    }
+
+    fn flush(&self) -> Result<()> {
+        self.0.flush().map_err(failed("flush", 0))
+    }
+
+    fn sync(&self) -> Result<()> {
+        self.0.sync().map_err(failed("sync", 0))
+    }
+}
