@@ -2,10 +2,17 @@
 
 use std::path::PathBuf;
 
+use block_mig::device::ChainSource;
+use block_mig::first_difference;
+use block_mig::limits::{UNIT_BYTES, workers};
+use block_mig::plan::{Scope, survey};
+use qcow2_file::bitmaps::{Bitmaps, State};
 use serde::Serialize;
 
 use crate::copy::Format;
-use crate::{Error, Observer, Result};
+use crate::disk::{Disk, Request};
+use crate::observe::Progress;
+use crate::{Observer, Phase, Result};
 
 /// What to compare, and how.
 #[derive(Debug, Clone, Default)]
@@ -70,6 +77,96 @@ impl Comparison {
 }
 
 /// Compares two images. Stops reading at the first difference of content.
-pub fn run(_options: &CompareOptions, _observer: &dyn Observer) -> Result<Comparison> {
-    Err(Error::Usage { reason: "compare is not built yet".into() })
+pub fn run(options: &CompareOptions, observer: &dyn Observer) -> Result<Comparison> {
+    let open = |path, format| {
+        let request = Request { allow_named: options.allow_backing, ..Request::new(path, format) };
+        Disk::open(&request, observer)
+    };
+    let a = open(&options.a, options.format_a)?;
+    let b = open(&options.b, options.format_b)?;
+    let content = contents(&a, &b, options.allow_size, observer)?;
+    let both_can = a.image().is_some() && b.image().is_some();
+    let bitmaps = match options.bitmaps.unwrap_or(both_can) {
+        true => all_bitmaps(&a, &b)?,
+        false => Vec::new(),
+    };
+    let equal = content.equal && bitmaps.iter().all(|b| b.equal);
+    Ok(Comparison { equal, content, bitmaps })
+}
+
+fn contents(
+    a: &Disk,
+    b: &Disk,
+    allow_size: bool,
+    observer: &dyn Observer,
+) -> Result<ContentComparison> {
+    let sources = [ChainSource(&a.chain), ChainSource(&b.chain)];
+    let mut total = 0;
+    for source in &sources {
+        total = total.max(survey(source, Scope::Whole, UNIT_BYTES)?.content);
+    }
+    let progress = Progress::begin(observer, Phase::Read, total);
+    let found = first_difference(&sources[0], &sources[1], workers(None), &progress)?;
+    progress.end();
+    let sizes = [a.chain.virtual_size(), b.chain.virtual_size()];
+    let by_size = (sizes[0] != sizes[1] && !allow_size).then(|| sizes[0].min(sizes[1]));
+    let first_difference = match (found.map(|d| d.offset), by_size) {
+        (Some(content), Some(size)) => Some(content.min(size)),
+        (content, size) => content.or(size),
+    };
+    Ok(ContentComparison { equal: first_difference.is_none(), first_difference })
+}
+
+/// Compares every name that either side has, in the order of `a`, then of `b`.
+fn all_bitmaps(a: &Disk, b: &Disk) -> Result<Vec<BitmapComparison>> {
+    let names = |disk: &Disk| -> Vec<String> {
+        let directory = disk.bitmaps.directory();
+        directory.iter().flat_map(|d| d.list()).map(|e| e.name().to_owned()).collect()
+    };
+    let (left, right) = (names(a), names(b));
+    let others = right.iter().filter(|name| !left.contains(name));
+    let mut found: Vec<_> =
+        left.iter().chain(others).map(|name| one_bitmap(name, a, b)).collect::<Result<_>>()?;
+    for (disk, side) in [(a, "first"), (b, "second")] {
+        found.extend(disk.bitmaps.unlistable().map(|why| BitmapComparison {
+            name: "*".into(),
+            equal: false,
+            reason: Some(format!("the {side} image: {why}")),
+        }));
+    }
+    Ok(found)
+}
+
+fn one_bitmap(name: &str, a: &Disk, b: &Disk) -> Result<BitmapComparison> {
+    let reason = difference(name, a.bitmaps.directory(), b.bitmaps.directory())?;
+    Ok(BitmapComparison { name: name.to_owned(), equal: reason.is_none(), reason })
+}
+
+/// The first way in which a bitmap of that name differs.
+fn difference(name: &str, a: Option<&Bitmaps>, b: Option<&Bitmaps>) -> Result<Option<String>> {
+    let missing = |side| Ok(Some(format!("only the {side} image has it")));
+    let Some((a, left)) = a.and_then(|d| d.find(name).ok().map(|e| (d, e))) else {
+        return missing("second");
+    };
+    let Some((b, right)) = b.and_then(|d| d.find(name).ok().map(|e| (d, e))) else {
+        return missing("first");
+    };
+    for (entry, side) in [(left, "first"), (right, "second")] {
+        if entry.state != State::Consistent {
+            return Ok(Some(format!("it is inconsistent in the {side} image")));
+        }
+    }
+    if left.granularity() != right.granularity() {
+        let text = format!("granularity {} against {}", left.granularity(), right.granularity());
+        return Ok(Some(text));
+    }
+    if left.is_enabled() != right.is_enabled() {
+        let side = if left.is_enabled() { "first" } else { "second" };
+        return Ok(Some(format!("it is enabled only in the {side} image")));
+    }
+    let (left, right) = (a.load(name)?, b.load(name)?);
+    if left.len() != right.len() {
+        return Ok(Some(format!("it has {} bits against {}", left.len(), right.len())));
+    }
+    Ok((left != right).then(|| "their bits differ".to_owned()))
 }

@@ -69,6 +69,21 @@ pub enum Error {
     /// A device failed under the engine.
     #[error(transparent)]
     Device(#[from] mig_core::Error),
+    /// The engine stopped.
+    #[error(transparent)]
+    Block(block_mig::Error),
+    /// A hash could not be computed.
+    #[error(transparent)]
+    Hash(#[from] format_spec::content_hash::HashError),
+}
+
+impl From<block_mig::Error> for Error {
+    fn from(error: block_mig::Error) -> Self {
+        match error {
+            block_mig::Error::Cancelled => Self::Interrupted,
+            other => Self::Block(other),
+        }
+    }
 }
 
 impl Error {
@@ -82,6 +97,8 @@ impl Error {
             Self::Interrupted => Blame::Caller,
             Self::Image(e) => e.blame(),
             Self::Device(e) => e.blame(),
+            Self::Block(e) => e.blame(),
+            Self::Hash(_) => Blame::Caller,
         }
     }
 

@@ -2,10 +2,17 @@
 
 use std::path::PathBuf;
 
+use block_mig::device::ChainSource;
+use block_mig::limits::{UNIT_BYTES, workers};
+use block_mig::plan::{Scope, survey};
+use format_spec::content_hash::ContentHash;
+use qcow2_file::bitmaps::{Bitmaps, Entry, State};
 use serde::Serialize;
 
 use crate::copy::Format;
-use crate::{Error, Observer, Result};
+use crate::disk::{Disk, Request};
+use crate::observe::Progress;
+use crate::{Observer, Phase, Result};
 
 /// What to hash.
 #[derive(Debug, Clone, Default)]
@@ -41,6 +48,47 @@ pub struct Hashes {
 }
 
 /// Hashes an image as a guest sees it.
-pub fn run(_options: &HashOptions, _observer: &dyn Observer) -> Result<Hashes> {
-    Err(Error::Usage { reason: "hash is not built yet".into() })
+pub fn run(options: &HashOptions, observer: &dyn Observer) -> Result<Hashes> {
+    let request = Request {
+        allow_named: options.allow_backing,
+        ..Request::new(&options.image, options.format)
+    };
+    let disk = Disk::open(&request, observer)?;
+    let content_hash = content_of(&disk, workers(None), Phase::Read, observer)?.to_string();
+    let bitmaps = match disk.bitmaps.directory() {
+        Some(directory) => directory
+            .list()
+            .iter()
+            .map(|entry| digest_of(directory, entry))
+            .collect::<Result<_>>()?,
+        None => Vec::new(),
+    };
+    if let Some(why) = disk.bitmaps.unlistable() {
+        observer.warning(&why);
+    }
+    Ok(Hashes { content_hash, bitmaps })
+}
+
+/// The content hash of an open disk.
+pub(crate) fn content_of(
+    disk: &Disk,
+    workers: usize,
+    phase: Phase,
+    observer: &dyn Observer,
+) -> Result<ContentHash> {
+    let source = ChainSource(&disk.chain);
+    let total = survey(&source, Scope::Whole, UNIT_BYTES)?.content;
+    let progress = Progress::begin(observer, phase, total);
+    let hash = block_mig::content_hash(&source, workers, &progress)?;
+    progress.end();
+    Ok(hash)
+}
+
+fn digest_of(directory: &Bitmaps, entry: &Entry) -> Result<BitmapDigest> {
+    let digest = match entry.state {
+        State::Consistent => Some(bitmap_mig::load(directory, entry.name())?.digest()?.to_string()),
+        State::Inconsistent | State::Unknown(_) => None,
+    };
+    let granularity = entry.granularity();
+    Ok(BitmapDigest { name: entry.name().to_owned(), granularity, digest })
 }

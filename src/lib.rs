@@ -9,10 +9,12 @@
 
 pub mod compare;
 pub mod copy;
+mod disk;
 mod error;
 pub mod hash;
 pub mod info;
 mod observe;
+mod publish;
 pub mod report;
 
 pub use error::{Error, Result};

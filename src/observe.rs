@@ -1,5 +1,7 @@
 //! How a long operation is watched and stopped.
 
+use std::sync::{Mutex, PoisonError};
+
 /// Where a long operation is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
@@ -58,3 +60,37 @@ pub trait Observer: Send + Sync {
 pub struct Silent;
 
 impl Observer for Silent {}
+
+/// Progress of one phase, as the engine reports it.
+pub(crate) struct Progress<'a> {
+    observer: &'a dyn Observer,
+    total: u64,
+    done: Mutex<u64>,
+}
+
+impl<'a> Progress<'a> {
+    /// Begins a phase of `total` bytes.
+    pub(crate) fn begin(observer: &'a dyn Observer, phase: Phase, total: u64) -> Self {
+        observer.phase(phase);
+        observer.progress(0, total);
+        Self { observer, total, done: Mutex::new(0) }
+    }
+
+    /// The phase has succeeded.
+    pub(crate) fn end(self) {
+        self.observer.progress(self.total, self.total);
+    }
+}
+
+impl block_mig::Monitor for Progress<'_> {
+    fn advance(&self, bytes: u64) {
+        // Told under the lock, so that `done` never falls.
+        let mut done = self.done.lock().unwrap_or_else(PoisonError::into_inner);
+        *done = done.saturating_add(bytes).min(self.total);
+        self.observer.progress(*done, self.total);
+    }
+
+    fn is_cancelled(&self) -> bool {
+        self.observer.is_cancelled()
+    }
+}

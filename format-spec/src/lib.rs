@@ -18,6 +18,7 @@
 mod blame;
 pub mod content_hash;
 mod cursor;
+pub mod files;
 mod malformed;
 pub mod native;
 

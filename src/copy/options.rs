@@ -18,6 +18,24 @@ pub enum Format {
     Qcow2,
 }
 
+impl From<Format> for qcow2_file::Format {
+    fn from(format: Format) -> Self {
+        match format {
+            Format::Raw => Self::Raw,
+            Format::Qcow2 => Self::Qcow2,
+        }
+    }
+}
+
+impl From<qcow2_file::Format> for Format {
+    fn from(format: qcow2_file::Format) -> Self {
+        match format {
+            qcow2_file::Format::Raw => Self::Raw,
+            qcow2_file::Format::Qcow2 => Self::Qcow2,
+        }
+    }
+}
+
 impl FromStr for Format {
     type Err = Error;
 

@@ -1,9 +1,20 @@
-//! What a copy would do, before anything is written.
+//! What a copy would do, before anything is written: everything is decided here, and what stands in
+//! the way is collected, not met halfway.
 
+use block_mig::device::ChainSource;
+use block_mig::limits::UNIT_BYTES;
+use block_mig::plan::{Survey, survey};
 use serde::Serialize;
 
-use super::options::{CopyOptions, Format};
-use crate::{Error, Observer, Result};
+use super::bitmaps::{self, BitmapPlan};
+use super::options::{BackingChoice, CopyOptions, Format};
+use super::resolve::Source;
+use super::space::{self, Space};
+use super::target::{self, Target};
+use crate::info::allocated_bytes;
+use crate::publish::directory;
+use crate::report::error_chain;
+use crate::{Error, Observer, Phase, Result};
 
 /// What would become of one bitmap.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -49,7 +60,162 @@ pub struct Plan {
     pub refusals: Vec<String>,
 }
 
+/// A copy that is decided.
+#[derive(Debug)]
+pub(super) struct Job<'a> {
+    pub(super) options: &'a CopyOptions,
+    pub(super) source: Source,
+    pub(super) target: Target,
+    pub(super) survey: Survey,
+    pub(super) space: Space,
+    pub(super) bitmaps: BitmapPlan,
+    pub(super) not_carried: Vec<String>,
+    /// What stands in the way, the most telling first.
+    pub(super) refusals: Vec<Error>,
+}
+
 /// Decides what a copy would do. Writes nothing.
-pub fn plan(_options: &CopyOptions, _observer: &dyn Observer) -> Result<Plan> {
-    Err(Error::Usage { reason: "copy is not built yet".into() })
+pub fn plan(options: &CopyOptions, observer: &dyn Observer) -> Result<Plan> {
+    Ok(Job::decide(options, observer)?.describe())
+}
+
+impl<'a> Job<'a> {
+    /// Opens the source and decides everything.
+    pub(super) fn decide(options: &'a CopyOptions, observer: &dyn Observer) -> Result<Self> {
+        observer.phase(Phase::Plan);
+        let source = Source::open(options, observer)?;
+        let target = Target::decide(options, &source)?;
+        let mut refusals = target::obstacles(options, &source, &target);
+        let mut bitmaps = bitmaps::plan(options, &source, &target, Vec::new());
+        refusals.append(&mut bitmaps.refusals);
+        let found = survey(&*source.blocks(), source.scope(), UNIT_BYTES)?;
+        let mut job = Self {
+            options,
+            not_carried: not_carried(options, &source, &target, &found),
+            survey: found,
+            space: Space::default(),
+            source,
+            target,
+            bitmaps,
+            refusals,
+        };
+        job.check_space()?;
+        Ok(job)
+    }
+
+    /// The first refusal, if there is one.
+    pub(super) fn go_or_refuse(&mut self) -> Result<()> {
+        match self.refusals.is_empty() {
+            true => Ok(()),
+            false => Err(self.refusals.swap_remove(0)),
+        }
+    }
+
+    /// Whether compressed clusters can be passed on.
+    pub(super) fn passes_compressed(&self) -> bool {
+        passes_compressed(&self.source, &self.target)
+    }
+
+    fn check_space(&mut self) -> Result<()> {
+        let place = directory(self.target.data_path(self.options));
+        if !place.exists() {
+            return Ok(());
+        }
+        let needed = match &self.target {
+            Target::RawInPlace | Target::Qcow2InPlace => 0,
+            Target::Raw => self.survey.data.saturating_add(self.survey.compressed),
+            Target::Qcow2 { shape, .. } => self.qcow2_bytes(shape.geometry()),
+        };
+        self.space = Space { needed, free: space::free_bytes(place)? };
+        if self.space.needed > self.space.free {
+            let Space { needed, free } = self.space;
+            self.refusals.push(Error::NoSpace { path: place.to_owned(), needed, free });
+        }
+        Ok(())
+    }
+
+    fn qcow2_bytes(&self, geometry: qcow2_file::layout::geometry::Geometry) -> u64 {
+        let mut survey = self.survey;
+        let mut compressed = 0;
+        if self.passes_compressed() {
+            // How much they take is known cluster by cluster only; no more than all there is.
+            compressed = self.source.disk.files().map(|f| allocated_bytes(f)).sum::<u64>();
+            compressed = compressed.min(survey.compressed);
+        } else {
+            survey.data = survey.data.saturating_add(survey.compressed);
+        }
+        let size = self.source.disk.chain.virtual_size();
+        let bitmaps = self.bitmaps.decision.choices.iter().map(|choice| {
+            let bits = u8::try_from(choice.bitmap.granularity.max(1).ilog2()).unwrap_or(u8::MAX);
+            space::bitmap_bytes(geometry, size, bits)
+        });
+        space::qcow2_bytes(geometry, &survey, compressed).saturating_add(bitmaps.sum())
+    }
+
+    fn describe(&self) -> Plan {
+        let bitmap = |report: crate::report::BitmapReport, becomes: Option<String>| PlannedBitmap {
+            name: report.name,
+            becomes,
+            reason: report.reason,
+        };
+        let names = self.bitmaps.decision.choices.iter().map(|c| match &c.fate {
+            bitmap_mig::Fate::Carried(name) => Some(name.clone()),
+            bitmap_mig::Fate::Unwanted | bitmap_mig::Fate::Left(_) => None,
+        });
+        let reports = bitmaps::reports(&self.bitmaps).into_iter();
+        Plan {
+            source: self.options.source.display().to_string(),
+            destination: self.options.destination.display().to_string(),
+            source_format: self.source.disk.format(),
+            target_format: self.target.format(),
+            virtual_size: self.source.disk.chain.virtual_size(),
+            bytes_data: self.survey.data.saturating_add(self.survey.compressed),
+            bytes_zero: self.survey.zero,
+            space_needed: self.space.needed,
+            space_free: self.space.free,
+            not_carried: self.not_carried.clone(),
+            bitmaps: reports
+                .zip(names.chain(std::iter::repeat(None)))
+                .map(|(report, name)| bitmap(report, name))
+                .collect(),
+            refusals: self.refusals.iter().map(|e| error_chain(e)).collect(),
+        }
+    }
+}
+
+/// Whether the destination can hold the source's compressed clusters as they are.
+fn passes_compressed(source: &Source, target: &Target) -> bool {
+    let Target::Qcow2 { shape, data_file: None } = target else { return false };
+    source.disk.chain.layers().iter().filter_map(qcow2_file::Layer::as_qcow2).any(|image| {
+        image.geometry().cluster_bits() == shape.cluster_bits
+            && image.header().compression_type == shape.compression_type
+    })
+}
+
+/// What the source has and the destination will not have.
+fn not_carried(
+    options: &CopyOptions,
+    source: &Source,
+    target: &Target,
+    survey: &Survey,
+) -> Vec<String> {
+    let mut phrases = Vec::new();
+    let chain = ChainSource(&source.disk.chain).0;
+    if let Some(image) = source.disk.image() {
+        if image.snapshot_count() > 0 {
+            phrases.push(format!("{} internal snapshots", image.snapshot_count()));
+        }
+        let has_data_file = matches!(target, Target::Qcow2 { data_file: Some(_), .. });
+        if let (Some(name), false) = (image.header().data_file(), has_data_file) {
+            phrases.push(format!("external data file {name:?}: its content is in the copy itself"));
+        }
+    }
+    if chain.layers().len() > 1 && !matches!(options.backing, BackingChoice::Keep(_)) {
+        let count = chain.layers().len() - 1;
+        phrases.push(format!("backing chain of {count} layers: flattened into the copy"));
+    }
+    if survey.compressed > 0 && !passes_compressed(source, target) {
+        phrases.push(format!("compression of {} bytes: stored plain", survey.compressed));
+    }
+    phrases
 }

@@ -2,6 +2,7 @@
 
 use mig_core::Result;
 use mig_core::block::{BlockSource, CompressedUnit, Extent, ExtentKind};
+use qcow2_file::create::BackingReader;
 use qcow2_file::{Chain, ChainExtent, ChainKind, GuestOffset};
 
 use super::{compression, failed};
@@ -91,5 +92,15 @@ impl BlockSource for AboveSource<'_> {
 
     fn read_compressed(&self, offset: u64, out: &mut Vec<u8>) -> Result<Option<CompressedUnit>> {
         ChainSource(self.chain).read_compressed(offset, out)
+    }
+}
+
+/// A chain below a new image.
+#[derive(Debug)]
+pub struct ChainBacking(pub Chain);
+
+impl BackingReader for ChainBacking {
+    fn read_at(&self, buf: &mut [u8], at: GuestOffset) -> qcow2_file::Result<()> {
+        self.0.read_at(buf, at)
     }
 }

@@ -9,7 +9,7 @@ use mig_core::Error;
 use mig_core::block::Compression;
 use qcow2_file::layout::header::CompressionType;
 
-pub use chain::{AboveSource, ChainSource};
+pub use chain::{AboveSource, ChainBacking, ChainSource};
 pub use new_image::NewImageSink;
 pub use raw::RawSink;
 

@@ -1,0 +1,54 @@
+//! Names of the files beside a destination. SPEC 3.1.
+
+/// What the temporary name of an unfinished destination ends with.
+pub const PART_ENDING: &str = ".bitferry-part";
+/// Longest file name in bytes that file systems take.
+const MAX_NAME_BYTES: usize = 255;
+/// Bytes of an overlong name that are kept.
+const KEPT_BYTES: usize = 200;
+/// Hexadecimal digits of the hash that stands for the rest.
+const HASH_DIGITS: usize = 16;
+
+/// The temporary name, in the same directory, of a destination whose file name is `name`.
+pub fn temporary_name(name: &[u8]) -> Vec<u8> {
+    let whole = [b".", name, PART_ENDING.as_bytes()].concat();
+    if whole.len() <= MAX_NAME_BYTES {
+        return whole;
+    }
+    let hash = blake3::hash(name).to_hex();
+    let digits = hash.as_bytes().get(..HASH_DIGITS).unwrap_or_default();
+    [b".", cut(name), digits, PART_ENDING.as_bytes()].concat()
+}
+
+/// The first [`KEPT_BYTES`] of a name, or up to three fewer so as not to cut a UTF-8 character.
+fn cut(name: &[u8]) -> &[u8] {
+    let is_inside = |at: usize| name.get(at).is_some_and(|b| b & 0xc0 == 0x80);
+    let back = (0..4).find(|back| !is_inside(KEPT_BYTES.saturating_sub(*back))).unwrap_or(0);
+    name.get(..KEPT_BYTES.saturating_sub(back)).unwrap_or(name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn short_names_are_kept() {
+        assert_eq!(temporary_name(b"vm.qcow2"), b".vm.qcow2.bitferry-part");
+        assert_eq!(temporary_name(&[b'x'; 240]).len(), 255);
+    }
+
+    #[test]
+    fn long_names_are_cut_at_a_character_and_stay_apart() {
+        let long = "ä".repeat(125);
+        let other = format!("{long}b");
+        let names = [temporary_name(long.as_bytes()), temporary_name(other.as_bytes())];
+        assert_ne!(names[0], names[1]);
+        for name in names {
+            assert!(name.len() <= MAX_NAME_BYTES);
+            assert!(String::from_utf8(name).is_ok());
+        }
+        let odd = format!("x{}", "ä".repeat(125));
+        assert!(String::from_utf8(temporary_name(odd.as_bytes())).is_ok());
+        assert!(temporary_name(&[0x80; 255]).len() <= MAX_NAME_BYTES);
+    }
+}

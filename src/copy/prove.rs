@@ -1,0 +1,88 @@
+//! The proof: the destination is opened afresh, as somebody else would find it, read back, and held
+//! against what was sent.
+
+use block_mig::Transferred;
+use qcow2_file::bitmaps::PersistentBitmap;
+use qcow2_file::chain::Backing;
+
+use super::bitmaps;
+use super::new::Unfinished;
+use super::plan::Job;
+use super::target::Target;
+use crate::disk::{Disk, Request};
+use crate::hash::content_of;
+use crate::report::Verified;
+use crate::{Observer, Phase, Result, Silent};
+
+/// What the proof found.
+#[derive(Debug)]
+pub(super) struct Proof {
+    pub(super) verified: Verified,
+    /// The source's content, where it was hashed.
+    pub(super) content_hash: Option<String>,
+    /// What differs.
+    pub(super) mismatch: Option<String>,
+}
+
+/// Proves a new destination that still has its temporary names.
+pub(super) fn new_destination(
+    job: &Job<'_>,
+    unfinished: &Unfinished,
+    moved: &Transferred,
+    stored: &[PersistentBitmap],
+    observer: &dyn Observer,
+) -> Result<Proof> {
+    let [first, .., last] = unfinished.drafts.as_slice() else {
+        let Some(only) = unfinished.drafts.first() else { return Ok(unproved(moved)) };
+        let request = request(job, only.temporary());
+        return prove(job, &request, moved, stored, observer);
+    };
+    let request =
+        Request { data_file: Some(first.temporary().to_owned()), ..request(job, last.temporary()) };
+    prove(job, &request, moved, stored, observer)
+}
+
+/// How the destination is opened: with the files that we made or that the user named, in no other.
+fn request<'a>(job: &'a Job<'_>, path: &'a std::path::Path) -> Request<'a> {
+    let kept = job.source.kept.as_ref();
+    Request {
+        path,
+        format: Some(job.target.format()),
+        allow_named: job.options.allow_backing,
+        backing: kept
+            .map_or(Backing::Named, |k| Backing::File(k.path.clone(), Some(k.format.into()))),
+        data_file: None,
+    }
+}
+
+/// Opens the destination as `request` says and holds it against what was moved.
+pub(super) fn prove(
+    job: &Job<'_>,
+    request: &Request<'_>,
+    moved: &Transferred,
+    stored: &[PersistentBitmap],
+    observer: &dyn Observer,
+) -> Result<Proof> {
+    if job.options.no_verify {
+        return Ok(unproved(moved));
+    }
+    let found = Disk::open(request, &Silent)?;
+    let workers = block_mig::limits::workers(job.options.workers);
+    let sent = match moved.content_hash {
+        Some(hash) => hash,
+        // Only a part was moved: the whole is read on both sides.
+        None => content_of(&job.source.disk, workers, Phase::Prove, observer)?,
+    };
+    let read = content_of(&found, workers, Phase::Prove, observer)?;
+    let mut mismatch = (sent != read).then(|| format!("sent {sent}, read {read}"));
+    if mismatch.is_none() && !matches!(job.target, Target::Raw | Target::RawInPlace) {
+        mismatch = bitmaps::difference(stored, &found.bitmaps)?;
+    }
+    let verified = if mismatch.is_none() { Verified::Yes } else { Verified::Mismatch };
+    Ok(Proof { verified, content_hash: Some(sent.to_string()), mismatch })
+}
+
+fn unproved(moved: &Transferred) -> Proof {
+    let content_hash = moved.content_hash.map(|h| h.to_string());
+    Proof { verified: Verified::No, content_hash, mismatch: None }
+}

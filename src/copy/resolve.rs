@@ -1,0 +1,116 @@
+//! What is copied: the source with whatever below it may be opened, and which of its layers count.
+
+use std::path::{Path, PathBuf};
+
+use block_mig::device::{AboveSource, ChainSource};
+use block_mig::plan::Scope;
+use mig_core::block::BlockSource;
+use qcow2_file::chain::Backing;
+use qcow2_file::{Access, HostFile};
+
+use super::options::{BackingChoice, CopyOptions, Format};
+use crate::disk::{Disk, Request};
+use crate::publish::directory;
+use crate::{Error, Observer, Result};
+
+/// The backing file that the destination is to keep.
+#[derive(Debug, Clone)]
+pub(super) struct Kept {
+    /// Where it is, as the user said.
+    pub(super) path: PathBuf,
+    /// What the destination records.
+    pub(super) name: String,
+    /// Its format.
+    pub(super) format: Format,
+    /// How many layers of the source stand above it.
+    pub(super) layers: usize,
+}
+
+/// What is copied.
+#[derive(Debug)]
+pub(super) struct Source {
+    pub(super) disk: Disk,
+    pub(super) kept: Option<Kept>,
+}
+
+impl Source {
+    /// Opens the source as the options allow.
+    pub(super) fn open(options: &CopyOptions, observer: &dyn Observer) -> Result<Self> {
+        let request = Request {
+            allow_named: options.allow_backing || options.backing == BackingChoice::Flatten,
+            ..Request::new(&options.source, options.source_format)
+        };
+        match &options.backing {
+            BackingChoice::Keep(path) => Self::open_above(options, request, path, observer),
+            _ => Ok(Self { disk: Disk::open(&request, observer)?, kept: None }),
+        }
+    }
+
+    /// Opens a source of which only what stands above `path` is copied.
+    fn open_above(
+        options: &CopyOptions,
+        request: Request<'_>,
+        path: &Path,
+        observer: &dyn Observer,
+    ) -> Result<Self> {
+        let id = HostFile::open(path, Access::Read)?.id();
+        let backing = match options.allow_backing {
+            true => Backing::Named,
+            // What the user names may be opened; what the image names may not.
+            false => Backing::File(path.to_owned(), None),
+        };
+        let disk = Disk::open(&Request { backing, ..request }, observer)?;
+        if disk.chain.layers().len() < 2 {
+            let reason = format!(
+                "{} has no backing file, so nothing of it stands above {}",
+                options.source.display(),
+                path.display()
+            );
+            return Err(Error::Usage { reason });
+        }
+        let layers = disk.depth_of(id).unwrap_or_else(|| {
+            observer.warning(&format!(
+                "{} is not in the source's backing chain; whether it reads the same is only known \
+                 from the proof",
+                path.display()
+            ));
+            1
+        });
+        if layers == 0 {
+            return Err(Error::Usage { reason: "the source cannot be its own backing".into() });
+        }
+        let format = disk.chain.layers().get(layers).map_or(Format::Raw, |l| l.format().into());
+        let name = recorded_name(path, &options.destination)?;
+        Ok(Self { disk, kept: Some(Kept { path: path.to_owned(), name, format, layers }) })
+    }
+
+    /// What is to be moved, as a disk.
+    pub(super) fn blocks(&self) -> Box<dyn BlockSource + '_> {
+        match &self.kept {
+            Some(kept) => Box::new(AboveSource { chain: &self.disk.chain, layers: kept.layers }),
+            None => Box::new(ChainSource(&self.disk.chain)),
+        }
+    }
+
+    /// What its holes mean.
+    pub(super) fn scope(&self) -> Scope {
+        if self.kept.is_some() { Scope::Above } else { Scope::Whole }
+    }
+}
+
+/// How a backing file is named inside the destination: by its file name where both are in the same
+/// directory and the user gave no absolute path, else absolutely.
+fn recorded_name(path: &Path, destination: &Path) -> Result<String> {
+    let is_neighbour = path.is_relative() && directory(path) == directory(destination);
+    let named = match path.file_name() {
+        Some(name) if is_neighbour => PathBuf::from(name),
+        _ => std::path::absolute(path).map_err(|source| Error::File {
+            action: "find",
+            path: path.to_owned(),
+            source,
+        })?,
+    };
+    named.into_os_string().into_string().map_err(|name| Error::Usage {
+        reason: format!("{} is not UTF-8 and cannot be recorded", Path::new(&name).display()),
+    })
+}

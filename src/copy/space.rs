@@ -1,0 +1,52 @@
+//! Whether there is room. Pure, but for asking the file system.
+
+use std::path::Path;
+
+use block_mig::plan::Survey;
+use qcow2_file::bitmaps::granules;
+use qcow2_file::layout::geometry::Geometry;
+
+use crate::{Error, Result};
+
+/// For headers, snapshots of tables and whatever else is small.
+const SLACK_BYTES: u64 = 1 << 20;
+
+/// What a copy takes and what there is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) struct Space {
+    /// Upper estimate of what the destination allocates.
+    pub(super) needed: u64,
+    /// What the file system gives.
+    pub(super) free: u64,
+}
+
+/// An upper estimate of the bytes that a new qcow2 file with this content takes; `compressed` is
+/// what is passed on compressed, as it is stored.
+pub(super) fn qcow2_bytes(geometry: Geometry, survey: &Survey, compressed: u64) -> u64 {
+    let data = rounded(survey.data, geometry).saturating_add(compressed);
+    let clusters = geometry.clusters_for(data);
+    let table_entries = geometry.clusters_for(survey.data.saturating_add(survey.compressed));
+    let tables = table_entries.saturating_mul(geometry.l2_entry_size());
+    let refcounts = (clusters << geometry.refcount_order()) / 8;
+    data.saturating_add(tables).saturating_add(refcounts).saturating_add(SLACK_BYTES)
+}
+
+/// Bytes of a bitmap with its table, all of it set.
+pub(super) fn bitmap_bytes(geometry: Geometry, size: u64, granularity_bits: u8) -> u64 {
+    let bytes = granules(size, granularity_bits).div_ceil(8);
+    rounded(bytes, geometry).saturating_add(geometry.cluster_size())
+}
+
+fn rounded(bytes: u64, geometry: Geometry) -> u64 {
+    geometry.clusters_for(bytes).saturating_mul(geometry.cluster_size())
+}
+
+/// Bytes that a file system gives to us, by a directory in it.
+pub(super) fn free_bytes(directory: &Path) -> Result<u64> {
+    let found = rustix::fs::statvfs(directory).map_err(|errno| Error::File {
+        action: "find the free space of",
+        path: directory.to_owned(),
+        source: errno.into(),
+    })?;
+    Ok(found.f_bavail.saturating_mul(found.f_frsize))
+}

@@ -1,0 +1,183 @@
+//! Opening an image with its bitmaps, for every verb that reads one.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use qcow2_file::bitmaps::{Bitmaps, stale_extension};
+use qcow2_file::chain::Backing;
+use qcow2_file::lock::{self, Lock, Mode};
+use qcow2_file::storage::FileId;
+use qcow2_file::{Chain, HostFile, Image, Layer, Opener, Storage};
+
+use crate::copy::Format;
+use crate::{Error, Observer, Result};
+
+/// Endings of file names that no qcow2 image has.
+const RAW_ENDINGS: [&str; 4] = ["raw", "dd", "iso", "bin"];
+/// Endings that say qcow2.
+const QCOW2_ENDINGS: [&str; 2] = ["qcow2", "qcow"];
+
+/// What to open, and what may be opened with it.
+#[derive(Debug, Clone)]
+pub(crate) struct Request<'a> {
+    pub(crate) path: &'a Path,
+    pub(crate) format: Option<Format>,
+    /// Whether files that the image names may be opened.
+    pub(crate) allow_named: bool,
+    pub(crate) backing: Backing,
+    pub(crate) data_file: Option<PathBuf>,
+}
+
+impl<'a> Request<'a> {
+    /// Just this file, whatever it is.
+    pub(crate) fn new(path: &'a Path, format: Option<Format>) -> Self {
+        Self { path, format, allow_named: false, backing: Backing::Named, data_file: None }
+    }
+}
+
+/// What a disk's top layer has in the way of bitmaps.
+#[derive(Debug)]
+pub(crate) enum Stored {
+    /// It has none, or could have none.
+    None,
+    /// It has some, each of which may or may not be usable.
+    Some(Bitmaps),
+    /// It had that many, until a program that does not know them wrote to the image.
+    Stale(u32),
+    /// Their directory is damaged.
+    Damaged(qcow2_file::Error),
+}
+
+impl Stored {
+    /// Bitmaps of an image.
+    pub(crate) fn of(image: &Image) -> Self {
+        if let Some(stale) = stale_extension(image.header()) {
+            return Self::Stale(stale.count);
+        }
+        match Bitmaps::open(image.file().clone(), image.header()) {
+            Ok(None) => Self::None,
+            Ok(Some(bitmaps)) => Self::Some(bitmaps),
+            Err(error) => Self::Damaged(error),
+        }
+    }
+
+    /// Why bitmaps that are there cannot even be listed, if so.
+    pub(crate) fn unlistable(&self) -> Option<String> {
+        match self {
+            Self::None | Self::Some(_) => None,
+            Self::Stale(count) => Some(format!(
+                "its {count} bitmaps were made invalid by a program that wrote to the image without \
+                 knowing them"
+            )),
+            Self::Damaged(error) => {
+                let why = crate::report::error_chain(error);
+                Some(format!("its bitmap directory is damaged: {why}"))
+            }
+        }
+    }
+
+    /// The directory, where it can be read.
+    pub(crate) fn directory(&self) -> Option<&Bitmaps> {
+        match self {
+            Self::Some(bitmaps) => Some(bitmaps),
+            _ => None,
+        }
+    }
+}
+
+/// An image that is open for reading, with everything below it, locked against writers.
+#[derive(Debug)]
+pub(crate) struct Disk {
+    pub(crate) chain: Chain,
+    pub(crate) bitmaps: Stored,
+    _locks: Vec<Lock>,
+}
+
+impl Disk {
+    /// Opens and locks an image. What the user should know goes to `observer`.
+    pub(crate) fn open(request: &Request<'_>, observer: &dyn Observer) -> Result<Self> {
+        let chain = opener(request).open(request.path)?;
+        let locks = lock_all(&chain)?;
+        check_probe(request.path, &chain, observer)?;
+        for (file, warning) in chain.warnings() {
+            observer.warning(&format!("{file} {warning}"));
+        }
+        let bitmaps = chain.top().as_qcow2().map_or(Stored::None, Stored::of);
+        Ok(Self { chain, bitmaps, _locks: locks })
+    }
+
+    /// Format of the top layer.
+    pub(crate) fn format(&self) -> Format {
+        self.chain.top().format().into()
+    }
+
+    /// The top layer, where it is qcow2.
+    pub(crate) fn image(&self) -> Option<&Image> {
+        self.chain.top().as_qcow2()
+    }
+
+    /// Every file of every layer.
+    pub(crate) fn files(&self) -> impl Iterator<Item = &Arc<HostFile>> {
+        self.chain.files().iter().flat_map(|f| std::iter::once(&f.file).chain(f.data.as_ref()))
+    }
+
+    /// Whether one of its files is that one.
+    pub(crate) fn has_file(&self, id: FileId) -> bool {
+        self.files().any(|f| f.id() == id)
+    }
+
+    /// Position of the layer whose file is that one.
+    pub(crate) fn depth_of(&self, id: FileId) -> Option<usize> {
+        self.chain.files().iter().position(|f| f.file.id() == id)
+    }
+}
+
+fn opener(request: &Request<'_>) -> Opener {
+    Opener::new()
+        .format(request.format.map(Into::into))
+        .allow_named_files(request.allow_named)
+        .backing(request.backing.clone())
+        .data_file(request.data_file.clone())
+}
+
+fn lock_all(chain: &Chain) -> Result<Vec<Lock>> {
+    let files = chain.files().iter().flat_map(|f| std::iter::once(&f.file).chain(f.data.as_ref()));
+    files.map(|f| Ok(lock::acquire(f.file(), &f.name(), Mode::Read)?)).collect()
+}
+
+/// A guest can write a qcow2 header to the start of its raw disk: who has only looked at the content
+/// does not take it for qcow2 without a word. Other containers are not taken for raw either.
+fn check_probe(path: &Path, chain: &Chain, observer: &dyn Observer) -> Result<()> {
+    if !chain.is_probed() {
+        return Ok(());
+    }
+    let name = path.display();
+    if let Layer::Raw(raw) = chain.top() {
+        let mut start = [0; qcow2_file::chain::PROBE_BYTES];
+        let read = raw.file().read_at(&mut start, 0);
+        let found = read.ok().and_then(|()| qcow2_file::chain::foreign_format(&start));
+        return found.map_or(Ok(()), |format| {
+            let reason = format!(
+                "{name} looks like {format}, which is not supported; \
+                 if it is a raw disk all the same, use -f raw"
+            );
+            Err(Error::Usage { reason })
+        });
+    }
+    let ending = path.extension().and_then(|e| e.to_str()).unwrap_or_default().to_lowercase();
+    let is_device = chain.files().first().is_some_and(|f| f.file.is_device());
+    if is_device || RAW_ENDINGS.contains(&ending.as_str()) {
+        let reason = format!(
+            "{name} holds a qcow2 header, which the guest of a raw disk could have written; \
+             say which it is: -f raw or -f qcow2"
+        );
+        return Err(Error::Usage { reason });
+    }
+    if !QCOW2_ENDINGS.contains(&ending.as_str()) {
+        observer.warning(&format!(
+            "{name} is taken for qcow2 because of its content, which the guest of a raw disk could \
+             have written; use -f qcow2 or -f raw to be sure"
+        ));
+    }
+    Ok(())
+}

@@ -1,0 +1,265 @@
+//! Files that get their final name only when they are complete. SPEC 3.1 and 3.2.
+//!
+//! A [`Draft`] is a file under its temporary name, locked, and removed when it is dropped without
+//! having been published. What belongs together is finished and synced as drafts first, and then
+//! [`publish`]ed in one go; the directory is synced last.
+
+use std::ffi::{OsStr, OsString};
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use format_spec::files::temporary_name;
+use qcow2_file::lock::{self, Lock};
+use qcow2_file::{HostFile, Storage};
+use rustix::fs::{CWD, RenameFlags, renameat_with};
+
+use crate::{Error, Result};
+
+/// How often another writer's temporary file may vanish or be replaced under us.
+const ATTEMPTS: usize = 16;
+
+/// A destination under its temporary name.
+#[derive(Debug)]
+pub(crate) struct Draft {
+    file: Arc<HostFile>,
+    temporary: PathBuf,
+    target: PathBuf,
+    is_published: bool,
+    _lock: Lock,
+}
+
+impl Draft {
+    /// Creates and locks the temporary file for `target`. One that a dead process left is removed;
+    /// one that a living process writes is [`qcow2_file::Error::InUse`].
+    pub(crate) fn create(target: &Path) -> Result<Self> {
+        let target = followed(target)?;
+        let temporary = temporary_path(&target)?;
+        for _ in 0..ATTEMPTS {
+            match fs::symlink_metadata(&temporary) {
+                Ok(_) => remove_abandoned(&temporary)?,
+                Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+                Err(e) => return Err(failed("look at", &temporary)(e)),
+            }
+            let file = match HostFile::create_new(&temporary) {
+                Ok(file) => Arc::new(file),
+                Err(qcow2_file::Error::Open { source, .. })
+                    if source.kind() == io::ErrorKind::AlreadyExists =>
+                {
+                    continue;
+                }
+                Err(e) => return Err(e.into()),
+            };
+            if let Some(lock) = lock::acquire_temporary(file.file(), &temporary)? {
+                return Ok(Self { file, temporary, target, is_published: false, _lock: lock });
+            }
+        }
+        Err(qcow2_file::Error::InUse { file: name_of(&temporary), holders: Vec::new() }.into())
+    }
+
+    /// The file.
+    pub(crate) fn file(&self) -> &Arc<HostFile> {
+        &self.file
+    }
+
+    /// The file, as what images are written to.
+    pub(crate) fn storage(&self) -> Arc<dyn Storage> {
+        self.file.clone()
+    }
+
+    /// Where it stands now.
+    pub(crate) fn temporary(&self) -> &Path {
+        &self.temporary
+    }
+
+    /// Gives it its final name. Without `replaces`, a file of that name is an error.
+    fn rename(&mut self, replaces: bool) -> Result<()> {
+        if replaces {
+            fs::rename(&self.temporary, &self.target).map_err(failed("rename to", &self.target))?;
+        } else {
+            rename_new(&self.temporary, &self.target)?;
+        }
+        self.is_published = true;
+        Ok(())
+    }
+
+    /// Takes the final name away again.
+    fn withdraw(&mut self) {
+        match fs::rename(&self.target, &self.temporary) {
+            Ok(()) => self.is_published = false,
+            Err(error) => tracing::warn!(%error, "{} stays", self.target.display()),
+        }
+    }
+}
+
+impl Drop for Draft {
+    fn drop(&mut self) {
+        if self.is_published {
+            return;
+        }
+        if let Err(error) = fs::remove_file(&self.temporary) {
+            tracing::warn!(%error, "{} stays behind", self.temporary.display());
+        }
+    }
+}
+
+/// Publishes drafts whose content is durable, in the order given, and makes their names durable.
+/// Where the second of them cannot be published and the first replaced nothing, the first is taken
+/// back.
+pub(crate) fn publish(mut drafts: Vec<Draft>, replaces: bool) -> Result<()> {
+    for index in 0..drafts.len() {
+        let (done, rest) = drafts.split_at_mut(index);
+        let Some(draft) = rest.first_mut() else { break };
+        if let Err(error) = draft.rename(replaces) {
+            if !replaces {
+                done.iter_mut().rev().for_each(Draft::withdraw);
+            }
+            return Err(error);
+        }
+    }
+    for draft in &drafts {
+        sync_directory(&draft.target)?;
+    }
+    Ok(())
+}
+
+/// Removes the temporary file of a process that died. One that is locked stays, and is an error.
+fn remove_abandoned(temporary: &Path) -> Result<()> {
+    // Nobody of us makes links there, and following one would touch a stranger's file.
+    if fs::symlink_metadata(temporary).is_ok_and(|m| m.file_type().is_symlink()) {
+        return fs::remove_file(temporary).map_err(failed("remove", temporary));
+    }
+    let file = match HostFile::open(temporary, qcow2_file::Access::ReadWrite) {
+        Ok(file) => file,
+        Err(qcow2_file::Error::Open { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+            return Ok(());
+        }
+        Err(e) => return Err(e.into()),
+    };
+    match lock::acquire_temporary(file.file(), temporary)? {
+        Some(_lock) => fs::remove_file(temporary).map_err(failed("remove", temporary)),
+        None => Ok(()),
+    }
+}
+
+/// Renames to a name that must be free.
+fn rename_new(from: &Path, to: &Path) -> Result<()> {
+    match renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
+        Ok(()) => Ok(()),
+        // File systems that cannot: a hard link never replaces either.
+        Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOSYS) => {
+            fs::hard_link(from, to).map_err(already_there(to))?;
+            fs::remove_file(from).map_err(failed("remove", from))
+        }
+        Err(e) => Err(already_there(to)(e.into())),
+    }
+}
+
+fn already_there(path: &Path) -> impl Fn(io::Error) -> Error {
+    move |source| match source.kind() {
+        io::ErrorKind::AlreadyExists => Error::Exists { path: path.to_owned() },
+        _ => failed("rename to", path)(source),
+    }
+}
+
+/// Where a destination really stands: the target of a symbolic link to an existing file.
+fn followed(target: &Path) -> Result<PathBuf> {
+    let is_link = fs::symlink_metadata(target).is_ok_and(|m| m.file_type().is_symlink());
+    if is_link && target.exists() {
+        return fs::canonicalize(target).map_err(failed("follow", target));
+    }
+    Ok(target.to_owned())
+}
+
+/// The directory of a path; `.` for a bare name.
+pub(crate) fn directory(path: &Path) -> &Path {
+    path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+fn temporary_path(target: &Path) -> Result<PathBuf> {
+    let name = target
+        .file_name()
+        .ok_or_else(|| Error::Usage { reason: format!("{} is no file name", target.display()) })?;
+    Ok(directory(target).join(OsString::from_vec(temporary_name(OsStr::as_bytes(name)))))
+}
+
+fn sync_directory(path: &Path) -> Result<()> {
+    let directory = directory(path);
+    let sync = || File::open(directory)?.sync_all();
+    sync().map_err(failed("sync", directory))
+}
+
+fn name_of(path: &Path) -> Arc<str> {
+    path.to_string_lossy().into()
+}
+
+fn failed(action: &'static str, path: &Path) -> impl Fn(io::Error) -> Error {
+    move |source| Error::File { action, path: path.to_owned(), source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn names(directory: &Path) -> Vec<String> {
+        let name = |e: io::Result<fs::DirEntry>| e.unwrap().file_name().into_string().unwrap();
+        let mut names: Vec<_> = fs::read_dir(directory).unwrap().map(name).collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn a_dropped_draft_leaves_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let draft = Draft::create(&dir.path().join("a")).unwrap();
+        assert_eq!(names(dir.path()), [".a.bitferry-part"]);
+        drop(draft);
+        assert!(names(dir.path()).is_empty());
+    }
+
+    #[test]
+    fn two_writers_of_one_destination_keep_apart() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = Draft::create(&dir.path().join("a")).unwrap();
+        let second = Draft::create(&dir.path().join("a")).unwrap_err();
+        assert!(matches!(second, Error::Image(qcow2_file::Error::InUse { .. })), "{second:?}");
+        publish(vec![first], false).unwrap();
+        assert_eq!(names(dir.path()), ["a"]);
+    }
+
+    #[test]
+    fn what_a_dead_process_left_is_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join(".a.bitferry-part"), b"left over").unwrap();
+        let draft = Draft::create(&dir.path().join("a")).unwrap();
+        assert_eq!(draft.file().file().metadata().unwrap().len(), 0);
+    }
+
+    #[test]
+    fn nothing_is_replaced_unasked_and_pairs_stay_together() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        let pair =
+            || vec![Draft::create(&path("data")).unwrap(), Draft::create(&path("top")).unwrap()];
+        let drafts = pair();
+        fs::write(path("top"), b"mine").unwrap();
+        assert!(matches!(publish(drafts, false), Err(Error::Exists { .. })));
+        assert_eq!(names(dir.path()), ["top"]);
+        publish(pair(), true).unwrap();
+        assert_eq!(names(dir.path()), ["data", "top"]);
+        assert!(fs::read(path("top")).unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_link_to_a_file_is_followed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        fs::write(path("real"), b"old").unwrap();
+        std::os::unix::fs::symlink("real", path("link")).unwrap();
+        publish(vec![Draft::create(&path("link")).unwrap()], true).unwrap();
+        assert!(fs::symlink_metadata(path("link")).unwrap().is_symlink());
+        assert!(fs::read(path("real")).unwrap().is_empty());
+    }
+}
