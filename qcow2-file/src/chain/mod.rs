@@ -15,6 +15,7 @@ use crate::error::Result;
 use crate::image::{CompressedCluster, Image, LayerExtent, LayerKind};
 use crate::layout::units::{GuestOffset, HostOffset};
 use crate::limits;
+use crate::lock::Lock;
 use crate::preflight::Warning;
 use crate::storage::{HostFile, Storage};
 
@@ -141,13 +142,16 @@ pub struct Chain {
     files: Vec<LayerFiles>,
     warnings: Vec<(Arc<str>, Warning)>,
     is_probed: bool,
+    /// Given back when the chain is dropped.
+    locks: Vec<Lock>,
 }
 
 impl Chain {
     /// A disk of layers that the caller opened, the top first. `None` without any.
     pub fn from_layers(layers: Vec<Layer>) -> Option<Self> {
         layers.first()?;
-        Some(Self { layers, files: Vec::new(), warnings: Vec::new(), is_probed: false })
+        let (files, warnings, locks) = (Vec::new(), Vec::new(), Vec::new());
+        Some(Self { layers, files, warnings, is_probed: false, locks })
     }
 
     /// Guest-visible size in bytes: the top layer's.
@@ -174,6 +178,11 @@ impl Chain {
     /// What a user should know, with the file it is about.
     pub fn warnings(&self) -> &[(Arc<str>, Warning)] {
         &self.warnings
+    }
+
+    /// Whether its files are locked.
+    pub fn is_locked(&self) -> bool {
+        !self.locks.is_empty()
     }
 
     /// Whether the top's format was found by looking at its content.

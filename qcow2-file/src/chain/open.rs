@@ -10,6 +10,7 @@ use crate::error::{Error, Result};
 use crate::image::{Image, ImageOptions, TableCache};
 use crate::layout::header::Header;
 use crate::limits;
+use crate::lock::{self, Mode};
 use crate::preflight::{self, Warning};
 use crate::storage::{Access, FileId, HostFile, Storage, StorageExt};
 
@@ -39,6 +40,7 @@ pub struct Opener {
     data_file: Option<PathBuf>,
     backing: Backing,
     accept_unfinished: bool,
+    lock: bool,
 }
 
 impl Opener {
@@ -92,6 +94,14 @@ impl Opener {
         self
     }
 
+    /// Whether every file is locked as QEMU does it, for as long as the [`Chain`] lives: the top's
+    /// for what they are opened for, those below for reading. A file that another process has open in
+    /// a conflicting way is an [`Error::InUse`].
+    pub fn lock(mut self, lock: bool) -> Self {
+        self.lock = lock;
+        self
+    }
+
     /// Opens a disk with all its layers.
     pub fn open(&self, path: &Path) -> Result<Chain> {
         Opening {
@@ -104,6 +114,7 @@ impl Opener {
                 files: Vec::new(),
                 warnings: Vec::new(),
                 is_probed: self.format.is_none(),
+                locks: Vec::new(),
             },
         }
         .run(path)
@@ -203,6 +214,13 @@ impl Opening<'_> {
         if !self.seen.insert(file.id()) {
             let reason = "occurs twice among the files of one disk".to_owned();
             return Err(refused(&file, reason));
+        }
+        if self.opener.lock {
+            let mode = match access {
+                Access::Read => Mode::Read,
+                Access::ReadWrite => Mode::Write,
+            };
+            self.chain.locks.push(lock::acquire(file.file(), &file.name(), mode)?);
         }
         Ok(Arc::new(file))
     }

@@ -6,7 +6,7 @@ use qcow2_file::chain::{Backing, Format};
 use qcow2_file::layout::extension::Extension;
 use qcow2_file::layout::header::incompatible;
 use qcow2_file::preflight::Warning;
-use qcow2_file::{Error, GuestOffset, Opener};
+use qcow2_file::{Access, Error, GuestOffset, Opener};
 
 use crate::hand::Hand;
 use crate::{K64, text};
@@ -183,6 +183,28 @@ fn foreign_formats_are_not_taken_for_raw_disks() {
     assert_eq!(first_byte(&trusting().format(Some(Format::Raw)), &dir.path("disk.vmdk")), b'K');
     dir.image("top.qcow2", 0, Some(("disk.vmdk", None)));
     assert!(dir.complaint(&trusting(), "top.qcow2").contains("format vmdk"));
+}
+
+#[test]
+fn files_are_locked_while_a_chain_lives() {
+    let dir = Dir::new();
+    dir.put("base.raw", &[7; 4096]);
+    dir.image("top.qcow2", 0, Some(("base.raw", Some("raw"))));
+    let open = |access| trusting().lock(true).access(access).open(&dir.path("top.qcow2"));
+    let reader = open(Access::Read).unwrap();
+    assert!(reader.is_locked());
+    assert!(open(Access::Read).is_ok());
+    assert!(matches!(open(Access::ReadWrite), Err(Error::InUse { .. })));
+    drop(reader);
+    let writer = open(Access::ReadWrite).unwrap();
+    assert!(matches!(open(Access::Read), Err(Error::InUse { .. })));
+    assert!(!trusting().open(&dir.path("top.qcow2")).unwrap().is_locked());
+    // The backing file is only read, whatever the top is opened for.
+    let base = Opener::new().format(Some(Format::Raw)).lock(true);
+    assert!(base.open(&dir.path("base.raw")).is_ok());
+    assert!(base.access(Access::ReadWrite).open(&dir.path("base.raw")).is_err());
+    drop(writer);
+    assert!(open(Access::ReadWrite).is_ok());
 }
 
 #[test]
