@@ -140,6 +140,9 @@ impl Error {
             Self::Image(Image::Malformed { .. }) => {
                 "the image is damaged: `qemu-img check` may say more".into()
             }
+            Self::Image(Image::NoBitmap { file, .. }) => {
+                format!("`bitferry bitmap list {file}` shows those there are")
+            }
             _ => return None,
         };
         Some(text)

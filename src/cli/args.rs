@@ -83,6 +83,7 @@ pub(crate) enum Verb {
     Info(InfoArgs),
     Compare(CompareArgs),
     Hash(HashArgs),
+    Bitmap(super::bitmap::BitmapArgs),
     Completions(CompletionsArgs),
     Man(ManArgs),
 }

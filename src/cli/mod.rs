@@ -4,6 +4,7 @@
 //! decided here that another caller of the library would have to decide again.
 
 mod args;
+mod bitmap;
 mod compare;
 mod completions;
 mod copy;
@@ -52,6 +53,7 @@ fn run(verb: Verb, output: &Output) -> Outcome {
         Verb::Info(args) => info::run(args, output),
         Verb::Compare(args) => compare::run(args, output),
         Verb::Hash(args) => hash::run(args, output),
+        Verb::Bitmap(args) => bitmap::run(args, output),
         Verb::Completions(args) => completions::run(&args, output),
         Verb::Man(args) => man::run(&args, output),
     }

@@ -71,13 +71,29 @@ impl Output {
         self.write(&line)
     }
 
+    /// A long answer, written piece by piece. Not printed with `-q`.
+    pub(crate) fn stream(
+        &self,
+        write: impl FnOnce(&mut dyn io::Write) -> io::Result<()>,
+    ) -> bitferry::Result<()> {
+        if self.is_quiet && !self.is_json {
+            return Ok(());
+        }
+        let mut stdout = io::BufWriter::new(io::stdout().lock());
+        self.judge(write(&mut stdout).and_then(|()| stdout.flush()))
+    }
+
     /// Bytes as they are, asked for by name: a script, a page.
     pub(crate) fn write(&self, bytes: &[u8]) -> bitferry::Result<()> {
         if self.is_closed.load(Ordering::Relaxed) {
             return Ok(());
         }
         let mut stdout = io::stdout().lock();
-        match stdout.write_all(bytes).and_then(|()| stdout.flush()) {
+        self.judge(stdout.write_all(bytes).and_then(|()| stdout.flush()))
+    }
+
+    fn judge(&self, written: io::Result<()>) -> bitferry::Result<()> {
+        match written {
             Err(e) if e.kind() == io::ErrorKind::BrokenPipe => {
                 self.is_closed.store(true, Ordering::Relaxed);
                 Ok(())

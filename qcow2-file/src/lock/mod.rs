@@ -81,6 +81,8 @@ pub fn acquire(file: &File, name: &Arc<str>, mode: Mode) -> Result<Lock> {
     let own = used.iter().map(|i| USED_AT + i).chain(unshared.iter().map(|i| UNSHARED_AT + i));
     for bytes in own.map(byte) {
         if !ofd::try_lock(file, Kind::Shared, bytes).map_err(failed)? {
+            // Our own half-taken lock must not be named among those in the way.
+            drop(lock);
             return Err(in_use(file, name, bytes));
         }
         lock.held.push(bytes);
@@ -88,6 +90,7 @@ pub fn acquire(file: &File, name: &Arc<str>, mode: Mode) -> Result<Lock> {
     let theirs = used.iter().map(|i| UNSHARED_AT + i).chain(unshared.iter().map(|i| USED_AT + i));
     for bytes in theirs.map(byte) {
         if !ofd::is_free(file, Kind::Exclusive, bytes).map_err(failed)? {
+            drop(lock);
             return Err(in_use(file, name, bytes));
         }
     }

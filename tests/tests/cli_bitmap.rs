@@ -1,0 +1,131 @@
+//! The `bitmap` verbs, held against what QEMU sees.
+
+use bitferry_tests::image::make;
+use bitferry_tests::{Exit, Output, Peer, Run, Scratch, bitferry, qemu, require_all};
+
+const MIB: u64 = 1 << 20;
+
+fn run(line: &str, scratch: &Scratch) -> Output {
+    bitferry().dir(scratch.dir()).words(line).output().expect_no_crash()
+}
+
+fn has_qemu() -> bool {
+    require_all(&[Peer::QemuImg, Peer::QemuIo, Peer::QemuNbd])
+}
+
+#[test]
+fn qemu_records_into_bitmaps_that_were_added_here() {
+    if !has_qemu() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let image = make(&scratch, "a.qcow2", 64 * MIB).done();
+    for line in ["bitmap add a.qcow2 on", "bitmap add -g 4K --disabled a.qcow2 off"] {
+        let output = run(line, &scratch).expect_exit(Exit::Done);
+        assert!(output.stdout.is_empty() && output.stderr.is_empty(), "{output}");
+    }
+    qemu::qemu_io(&image, "qcow2", ["write -P 1 3M 68k"]);
+    qemu::check_is_clean(&image);
+    let dirty = run("bitmap dump a.qcow2 on", &scratch).expect_exit(Exit::Done).text();
+    assert_eq!(dirty, format!("{} 131072\n", 3 * MIB));
+    assert_eq!(run("bitmap dump a.qcow2 off", &scratch).expect_exit(Exit::Done).text(), "");
+
+    run("bitmap merge a.qcow2 on off", &scratch).expect_exit(Exit::Done);
+    run("bitmap clear a.qcow2 on", &scratch).expect_exit(Exit::Done);
+    run("bitmap enable a.qcow2 off", &scratch).expect_exit(Exit::Done);
+    qemu::qemu_io(&image, "qcow2", ["write -P 2 10M 4k"]);
+    let here = |name| qemu::dirty_ranges(&image, name).unwrap();
+    assert_eq!(here("on"), [10 * MIB..10 * MIB + 65536]);
+    assert_eq!(here("off"), [3 * MIB..3 * MIB + 131072, 10 * MIB..10 * MIB + 4096]);
+
+    let listed = run("bitmap list --json a.qcow2", &scratch).expect_exit(Exit::Done).text();
+    let listed: serde_json::Value = serde_json::from_str(&listed).unwrap();
+    assert_eq!(listed["bitmaps"][1]["dirty-bytes"], 131072 + 4096);
+    run("bitmap remove a.qcow2 on off", &scratch).expect_exit(Exit::Done);
+    assert!(qemu::dirty_ranges(&image, "on").is_err());
+    qemu::check_is_clean(&image);
+}
+
+#[test]
+fn bitmaps_of_another_image_are_merged() {
+    if !has_qemu() {
+        return;
+    }
+    let scratch = Scratch::new();
+    make(&scratch, "a.qcow2", 64 * MIB).bitmap("b", 65536).write(1, MIB, 512).done();
+    let into = make(&scratch, "b.qcow2", 64 * MIB).bitmap("all", 1 << 20).done();
+    make(&scratch, "small.qcow2", 32 * MIB).bitmap("b", 65536).done();
+    run("bitmap merge -b a.qcow2 b.qcow2 b all", &scratch).expect_exit(Exit::Done);
+    assert_eq!(qemu::dirty_ranges(&into, "all").unwrap(), [MIB..2 * MIB]);
+    run("bitmap merge -b small.qcow2 b.qcow2 b all", &scratch).expect_exit(Exit::Usage);
+    run("bitmap merge b.qcow2 all", &scratch).expect_exit(Exit::Usage);
+}
+
+#[test]
+fn wrong_wishes_change_nothing() {
+    if !has_qemu() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let image = make(&scratch, "a.qcow2", 64 * MIB).bitmap("b", 65536).done();
+    std::fs::write(scratch.path("raw.img"), vec![0; 65536]).unwrap();
+    let before = std::fs::read(&image).unwrap();
+    for (line, exit) in [
+        ("bitmap add -g 1000 a.qcow2 x", Exit::Usage),
+        ("bitmap add -g 256 a.qcow2 x", Exit::Usage),
+        ("bitmap add -g 4G a.qcow2 x", Exit::Usage),
+        ("bitmap add a.qcow2 b", Exit::Usage),
+        ("bitmap remove a.qcow2 b nope", Exit::Usage),
+        ("bitmap remove a.qcow2", Exit::Usage),
+        ("bitmap dump a.qcow2 nope", Exit::Usage),
+        ("bitmap repair --strip --clear-unfinished a.qcow2", Exit::Usage),
+        ("bitmap check raw.img", Exit::Usage),
+        ("bitmap add raw.img b", Exit::Malformed),
+        ("bitmap check nowhere.qcow2", Exit::Device),
+    ] {
+        let output = run(line, &scratch).expect_exit(exit);
+        assert!(output.complaint().starts_with("error: "), "{output}");
+        assert_eq!(std::fs::read(&image).unwrap(), before, "{line}");
+    }
+}
+
+#[test]
+fn an_image_in_use_is_refused_saying_by_whom() {
+    if !has_qemu() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let image = make(&scratch, "a.qcow2", 64 * MIB).bitmap("b", 65536).done();
+    let user = Run::new("qemu-io").args(["-c", "sleep 30000"]).arg(&image).spawn();
+    let started = std::time::Instant::now();
+    let output = loop {
+        let output = run("bitmap clear a.qcow2 b", &scratch);
+        if output.code() == Some(Exit::Device as i32) || started.elapsed().as_secs() > 20 {
+            break output;
+        }
+    };
+    let complaint = output.complaint();
+    assert!(complaint.contains(&format!("in use by qemu-io (pid {})", user.id())), "{output}");
+    assert!(!complaint.contains("this process"), "{output}");
+    user.kill();
+
+    // What the dead process had open is not to be trusted; check says so, repair removes it on demand.
+    run("bitmap check a.qcow2", &scratch).expect_exit(Exit::Different);
+    run("bitmap dump a.qcow2 b", &scratch).expect_exit(Exit::Usage);
+    run("bitmap repair a.qcow2", &scratch).expect_exit(Exit::Different);
+    run("bitmap repair --remove-inconsistent a.qcow2", &scratch).expect_exit(Exit::Done);
+    run("bitmap check a.qcow2", &scratch).expect_exit(Exit::Done);
+    qemu::check_is_clean(&image);
+}
+
+#[test]
+fn strip_removes_all() {
+    if !has_qemu() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let image = make(&scratch, "a.qcow2", 64 * MIB).bitmap("b", 65536).bitmap("c", 4096).done();
+    run("bitmap repair --strip a.qcow2", &scratch).expect_exit(Exit::Done);
+    assert!(qemu::dirty_ranges(&image, "b").is_err());
+    qemu::check_is_clean(&image);
+}
