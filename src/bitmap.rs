@@ -177,7 +177,8 @@ impl Opened {
 fn open_for_reading(image: &Path) -> Result<(Chain, Option<Lock>)> {
     let chain = Opener::new().without_named_files(true).open(image)?;
     let file = chain.files().first();
-    let lock = file.map(|f| lock::acquire(f.file.file(), &f.file.name(), Mode::Read)).transpose()?;
+    let lock =
+        file.map(|f| lock::acquire(f.file.file(), &f.file.name(), Mode::Read)).transpose()?;
     Ok((chain, lock))
 }
 

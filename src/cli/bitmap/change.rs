@@ -79,8 +79,7 @@ fn sentences(repaired: &Repaired) -> Vec<String> {
         sentences.push("the bitmap directory could not be read and is dropped".to_owned());
     }
     if repaired.has_leaked {
-        sentences
-            .push("clusters are leaked; `qemu-img check -r leaks` takes them back".to_owned());
+        sentences.push("clusters are leaked; `qemu-img check -r leaks` takes them back".to_owned());
     }
     sentences
 }
