@@ -1,5 +1,7 @@
 //! Open-file-description locks on byte ranges. The system calls are here and nowhere else.
 #![allow(unsafe_code)]
+// The C library declares small constants as `int` and the fields that take them as `short`.
+#![allow(clippy::cast_possible_truncation)]
 
 use std::fs::File;
 use std::io;
