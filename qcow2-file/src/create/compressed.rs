@@ -1,11 +1,7 @@
 //! Compressed clusters: stored as they come, decoded where a write needs what is in them.
 
-use std::io::Read;
-
-use flate2::read::DeflateDecoder;
-
 use super::{NewImage, in_memory};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::layout::entry::{CompressedEntry, L2Entry};
 use crate::layout::header::CompressionType;
 use crate::storage::StorageExt;
@@ -47,18 +43,20 @@ impl NewImage {
     /// The content of a compressed cluster.
     pub(super) fn decompressed(&self, entry: CompressedEntry) -> Result<Vec<u8>> {
         let len = entry.max_bytes().min(2 * self.geometry.cluster_size());
-        let mut stored = vec![0; in_memory(len)];
-        self.file.read(&mut stored, entry.offset.0)?;
         let mut content = vec![0; in_memory(self.geometry.cluster_size())];
-        let decoded = match self.header.compression_type {
-            CompressionType::Zlib => {
-                DeflateDecoder::new(stored.as_slice()).read_exact(&mut content)
-            }
-            CompressionType::Zstd => zstd::Decoder::with_buffer(stored.as_slice())
-                .and_then(|decoder| decoder.single_frame().read_exact(&mut content)),
-        };
-        decoded.map_err(|e| self.file.io_error("decompress a cluster", entry.offset.0, e))?;
-        Ok(content)
+        let decoded = self.decoders.with(|decoder| {
+            decoder.stored.resize(in_memory(len), 0);
+            self.file.read(&mut decoder.stored, entry.offset.0)?;
+            Ok(decoder.decode_into(&mut content))
+        })?;
+        decoded.map(|_| content).ok_or_else(|| Error::Refused {
+            file: self.file.name(),
+            reason: format!(
+                "the compressed cluster stored at offset {} does not decode, so a part of it \
+                 cannot be written",
+                entry.offset
+            ),
+        })
     }
 }
 

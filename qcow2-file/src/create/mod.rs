@@ -25,6 +25,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use crate::bitmaps::PersistentBitmap;
 use crate::error::{Error, Result};
+use crate::image::decode::Decoders;
 use crate::in_memory;
 use crate::layout::geometry::Geometry;
 use crate::layout::header::{CompressionType, Header};
@@ -58,6 +59,7 @@ pub struct NewImage {
     is_one_to_one: bool,
     map: Map,
     space: Space,
+    decoders: Decoders,
     stripes: [Mutex<()>; STRIPES],
     /// Whether the image is finished. Held shared by every call but the one that finishes.
     is_finished: RwLock<bool>,
@@ -98,6 +100,7 @@ impl NewImage {
             data: data.map(|d| Arc::clone(&d.storage)),
             backing: options.backing.as_ref().and_then(|b| b.reader.clone()),
             space: Space::new(name, geometry, first),
+            decoders: Decoders::new(options.compression_type),
             stripes: std::array::from_fn(|_| Mutex::new(())),
             is_finished: RwLock::new(false),
             has_failed: AtomicBool::new(false),

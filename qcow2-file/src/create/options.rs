@@ -3,6 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 
+use crate::chain::Chain;
 use crate::error::{Error, Result};
 use crate::layout::extension::{BitmapsExtension, Extension, FeatureName};
 use crate::layout::geometry::Geometry;
@@ -68,6 +69,12 @@ pub struct DataFile {
     pub is_raw: bool,
     /// The file. Unless it is raw, what it holds counts as nothing.
     pub storage: Arc<dyn Storage>,
+}
+
+impl BackingReader for Chain {
+    fn read_at(&self, buf: &mut [u8], at: GuestOffset) -> Result<()> {
+        Self::read_at(self, buf, at)
+    }
 }
 
 impl CreateOptions {

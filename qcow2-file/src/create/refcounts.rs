@@ -74,6 +74,7 @@ pub(super) struct Refcounts<'a> {
     /// Host clusters that each part of the map points to, as far as is known.
     reach: Vec<Reach>,
     piece: Vec<u8>,
+    window_bytes: u64,
 }
 
 impl<'a> Refcounts<'a> {
@@ -87,14 +88,15 @@ impl<'a> Refcounts<'a> {
         let parts = map.l1_len().div_ceil(part_len(map));
         let reach = vec![Reach::ANYWHERE; in_memory(parts)];
         let piece = vec![0; in_memory(geometry.cluster_size().min(TABLE_PIECE_BYTES))];
-        Self { file, geometry, map, has_data_file, taken, reach, piece }
+        let window_bytes = WINDOW_BYTES;
+        Self { file, geometry, map, has_data_file, taken, reach, piece, window_bytes }
     }
 
     /// Writes all refcount blocks and the refcount table.
     pub(super) fn write(&mut self, at: Placement) -> Result<()> {
         self.taken.push(at.table..at.end);
         let bits = self.geometry.cluster_bits();
-        let per_window = (WINDOW_BYTES >> bits).max(1);
+        let per_window = (self.window_bytes >> bits).max(1);
         let mut blocks = vec![0; in_memory(per_window.min(at.block_count()) << bits)];
         let mut first = 0;
         while first < at.block_count() {
@@ -250,7 +252,11 @@ pub(super) fn write_words(
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
+    use crate::create::{CreateOptions, NewImage};
+    use crate::{GuestOffset, Memory};
 
     #[test]
     fn blocks_count_themselves() {
@@ -262,6 +268,41 @@ mod tests {
                 assert!(p.table_clusters << bits >= p.block_count() * 8);
                 assert_eq!(p.end, used + p.table_clusters + p.block_count());
             }
+        }
+    }
+
+    /// Refcounts of an image written in random order, computed in windows of `window_bytes`.
+    fn refcounts(window_bytes: u64) -> Vec<u8> {
+        let file = Arc::new(Memory::new());
+        let options = CreateOptions { cluster_bits: 9, ..CreateOptions::new(4 << 20) };
+        let image = NewImage::create(Arc::clone(&file) as Arc<dyn Storage>, &options).unwrap();
+        for i in 0..3000u64 {
+            let at = GuestOffset((i * 2_654_435_761 % 8192) << 9);
+            if i % 5 == 0 {
+                let bytes = vec![1; 1 + i as usize % 400];
+                image.write_compressed(at, options.compression_type, 512, &bytes).unwrap();
+            } else {
+                image.write_at(&[1; 512], at).unwrap();
+            }
+        }
+        image.map.flush().unwrap();
+        let at = Placement::behind(image.space.clusters(), image.geometry);
+        let taken = vec![0..image.first_cluster()];
+        let mut refcounts =
+            Refcounts::new(file.as_ref(), (image.geometry, false), &image.map, taken);
+        refcounts.window_bytes = window_bytes;
+        refcounts.write(at).unwrap();
+        let mut written = vec![0; in_memory((at.end - at.table) << 9)];
+        file.read_at(&mut written, at.table << 9).unwrap();
+        written
+    }
+
+    #[test]
+    fn windows_do_not_change_what_is_counted() {
+        let whole = refcounts(WINDOW_BYTES);
+        assert!(whole.iter().filter(|b| **b > 1).count() > 100, "some clusters are shared");
+        for window_bytes in [1, 512, 1024, 5 * 512] {
+            assert!(refcounts(window_bytes) == whole, "{window_bytes}");
         }
     }
 }

@@ -94,11 +94,12 @@ impl Space {
     /// Takes back the clusters at the end of the file that were set aside for compressed clusters
     /// and not used. Nobody may be writing.
     pub(super) fn trim(&self) {
-        let pack = self.pack.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut pack = self.pack.lock().unwrap_or_else(PoisonError::into_inner);
         let bits = self.geometry.cluster_bits();
         let used = self.geometry.clusters_for(pack.at);
         if pack.end >> bits == self.clusters() {
             self.next.store(used, Ordering::Relaxed);
+            pack.end = used << bits;
         }
     }
 }
@@ -180,6 +181,9 @@ mod tests {
         }
         s.trim();
         assert_eq!(s.clusters(), at.div_ceil(65536));
+        let next = s.allocate(1).unwrap().0;
+        assert_eq!(next, at.next_multiple_of(65536));
+        assert!(s.pack(60000).unwrap().0 > next, "what was taken back is not packed into");
     }
 
     #[test]

@@ -9,7 +9,7 @@ use zstd::zstd_safe::{self, DCtx};
 use crate::layout::header::CompressionType;
 
 /// Decoders not in use. As many come to exist as threads decode at the same time.
-pub(super) struct Decoders {
+pub(crate) struct Decoders {
     compression: CompressionType,
     idle: Mutex<Vec<Decoder>>,
 }
@@ -21,12 +21,12 @@ impl std::fmt::Debug for Decoders {
 }
 
 /// A context and the buffers that go with it.
-pub(super) struct Decoder {
+pub(crate) struct Decoder {
     codec: Codec,
     /// Stored bytes of the cluster at hand.
-    pub(super) stored: Vec<u8>,
+    pub(crate) stored: Vec<u8>,
     /// Decoded bytes, for callers who want only a part of them.
-    pub(super) content: Vec<u8>,
+    pub(crate) content: Vec<u8>,
 }
 
 enum Codec {
@@ -36,7 +36,7 @@ enum Codec {
 
 /// What a decoder found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Decoded {
+pub(crate) enum Decoded {
     /// The stream ended where the cluster is full; it took this many bytes.
     Exact(usize),
     /// The cluster is full, but the stream goes on. QEMU takes that as good.
@@ -44,12 +44,12 @@ pub(super) enum Decoded {
 }
 
 impl Decoders {
-    pub(super) fn new(compression: CompressionType) -> Self {
+    pub(crate) fn new(compression: CompressionType) -> Self {
         Self { compression, idle: Mutex::default() }
     }
 
     /// Runs `work` with a decoder of its own.
-    pub(super) fn with<T>(&self, work: impl FnOnce(&mut Decoder) -> T) -> T {
+    pub(crate) fn with<T>(&self, work: impl FnOnce(&mut Decoder) -> T) -> T {
         let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
         let mut decoder = idle.unwrap_or_else(|| Decoder::new(self.compression));
         let result = work(&mut decoder);
@@ -69,12 +69,12 @@ impl Decoder {
 
     /// Decodes `self.stored` into `out`, which is exactly one cluster. `None` when the bytes do not
     /// decode to at least that much.
-    pub(super) fn decode_into(&mut self, out: &mut [u8]) -> Option<Decoded> {
+    pub(crate) fn decode_into(&mut self, out: &mut [u8]) -> Option<Decoded> {
         decode(&mut self.codec, &self.stored, out)
     }
 
     /// Decodes `self.stored` into `self.content`.
-    pub(super) fn decode_inside(&mut self, cluster_size: usize) -> Option<Decoded> {
+    pub(crate) fn decode_inside(&mut self, cluster_size: usize) -> Option<Decoded> {
         self.content.resize(cluster_size, 0);
         decode(&mut self.codec, &self.stored, &mut self.content)
     }

@@ -4,7 +4,7 @@
 //! One bad table entry makes the range that it maps unreadable, and nothing else.
 
 mod cache;
-mod decode;
+pub(crate) mod decode;
 mod map;
 mod read;
 

@@ -189,7 +189,9 @@ impl Storage for HostFile {
         let end = end_of(offset, len)?;
         *self.known_data() = 0..0;
         if !self.is_device && end > self.len()? {
-            self.file.set_len(end)?;
+            // Not by setting the length: another thread may have written beyond `end` meanwhile, and
+            // that would be cut off. The last byte of the range is ours to write.
+            self.file.write_all_at(&[0], end - 1)?;
         }
         // Block devices take the same calls: the kernel turns them into what BLKZEROOUT does.
         let keep = FallocateFlags::KEEP_SIZE;

@@ -3,10 +3,10 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use qcow2_file::bitmaps::{Bits, PersistentBitmap};
+use qcow2_file::bitmaps::{Bitmaps, Bits, PersistentBitmap};
 use qcow2_file::create::{Backing, BackingReader, CreateOptions, DataFile, NewImage};
 use qcow2_file::layout::header::CompressionType;
-use qcow2_file::{GuestOffset, HostFile, Result};
+use qcow2_file::{GuestOffset, HostFile, Opener, Result};
 
 use crate::peer::{run, run_args, tool};
 use crate::workload::{Load, Random, work};
@@ -53,13 +53,30 @@ fn judge(name: &str, size: u64, change: impl FnOnce(&mut CreateOptions, &Path)) 
         image.read_at(&mut read, GuestOffset(0)).unwrap();
         assert!(read == shadow, "{name}: read back");
     }
-    image.finish(&bitmaps(&options, seed)).unwrap();
+    let bitmaps = bitmaps(&options, seed);
+    image.finish(&bitmaps).unwrap();
     drop(image);
+    reads_back(&dir.path().join("new.qcow2"), &shadow, &bitmaps);
     std::fs::write(dir.path().join("shadow.raw"), &shadow).unwrap();
     if is_raw {
         run(dir.path(), "qemu-img compare -f raw -F raw data.raw shadow.raw");
     }
     qemu_agrees(dir.path(), &options);
+}
+
+/// Our own reader finds the same disk, bitmaps and refcounts.
+fn reads_back(path: &Path, shadow: &[u8], bitmaps: &[PersistentBitmap]) {
+    let chain = Opener::new().allow_named_files(true).open(path).unwrap();
+    let mut read = vec![1; shadow.len()];
+    chain.read_at(&mut read, GuestOffset(0)).unwrap();
+    assert!(read == shadow, "{}: opened again", path.display());
+    let image = chain.top().as_qcow2().unwrap();
+    assert_eq!(image.warnings(), []);
+    let stored = Bitmaps::open(Arc::clone(image.file()), image.header()).unwrap();
+    for bitmap in bitmaps {
+        let bits = stored.as_ref().unwrap().load(&bitmap.name).unwrap();
+        assert!(bits == bitmap.bits, "{}: {}", path.display(), bitmap.name);
+    }
 }
 
 /// Writes the backing file, if there is one, and answers with what the new disk reads at first.

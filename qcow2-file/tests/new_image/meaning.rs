@@ -220,3 +220,25 @@ fn finely_sparse_data_stays_sparse() {
     let allocated = std::fs::metadata(&path).unwrap().blocks() * 512;
     assert!(allocated <= (16 << 20) + (128 << 10), "{allocated}");
 }
+
+/// A zeroing beyond the end of the file beside a write further on cuts nothing off.
+#[test]
+fn zeroing_beyond_the_end_cuts_nothing_off() {
+    const BLOCKS: u64 = 400_000;
+    let dir = tempfile::tempdir().unwrap();
+    let file = HostFile::create_new(&dir.path().join("raw")).unwrap();
+    std::thread::scope(|scope| {
+        scope.spawn(|| (0..BLOCKS).for_each(|i| file.write_at(&[1; 8], i * 64).unwrap()));
+        loop {
+            let end = file.len().unwrap().next_multiple_of(64);
+            if end >= (BLOCKS - 1) * 64 {
+                break;
+            }
+            file.write_zeroes(end + 16, 40).unwrap();
+        }
+    });
+    let mut found = vec![0; (BLOCKS * 64) as usize];
+    file.read_at(&mut found, 0).unwrap();
+    let lost = found.chunks(64).filter(|block| block[..8] != [1; 8]).count();
+    assert_eq!(lost, 0);
+}
