@@ -94,15 +94,33 @@ impl<'a> Reader<'a> {
         self.take(len, field).map(|bytes| String::from_utf8_lossy(bytes).into_owned())
     }
 
-    /// A name behind a big-endian two-byte length: 1 to `max` bytes of UTF-8 without NUL.
-    pub fn name16(&mut self, max: usize, field: &'static str) -> Result<&'a str, Malformed> {
-        let len = self.length16(1, max, field)?;
+    /// A name behind a one-byte length: 1 to 255 bytes of UTF-8 without NUL.
+    pub fn name8(&mut self, field: &'static str) -> Result<&'a str, Malformed> {
         let at = self.offset;
-        let bytes = self.take(len, field)?;
-        match std::str::from_utf8(bytes) {
+        match self.name8_or_empty(field)? {
+            "" => Err(Malformed::new(at, field, Problem::Other("is empty"))),
+            name => Ok(name),
+        }
+    }
+
+    /// Like [`name8`](Reader::name8), or no name.
+    pub fn name8_or_empty(&mut self, field: &'static str) -> Result<&'a str, Malformed> {
+        let len = self.u8(field)?;
+        self.name(len.into(), field)
+    }
+
+    fn name(&mut self, len: usize, field: &'static str) -> Result<&'a str, Malformed> {
+        let at = self.offset;
+        match std::str::from_utf8(self.take(len, field)?) {
             Ok(name) if !name.contains('\0') => Ok(name),
             _ => Err(Malformed::new(at, field, Problem::BadName)),
         }
+    }
+
+    /// A name behind a big-endian two-byte length: 1 to `max` bytes of UTF-8 without NUL.
+    pub fn name16(&mut self, max: usize, field: &'static str) -> Result<&'a str, Malformed> {
+        let len = self.length16(1, max, field)?;
+        self.name(len, field)
     }
 
     fn length16(

@@ -21,6 +21,7 @@ mod cursor;
 pub mod files;
 mod malformed;
 pub mod native;
+pub mod qemu;
 
 pub use blame::Blame;
 pub use cursor::{Reader, Writer};

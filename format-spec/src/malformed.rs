@@ -62,6 +62,12 @@ pub enum Problem {
         /// The number found.
         value: u64,
     },
+    /// A field that reaches beyond the `len` bytes of what holds it.
+    #[error("reaches beyond the {len} bytes that hold it")]
+    PastEnd {
+        /// Bytes of what holds it.
+        len: u64,
+    },
     /// Reserved bits or bytes that are not zero.
     #[error("has reserved bits set: {value:#x}")]
     Reserved {
@@ -91,5 +97,15 @@ impl Malformed {
     /// Shorthand constructor.
     pub fn new(offset: u64, field: &'static str, problem: Problem) -> Self {
         Self { offset, field, problem }
+    }
+
+    /// The same error where the input was the whole of something `len` bytes long: what is missing
+    /// will not come.
+    #[must_use]
+    pub fn inside(mut self, len: u64) -> Self {
+        if let Problem::Truncated { .. } = self.problem {
+            self.problem = Problem::PastEnd { len };
+        }
+        self
     }
 }
