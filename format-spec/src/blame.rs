@@ -1,7 +1,7 @@
 //! Whose fault an error is.
 
-/// Whose fault an error is. Every error type of the workspace answers with one of these; the command
-/// line turns it into an exit status and a hint.
+/// Whose fault an error is. Every error type of the workspace answers with one of these; the
+/// command line turns it into an exit status and a hint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Blame {
     /// The caller asked for something that makes no sense or is not allowed.

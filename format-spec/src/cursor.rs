@@ -81,7 +81,8 @@ impl<'a> Reader<'a> {
         bytes.try_into().map_err(|_| Malformed::new(at, field, Problem::Other("is cut off")))
     }
 
-    /// Text behind a one-byte length, for messages: may be empty, and what is not UTF-8 is replaced.
+    /// Text behind a one-byte length, for messages: may be empty, and what is not UTF-8 is
+    /// replaced.
     pub fn text8(&mut self, field: &'static str) -> Result<String, Malformed> {
         let len = self.u8(field)?;
         self.take(len.into(), field).map(|bytes| String::from_utf8_lossy(bytes).into_owned())

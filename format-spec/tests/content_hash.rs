@@ -180,7 +180,7 @@ fn what_is_missing_is_named() {
     tree.put_zeroes(0..16).unwrap();
     tree.put(LEDGER_HEIGHT, 9, leaf(b"x")).unwrap();
     assert_eq!(tree.missing().collect::<Vec<_>>(), [16..144]);
-    assert_eq!(tree.root().unwrap_err().to_string(), "no hash for 128 leaves from leaf 16 on");
+    assert_eq!(tree.root().unwrap_err().to_string(), "no hash for leaves 16 to 143");
     tree.put_zeroes(17..144).unwrap();
     assert_eq!(tree.missing().collect::<Vec<_>>(), [16..17]);
     tree.put(0, 16, zero_node(0)).unwrap();
@@ -256,7 +256,11 @@ fn too_many_fragments_are_refused() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 24, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig {
+        cases: 24,
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    })]
     #[test]
     fn order_and_cuts_do_not_matter(
         len in 1usize..2_600_000,

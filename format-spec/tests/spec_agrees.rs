@@ -59,8 +59,8 @@ fn modules() -> BTreeMap<&'static str, Constants> {
         ),
         (
             "native::hello",
-            constants!(hello: MAGIC VERSION MAX_HELLO OFFER CHOICE REFUSAL JOIN ONE_WAY MULTI_CHANNEL
-                ZSTD ZLIB RESUME MAX_CHANNELS MAX_REFUSAL_TEXT),
+            constants!(hello: MAGIC VERSION MAX_HELLO OFFER CHOICE REFUSAL JOIN ONE_WAY
+                MULTI_CHANNEL ZSTD ZLIB RESUME MAX_CHANNELS MAX_REFUSAL_TEXT),
         ),
         (
             "native::frame",
@@ -68,20 +68,21 @@ fn modules() -> BTreeMap<&'static str, Constants> {
         ),
         (
             "native::block",
-            constants!(block: DISK RUN DISK_SEAL BITMAP_CREATE BITMAP_UPDATE BITMAP_REMOVE BITMAP_SEAL
-                KEEPS_REST HAS_BLOCK HAS_BITMAPS ZERO_BLOCK HAS_HASH ENABLED PERSISTENT PIECE_BYTES
+            constants!(block: DISK RUN DISK_SEAL BITMAP_CREATE BITMAP_UPDATE BITMAP_REMOVE
+                BITMAP_SEAL KEEPS_REST HAS_BLOCK HAS_BITMAPS ZERO_BLOCK HAS_HASH ENABLED PERSISTENT PIECE_BYTES
                 RUN_HEAD_BYTES PIECE_HEAD_BYTES MAX_DISK_NAME MAX_BITMAP_NAME MIN_GRANULARITY
                 MAX_GRANULARITY),
         ),
         ("native::control", constants!(control: BARRIER PREPARE COMMIT ABORT DURABLE)),
         (
             "native::answer",
-            constants!(answer: ACK HAVE HAVE_ZEROES HAVE_DONE READY COMMITTED FAILED UNKNOWN_OFFSET),
+            constants!(answer: ACK HAVE HAVE_ZEROES HAVE_DONE READY COMMITTED FAILED
+                UNKNOWN_OFFSET),
         ),
         (
             "native::journal",
-            constants!(journal: JOURNAL_MAGIC RECEIPT_MAGIC VERSION SESSION UNITS ZEROES IMAGE PREPARED
-                RECEIPT RECEIPT_BITMAP UNIT_BYTES MAX_TARGET),
+            constants!(journal: JOURNAL_MAGIC RECEIPT_MAGIC VERSION SESSION UNITS ZEROES IMAGE
+                PREPARED RECEIPT RECEIPT_BITMAP UNIT_BYTES MAX_TARGET),
         ),
     ])
 }

@@ -73,8 +73,8 @@ pub fn zero_node(height: u8) -> Node {
     ZERO_NODES.get(at).copied().unwrap_or_default()
 }
 
-/// The node at `height` over `bytes`, at most `LEAF_BYTES << height` of them; what is missing counts
-/// as zeroes. Leaves for which `is_zero` says yes are not hashed: pass a zero test, or `|_| false`
+/// The node at `height` over `bytes`, at most `LEAF_BYTES << height` of them; what is missing
+/// counts as zeroes. Leaves for which `is_zero` says yes are not hashed: pass a zero test, or `|_| false`
 /// where zeroes are known to be rare. Allocates nothing.
 ///
 /// ```

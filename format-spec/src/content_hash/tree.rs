@@ -41,7 +41,7 @@ pub enum HashError {
 
 /// The first run of leaves without a hash.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("no hash for {} leaves from leaf {} on", .leaves.end.saturating_sub(.leaves.start), .leaves.start)]
+#[error("no hash for leaves {} to {}", .leaves.start, .leaves.end.saturating_sub(1))]
 pub struct Missing {
     /// The leaves, counted from the start of the disk.
     pub leaves: Range<u64>,
@@ -117,7 +117,8 @@ impl Tree {
         if leaves.end > self.leaves {
             return Err(HashError::Outside { height: 0, leaf: leaves.end, leaves: self.leaves });
         }
-        // Beyond the end all is zero, so that the last piece may be as large as its alignment allows.
+        // Beyond the end all is zero, so that the last piece may be as large as its alignment
+        // allows.
         let end = if leaves.end == self.leaves { span(TREE_HEIGHT) } else { leaves.end };
         let mut at = leaves.start;
         while at < leaves.end {

@@ -1,7 +1,7 @@
 //! Record framing. SPEC 5.
 //!
 //! ```text
-//! be32 body length | be16 type | be16 flags | be32 CRC32C of these 8 | body | be32 CRC32C of the body
+//! be32 body length | be16 type | be16 flags | be32 CRC32C of these 8 | body | be32 CRC32C of it
 //! ```
 //!
 //! A shell that reads from a connection takes [`HEADER_BYTES`], decodes the [`Header`], then reads

@@ -1,5 +1,5 @@
-//! The native dialect: hello, record framing, the records of its sections, of its return path and of
-//! the files beside a destination. SPEC 4.1, 5, 6 and 8 to 10.
+//! The native dialect: hello, record framing, the records of its sections, of its return path and
+//! of the files beside a destination. SPEC 4.1, 5, 6 and 8 to 10.
 
 pub mod answer;
 pub mod block;

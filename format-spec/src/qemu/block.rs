@@ -43,8 +43,8 @@ pub enum Body<'a> {
 /// A record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Record<'a> {
-    /// Offset or percentage, and flags, as they are on the wire. QEMU ignores flags that it does not
-    /// know.
+    /// Offset or percentage, and flags, as they are on the wire. QEMU ignores flags that it does
+    /// not know.
     pub word: u64,
     /// What follows the word.
     pub body: Body<'a>,

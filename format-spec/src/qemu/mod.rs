@@ -1,7 +1,7 @@
 //! QEMU's migration stream, as QEMU 7.2 to 10.0 write and read it. SPEC 4.2 to 4.4 and 7.
 //!
-//! Decoders are handed what has arrived and answer with a [`Step`]: an item that borrows from it, or
-//! how many bytes they must see to go on. They keep what spans items (names, the section that is
+//! Decoders are handed what has arrived and answer with a [`Step`]: an item that borrows from it,
+//! or how many bytes they must see to go on. They keep what spans items (names, the section that is
 //! open) and never more than a bounded amount of it. Every item encodes back to the bytes it was
 //! decoded from, fields included that QEMU leaves stale.
 //!
@@ -21,8 +21,8 @@ pub mod stream;
 
 use crate::{Malformed, Problem, Reader};
 
-/// Largest item of any decoder here: a record of the native dialect. A shell whose buffer holds this
-/// much never has to grow it.
+/// Largest item of any decoder here: a record of the native dialect. A shell whose buffer holds
+/// this much never has to grow it.
 pub const MAX_ITEM: usize = crate::native::frame::MAX_BODY + 16;
 
 /// What a decoder answers to the bytes that have arrived.
@@ -30,8 +30,8 @@ pub const MAX_ITEM: usize = crate::native::frame::MAX_BODY + 16;
 pub enum Step<T> {
     /// The next item, and how many bytes it took.
     Item(T, usize),
-    /// The item needs at least this many bytes, more than there are: at most [`MAX_ITEM`]. At the end
-    /// of the stream this is an error for the shell to make, with [`cut_off`].
+    /// The item needs at least this many bytes, more than there are: at most [`MAX_ITEM`]. At the
+    /// end of the stream this is an error for the shell to make, with [`cut_off`].
     Need(usize),
 }
 

@@ -83,8 +83,8 @@ pub enum Record<'a> {
         used_length: u64,
         /// Guest address, with [`Options::has_addresses`].
         address: Option<u64>,
-        /// Its places, with [`Options::is_mapped`]. The bytes from here to the end of its pages then
-        /// are no records.
+        /// Its places, with [`Options::is_mapped`]. The bytes from here to the end of its pages
+        /// then are no records.
         mapped: Option<MappedBlock>,
     },
     /// A page.

@@ -1,8 +1,8 @@
 //! Finds the end of a device's state, which no length announces. SPEC 7.4.
 //!
 //! The footer is looked for: its mark, the section's own id, and after it something that can be the
-//! next element. State that holds just such bytes is cut wrongly; the element after it then fails to
-//! decode, or names a device that is not there, but nothing else comes of it.
+//! next element. State that holds just such bytes is cut wrongly; the element after it then fails
+//! to decode, or names a device that is not there, but nothing else comes of it.
 
 use super::container::{COMMAND, END, EOF, FOOTER, FULL, PART, START, VMDESCRIPTION};
 use crate::Reader;

@@ -34,8 +34,8 @@ pub enum Item<'a> {
     DirtyBitmap(dirty_bitmap::Record<'a>),
     /// A hello, or a record of a section of the native dialect.
     Native(frame::Record<'a>),
-    /// Bytes of something that has no inner form here: device state, the VM description, the pages of
-    /// a mapped-ram file. One such thing may come in several parts.
+    /// Bytes of something that has no inner form here: device state, the VM description, the pages
+    /// of a mapped-ram file. One such thing may come in several parts.
     Bytes(&'a [u8]),
 }
 
