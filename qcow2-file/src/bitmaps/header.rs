@@ -9,6 +9,7 @@ use std::ops::Range;
 
 use crate::error::{Error, Result};
 use crate::layout::extension::{BitmapsExtension, Extension};
+use crate::layout::geometry::Geometry;
 use crate::layout::header::{Header, autoclear, incompatible};
 use crate::preflight::{check_readable, read_header};
 use crate::storage::{Storage, StorageExt};
@@ -43,6 +44,15 @@ pub(crate) fn read_writable(file: &dyn Storage) -> Result<Header> {
         );
     }
     Ok(header)
+}
+
+/// File offset of the body of the bitmaps extension, for error messages; 0 where there is none.
+pub(crate) fn extension_at(file: &dyn Storage, geometry: Geometry) -> Result<u64> {
+    let cluster = usize::try_from(geometry.cluster_size()).unwrap_or(0);
+    let mut bytes = vec![0; cluster];
+    file.read(&mut bytes, 0)?;
+    let at = ExtensionList::of(&bytes).and_then(|list| list.bitmaps);
+    Ok(at.map_or(0, |at| (at + EXTENSION_HEAD_BYTES) as u64))
 }
 
 /// Clears autoclear bits durably, in one sector, without touching anything else.

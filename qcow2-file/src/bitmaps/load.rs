@@ -4,6 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::bits::{Bits, count_ones};
+use super::header::extension_at;
 use super::store::refuse;
 use super::table::Table;
 use crate::error::{Error, Result};
@@ -209,7 +210,8 @@ pub(crate) fn read_directory(
     extension: BitmapsExtension,
     image: ImageFacts,
 ) -> Result<Vec<LocatedEntry>> {
-    check_place(extension, image).map_err(|m| file.malformed(m))?;
+    let at = extension_at(file, image.geometry)?;
+    check_place(extension, at, image).map_err(|m| file.malformed(m))?;
     let mut bytes = vec![0; usize::try_from(extension.directory_size).unwrap_or(0)];
     file.read(&mut bytes, extension.directory_offset)?;
     decode_directory(&bytes, extension.directory_offset, extension.count)

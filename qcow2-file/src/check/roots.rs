@@ -241,7 +241,8 @@ impl Roots {
             size: image.header.size & !511,
             file_len: image.file_clusters << image.geometry.cluster_bits(),
         };
-        if let Err(what) = bitmap_directory::check_place(extension, facts) {
+        let at = crate::bitmaps::header::extension_at(&**image.file, image.geometry)?;
+        if let Err(what) = bitmap_directory::check_place(extension, at, facts) {
             image.report.add(FindingKind::Bitmaps, what);
             return Ok(());
         }

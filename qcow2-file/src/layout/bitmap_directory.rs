@@ -272,24 +272,25 @@ fn clusters_end(start: u64, len: u64, geometry: Geometry) -> u64 {
     start.saturating_add(geometry.clusters_for(len).saturating_mul(geometry.cluster_size()))
 }
 
-/// Whether the extension names a place where a directory can be.
-pub fn check_place(e: BitmapsExtension, image: ImageFacts) -> Result<(), Malformed> {
+/// Whether the extension, whose body stands at file offset `at`, names a place where a directory can
+/// be.
+pub fn check_place(e: BitmapsExtension, at: u64, image: ImageFacts) -> Result<(), Malformed> {
     let g = image.geometry;
-    let field = "bitmap_directory_offset";
-    let at = e.directory_offset;
-    if !g.is_cluster_aligned(HostOffset(at)) {
-        let problem = Problem::Misaligned { value: at, align: g.cluster_size() };
-        return Err(Malformed::new(at, field, problem));
+    let start = e.directory_offset;
+    let place =
+        |problem| Err(Malformed::new(at.saturating_add(16), "bitmap_directory_offset", problem));
+    if !g.is_cluster_aligned(HostOffset(start)) {
+        return place(Problem::Misaligned { value: start, align: g.cluster_size() });
     }
     let (min, max) = (g.cluster_size(), image.file_len.min(OFFSET_MASK));
-    if at < min || at.saturating_add(e.directory_size) > max {
-        return Err(Malformed::new(at, field, Problem::OutOfRange { value: at, min, max }));
+    if start < min || start.saturating_add(e.directory_size) > max {
+        return place(Problem::OutOfRange { value: start, min, max });
     }
     let least = u64::from(e.count).saturating_mul(ENTRY_HEAD_BYTES);
     if e.directory_size < least {
         let (value, max) = (e.directory_size, limits::MAX_BITMAP_DIRECTORY_BYTES);
         let problem = Problem::OutOfRange { value, min: least, max };
-        return Err(Malformed::new(at, "bitmap_directory_size", problem));
+        return Err(Malformed::new(at.saturating_add(8), "bitmap_directory_size", problem));
     }
     Ok(())
 }
