@@ -67,3 +67,6 @@ pub const MAX_CHECK_OVERFLOWS: usize = 1 << 20;
 pub const MAX_CHECK_TABLES: usize = 4 << 20;
 /// Findings that a check describes; further ones are counted only.
 pub const MAX_CHECK_FINDINGS: usize = 1000;
+/// Compressed clusters whose exact lengths are remembered between reading their content and passing
+/// their bytes on: 64 KiB, as many as 8 units of 2 MiB have at 4 KiB clusters.
+pub const KNOWN_COMPRESSED_LENGTHS: usize = 4096;

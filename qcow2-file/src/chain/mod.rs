@@ -277,20 +277,6 @@ impl Chain {
         }
     }
 
-    /// [`read_compressed`](Self::read_compressed), and the content of the same cluster into
-    /// `content`, which is one cluster long.
-    pub fn read_compressed_and_content(
-        &self,
-        at: GuestOffset,
-        stored: &mut Vec<u8>,
-        content: &mut [u8],
-    ) -> Result<Option<CompressedCluster>> {
-        match self.compressed_layer(at)? {
-            Some(image) => image.read_compressed_and_content(at, stored, content),
-            None => Ok(None),
-        }
-    }
-
     fn compressed_layer(&self, at: GuestOffset) -> Result<Option<&Image>> {
         let left = self.virtual_size().saturating_sub(at.0);
         if left == 0 {

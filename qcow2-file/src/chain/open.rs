@@ -7,7 +7,7 @@ use std::sync::Arc;
 use super::format::PROBE_BYTES;
 use super::{Chain, Format, Layer, LayerFiles, RawLayer, foreign_format, probe};
 use crate::error::{Error, Result};
-use crate::image::{Image, ImageOptions, TableCache};
+use crate::image::{Image, ImageOptions, Shared};
 use crate::layout::header::Header;
 use crate::limits;
 use crate::lock::{self, Mode};
@@ -108,7 +108,7 @@ impl Opener {
             opener: self,
             seen: HashSet::new(),
             l1_bytes: 0,
-            cache: Arc::new(TableCache::new()),
+            shared: Arc::default(),
             chain: Chain {
                 layers: Vec::new(),
                 files: Vec::new(),
@@ -132,7 +132,7 @@ struct Opening<'a> {
     opener: &'a Opener,
     seen: HashSet<FileId>,
     l1_bytes: u64,
-    cache: Arc<TableCache>,
+    shared: Arc<Shared>,
     chain: Chain,
 }
 
@@ -194,7 +194,7 @@ impl Opening<'_> {
         let options = ImageOptions {
             data: data.clone().map(|d| d as Arc<dyn Storage>),
             accept_unfinished: self.opener.accept_unfinished,
-            cache: Some(self.cache.clone()),
+            shared: Some(self.shared.clone()),
         };
         let image = Image::with_header(file.clone(), header, options)?;
         let name = file.name();
@@ -230,8 +230,11 @@ impl Opening<'_> {
         file.read(&mut first, 0)?;
         let format = probe(&first);
         if let (Format::Raw, Some(foreign)) = (format, foreign_format(&first)) {
-            let feature = format!("format {foreign} (if it is a raw disk all the same, say so)");
-            return Err(Error::Unsupported { file: file.name(), feature });
+            let reason = format!(
+                "looks like {foreign}, which is not supported; if it is a raw disk all the same, \
+                 say so"
+            );
+            return Err(refused(&**file, reason));
         }
         if let (Format::Qcow2, Some(overlay)) = (format, self.chain.layers.last()) {
             let warning = Warning::ProbedBacking { backing: file.name().to_string() };

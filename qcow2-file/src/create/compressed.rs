@@ -44,7 +44,7 @@ impl NewImage {
     pub(super) fn decompressed(&self, entry: CompressedEntry) -> Result<Vec<u8>> {
         let len = entry.max_bytes().min(2 * self.geometry.cluster_size());
         let mut content = vec![0; in_memory(self.geometry.cluster_size())];
-        let decoded = self.decoders.with(|decoder| {
+        let decoded = self.decoders.with(self.header.compression_type, |decoder| {
             decoder.stored.resize(in_memory(len), 0);
             self.file.read(&mut decoder.stored, entry.offset.0)?;
             Ok(decoder.decode_into(&mut content))

@@ -100,7 +100,7 @@ impl NewImage {
             data: data.map(|d| Arc::clone(&d.storage)),
             backing: options.backing.as_ref().and_then(|b| b.reader.clone()),
             space: Space::new(name, geometry, first),
-            decoders: Decoders::new(options.compression_type),
+            decoders: Decoders::default(),
             stripes: std::array::from_fn(|_| Mutex::new(())),
             is_finished: RwLock::new(false),
             has_failed: AtomicBool::new(false),

@@ -1,25 +1,22 @@
-//! L2 tables in memory, a slice at a time, shared by all layers of a chain and all threads.
+//! L2 tables in memory, a slice at a time, for all layers of a chain and all threads.
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use crate::limits;
 
-/// Which slice: the layer's number in this cache, and the slice's offset in that layer's file.
+/// Which slice: the layer's number, and the slice's offset in that layer's file.
 type Key = (u32, u64);
 
 /// Raw L2 entries of one slice, as words of this machine.
-pub(crate) type Slice = Arc<[u64]>;
+pub(super) type Slice = Arc<[u64]>;
 
 /// Slices of L2 tables, at most [`limits::L2_CACHE_BYTES`] of them. Looking one up takes a shared
 /// lock; reading one from the file happens outside of any lock, so that two threads may read the same
 /// slice, which is harmless.
-#[derive(Debug)]
-pub struct TableCache {
-    layers: AtomicU32,
-    held: RwLock<Held>,
-}
+#[derive(Debug, Default)]
+pub(super) struct TableCache(RwLock<Held>);
 
 #[derive(Debug, Default)]
 struct Held {
@@ -36,32 +33,16 @@ struct Entry {
     was_used: AtomicBool,
 }
 
-impl Default for TableCache {
-    fn default() -> Self {
-        Self::new()
-    }
-}
-
 impl TableCache {
-    /// An empty cache.
-    pub fn new() -> Self {
-        Self { layers: AtomicU32::new(0), held: RwLock::default() }
-    }
-
-    /// A number for one more layer that shares the cache.
-    pub(super) fn add_layer(&self) -> u32 {
-        self.layers.fetch_add(1, Ordering::Relaxed)
-    }
-
     pub(super) fn find(&self, layer: u32, at: u64) -> Option<Slice> {
-        let held = self.held.read().unwrap_or_else(PoisonError::into_inner);
+        let held = self.0.read().unwrap_or_else(PoisonError::into_inner);
         let entry = held.slices.get(&(layer, at))?;
         entry.was_used.store(true, Ordering::Relaxed);
         Some(entry.slice.clone())
     }
 
     pub(super) fn keep(&self, layer: u32, at: u64, slice: Slice) {
-        let mut held = self.held.write().unwrap_or_else(PoisonError::into_inner);
+        let mut held = self.0.write().unwrap_or_else(PoisonError::into_inner);
         let new = Entry { slice, was_used: AtomicBool::new(false) };
         held.bytes += cost(&new);
         match held.slices.insert((layer, at), new) {
@@ -73,7 +54,7 @@ impl TableCache {
 
     /// Forgets all slices of a layer, for whoever changed its tables.
     pub(super) fn forget(&self, layer: u32) {
-        let mut held = self.held.write().unwrap_or_else(PoisonError::into_inner);
+        let mut held = self.0.write().unwrap_or_else(PoisonError::into_inner);
         let Held { slices, order, bytes } = &mut *held;
         slices.retain(|key, _| key.0 != layer);
         order.retain(|key| key.0 != layer);
@@ -109,18 +90,17 @@ mod tests {
 
     #[test]
     fn stays_small_and_spares_what_is_used() {
-        let cache = TableCache::new();
-        let layer = cache.add_layer();
+        let (cache, layer) = (TableCache::default(), 3);
         let slice: Slice = vec![7; 8192].into();
         for n in 0..1000 {
             cache.keep(layer, n << 16, slice.clone());
             assert!(n == 0 || cache.find(layer, 0).is_some(), "at {n}");
         }
-        let held = cache.held.read().unwrap();
+        let held = cache.0.read().unwrap();
         assert!(held.bytes <= limits::L2_CACHE_BYTES);
         assert_eq!(held.order.len(), held.slices.len());
         drop(held);
         cache.forget(layer);
-        assert_eq!(cache.held.read().unwrap().bytes, 0);
+        assert_eq!(cache.0.read().unwrap().bytes, 0);
     }
 }

@@ -8,15 +8,17 @@ use zstd::zstd_safe::{self, DCtx};
 
 use crate::layout::header::CompressionType;
 
-/// Decoders not in use. As many come to exist as threads decode at the same time.
+/// Decoders not in use, for both compression types. As many come to exist as threads decode at the
+/// same time.
+#[derive(Default)]
 pub(crate) struct Decoders {
-    compression: CompressionType,
-    idle: Mutex<Vec<Decoder>>,
+    deflate: Mutex<Vec<Decoder>>,
+    zstd: Mutex<Vec<Decoder>>,
 }
 
 impl std::fmt::Debug for Decoders {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Decoders").field("compression", &self.compression).finish_non_exhaustive()
+        f.debug_struct("Decoders").finish_non_exhaustive()
     }
 }
 
@@ -44,16 +46,20 @@ pub(crate) enum Decoded {
 }
 
 impl Decoders {
-    pub(crate) fn new(compression: CompressionType) -> Self {
-        Self { compression, idle: Mutex::default() }
-    }
-
     /// Runs `work` with a decoder of its own.
-    pub(crate) fn with<T>(&self, work: impl FnOnce(&mut Decoder) -> T) -> T {
-        let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        let mut decoder = idle.unwrap_or_else(|| Decoder::new(self.compression));
+    pub(crate) fn with<T>(
+        &self,
+        compression: CompressionType,
+        work: impl FnOnce(&mut Decoder) -> T,
+    ) -> T {
+        let idle = match compression {
+            CompressionType::Zlib => &self.deflate,
+            CompressionType::Zstd => &self.zstd,
+        };
+        let found = idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let mut decoder = found.unwrap_or_else(|| Decoder::new(compression));
         let result = work(&mut decoder);
-        self.idle.lock().unwrap_or_else(PoisonError::into_inner).push(decoder);
+        idle.lock().unwrap_or_else(PoisonError::into_inner).push(decoder);
         result
     }
 }
@@ -121,9 +127,9 @@ mod tests {
     use super::*;
 
     fn run(compression: CompressionType, stored: &[u8], len: usize) -> (Option<Decoded>, Vec<u8>) {
-        let decoders = Decoders::new(compression);
+        let decoders = Decoders::default();
         let mut out = vec![0xee; len];
-        let found = decoders.with(|d| {
+        let found = decoders.with(compression, |d| {
             d.stored.extend_from_slice(stored);
             d.decode_into(&mut out)
         });

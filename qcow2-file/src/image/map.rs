@@ -205,7 +205,7 @@ impl Image {
         let g = self.geometry;
         let start = index - index % slice_entries(g);
         let at = table.0.saturating_add(start.saturating_mul(g.l2_entry_size()));
-        if let Some(slice) = self.cache.find(self.cache_layer, at) {
+        if let Some(slice) = self.shared.tables.find(self.layer, at) {
             return Ok((slice, start));
         }
         let len = slice_entries(g).saturating_mul(g.l2_entry_size());
@@ -213,7 +213,7 @@ impl Image {
         let mut raw = vec![0; usize::try_from(inside).unwrap_or(0)];
         self.file.read(&mut raw, at)?;
         let slice: Slice = words(&raw).collect();
-        self.cache.keep(self.cache_layer, at, slice.clone());
+        self.shared.tables.keep(self.layer, at, slice.clone());
         Ok((slice, start))
     }
 

@@ -7,11 +7,11 @@ mod cache;
 pub(crate) mod decode;
 mod map;
 mod read;
+mod recent;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
-pub use cache::TableCache;
 pub use map::{LayerExtent, LayerKind};
 pub use read::CompressedCluster;
 
@@ -20,8 +20,9 @@ use crate::layout::geometry::Geometry;
 use crate::layout::header::Header;
 use crate::preflight::{self, Warning};
 use crate::storage::{Storage, StorageExt};
+use cache::TableCache;
 use decode::Decoders;
-use read::RecentCluster;
+use recent::{KnownLengths, RecentCluster};
 
 /// How an image is opened.
 #[derive(Debug, Default, Clone)]
@@ -31,8 +32,19 @@ pub struct ImageOptions {
     pub data: Option<Arc<dyn Storage>>,
     /// Open an image whose in-place copy was not finished (SPEC 3.3).
     pub accept_unfinished: bool,
-    /// L2 tables are kept here, together with those of other layers.
-    pub cache: Option<Arc<TableCache>>,
+    /// What the other layers of the same disk share; by default the layer has one for itself.
+    pub shared: Option<Arc<Shared>>,
+}
+
+/// Memory that all layers of a disk share, so that it does not grow with their number: L2 tables,
+/// decoders, and what was decoded last.
+#[derive(Debug, Default)]
+pub struct Shared {
+    layers: AtomicU32,
+    tables: TableCache,
+    decoders: Decoders,
+    recent: RecentCluster,
+    lengths: KnownLengths,
 }
 
 /// One open qcow2 layer. May be read from any thread at any time, as long as nobody writes to the
@@ -46,10 +58,9 @@ pub struct Image {
     warnings: Vec<Warning>,
     /// Raw entries of the active L1 table, as many as the disk needs.
     l1: Vec<u64>,
-    cache: Arc<TableCache>,
-    cache_layer: u32,
-    decoders: Decoders,
-    recent: RecentCluster,
+    shared: Arc<Shared>,
+    /// This layer's number in `shared`.
+    layer: u32,
     file_end: KnownEnd,
     data_end: KnownEnd,
 }
@@ -86,16 +97,14 @@ impl Image {
         let l1 = preflight::read_l1(&*file, &header)?;
         let has_data_file = header.has_data_file();
         let data = if has_data_file { DataFile::Outside(options.data) } else { DataFile::Inside };
-        let cache = options.cache.unwrap_or_default();
+        let shared = options.shared.unwrap_or_default();
         Ok(Self {
             data,
             geometry: header.geometry(),
             warnings,
             l1,
-            cache_layer: cache.add_layer(),
-            cache,
-            decoders: Decoders::new(header.compression_type),
-            recent: RecentCluster::default(),
+            layer: shared.layers.fetch_add(1, Ordering::Relaxed),
+            shared,
             file_end: KnownEnd::default(),
             data_end: KnownEnd::default(),
             header,
@@ -145,8 +154,9 @@ impl Image {
     /// Forgets every L2 table that was read. For a caller who changed them; the L1 table is not
     /// read again.
     pub fn forget_tables(&self) {
-        self.cache.forget(self.cache_layer);
-        self.recent.forget();
+        self.shared.tables.forget(self.layer);
+        self.shared.recent.forget();
+        self.shared.lengths.forget();
     }
 
     fn has_data_file(&self) -> bool {

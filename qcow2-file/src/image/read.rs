@@ -1,13 +1,11 @@
 //! Content of one layer, straight into the caller's buffer.
 
-use std::sync::{Arc, Mutex, PoisonError};
-
 use format_spec::{Malformed, Problem};
 
 use super::decode::{Decoded, Decoder};
 use super::map::LayerKind;
 use super::{DataFile, Image};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::layout::entry::CompressedEntry;
 use crate::layout::header::CompressionType;
 use crate::layout::units::GuestOffset;
@@ -20,26 +18,6 @@ pub struct CompressedCluster {
     pub compression: CompressionType,
     /// Guest bytes it stands for: one cluster, also at the end of the disk.
     pub cluster_size: u64,
-}
-
-/// The last compressed cluster that somebody read a part of. Who reads in small pieces in order
-/// decodes each cluster once.
-#[derive(Debug, Default)]
-pub(super) struct RecentCluster(Mutex<Option<(GuestOffset, Arc<[u8]>)>>);
-
-impl RecentCluster {
-    fn find(&self, cluster: GuestOffset) -> Option<Arc<[u8]>> {
-        let held = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        held.as_ref().filter(|(at, _)| *at == cluster).map(|(_, content)| content.clone())
-    }
-
-    fn keep(&self, cluster: GuestOffset, content: &[u8]) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some((cluster, content.into()));
-    }
-
-    pub(super) fn forget(&self) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = None;
-    }
 }
 
 impl Image {
@@ -65,50 +43,39 @@ impl Image {
     /// Where a compressed cluster starts at `at`: appends its stored bytes, exactly those that a
     /// decoder consumes, to `stored`. `None`, and nothing is appended, where there is none, or one
     /// that must not be passed on as it is; its content is then read as any other.
+    ///
+    /// How many bytes a decoder consumes is known only after decoding. Whoever needs the content as
+    /// well reads it first: what was found then is remembered for a while.
     pub fn read_compressed(
         &self,
         at: GuestOffset,
         stored: &mut Vec<u8>,
     ) -> Result<Option<CompressedCluster>> {
-        self.pass_on(at, stored, None)
-    }
-
-    /// [`read_compressed`](Self::read_compressed), and the content of the same cluster into
-    /// `content`, which is one cluster long, for a caller who needs both: decoding is the dearer part.
-    pub fn read_compressed_and_content(
-        &self,
-        at: GuestOffset,
-        stored: &mut Vec<u8>,
-        content: &mut [u8],
-    ) -> Result<Option<CompressedCluster>> {
-        self.pass_on(at, stored, Some(content))
-    }
-
-    fn pass_on(
-        &self,
-        at: GuestOffset,
-        stored: &mut Vec<u8>,
-        content: Option<&mut [u8]>,
-    ) -> Result<Option<CompressedCluster>> {
-        let cluster_size = self.geometry.cluster_size();
-        if self.geometry.in_cluster(at.0) != 0 || at.0 >= self.virtual_size() {
+        let (compression, g) = (self.header.compression_type, self.geometry);
+        let found = CompressedCluster { compression, cluster_size: g.cluster_size() };
+        if g.in_cluster(at.0) != 0 || at.0 >= self.virtual_size() {
             return Ok(None);
         }
         let Some(entry) = self.compressed_at(at)? else { return Ok(None) };
-        let size = self.cluster_len();
-        self.decoders.with(|decoder| {
-            self.fetch(decoder, entry)?;
-            let decoded = match content {
-                Some(content) if content.len() == size => decoder.decode_into(content),
-                _ => decoder.decode_inside(size),
+        if let Some(len) = self.shared.lengths.find(self.layer, entry) {
+            let old_len = stored.len();
+            stored.resize(old_len.saturating_add(len), 0);
+            let room = stored.get_mut(old_len..).unwrap_or_default();
+            return match self.file.read(room, entry.offset.0) {
+                Ok(()) => Ok(Some(found)),
+                Err(e) => {
+                    stored.truncate(old_len);
+                    Err(e)
+                }
             };
-            let Decoded::Exact(len) = decoded.ok_or_else(|| self.undecodable(entry))? else {
-                return Ok(None);
-            };
+        }
+        self.shared.decoders.with(self.header.compression_type, |decoder| {
+            let content_len = self.cluster_len();
+            let decoded = self.decode(decoder, entry, |d| d.decode_inside(content_len))?;
+            let Decoded::Exact(len) = decoded else { return Ok(None) };
             let Some(used) = decoder.stored.get(..len) else { return Ok(None) };
             stored.extend_from_slice(used);
-            let compression = self.header.compression_type;
-            Ok(Some(CompressedCluster { compression, cluster_size }))
+            Ok(Some(found))
         })
     }
 
@@ -136,9 +103,8 @@ impl Image {
             out.fill(0);
             return Ok(());
         };
-        self.decoders.with(|decoder| {
-            self.fetch(decoder, entry)?;
-            decoder.decode_into(out).ok_or_else(|| self.undecodable(entry))?;
+        self.shared.decoders.with(self.header.compression_type, |decoder| {
+            self.decode(decoder, entry, |d| d.decode_into(out))?;
             Ok(())
         })
     }
@@ -149,7 +115,7 @@ impl Image {
                 out.copy_from_slice(source);
             }
         };
-        if let Some(content) = self.recent.find(cluster) {
+        if let Some(content) = self.shared.recent.find(self.layer, cluster) {
             part(&content, out);
             return Ok(());
         }
@@ -157,26 +123,35 @@ impl Image {
             out.fill(0);
             return Ok(());
         };
-        self.decoders.with(|decoder| {
-            self.fetch(decoder, entry)?;
-            decoder.decode_inside(self.cluster_len()).ok_or_else(|| self.undecodable(entry))?;
+        self.shared.decoders.with(self.header.compression_type, |decoder| {
+            self.decode(decoder, entry, |d| d.decode_inside(self.cluster_len()))?;
             part(&decoder.content, out);
-            self.recent.keep(cluster, &decoder.content);
+            self.shared.recent.keep(self.layer, cluster, &decoder.content);
             Ok(())
         })
     }
 
-    /// Reads the sectors of a compressed cluster: at most two clusters, by the width of the field.
-    fn fetch(&self, decoder: &mut Decoder, entry: CompressedEntry) -> Result<()> {
+    /// Reads the sectors of a compressed cluster, at most two clusters by the width of the field, and
+    /// has them decoded.
+    fn decode(
+        &self,
+        decoder: &mut Decoder,
+        entry: CompressedEntry,
+        work: impl FnOnce(&mut Decoder) -> Option<Decoded>,
+    ) -> Result<Decoded> {
         debug_assert!(matches!(self.data, DataFile::Inside), "refused by check_inside");
         let len = usize::try_from(entry.max_bytes()).unwrap_or(usize::MAX);
         decoder.stored.resize(len.min(2 * self.cluster_len() + 512), 0);
-        self.file.read(&mut decoder.stored, entry.offset.0)
-    }
-
-    fn undecodable(&self, entry: CompressedEntry) -> Error {
-        let problem = Problem::Other("does not decode to one cluster");
-        self.file.malformed(Malformed::new(entry.offset.0, "compressed cluster", problem))
+        self.file.read(&mut decoder.stored, entry.offset.0)?;
+        let Some(decoded) = work(decoder) else {
+            let problem = Problem::Other("does not decode to one cluster");
+            let what = Malformed::new(entry.offset.0, "compressed cluster", problem);
+            return Err(self.file.malformed(what));
+        };
+        if let Decoded::Exact(len) = decoded {
+            self.shared.lengths.keep(self.layer, entry, len);
+        }
+        Ok(decoded)
     }
 
     fn cluster_len(&self) -> usize {

@@ -132,10 +132,13 @@ fn compressed_clusters_are_checked() {
         assert!(image.read_compressed(GuestOffset(3 * K64), &mut stored).is_err());
         assert!(stored.is_empty());
         assert_eq!(image.read_compressed(GuestOffset(512), &mut stored).unwrap(), None);
-        let mut both = vec![0; content.len()];
-        let unit = image.read_compressed_and_content(GuestOffset(0), &mut stored, &mut both);
-        assert_eq!(unit.unwrap().unwrap().cluster_size, K64);
-        assert!(both == content && !stored.is_empty());
+        // The same bytes, whether the content was read before or not.
+        let unit = image.read_compressed(GuestOffset(0), &mut stored).unwrap().unwrap();
+        assert_eq!(unit.cluster_size, K64);
+        image.forget_tables();
+        let mut again = Vec::new();
+        image.read_compressed(GuestOffset(0), &mut again).unwrap();
+        assert!(again == stored && !stored.is_empty());
     }
 }
 

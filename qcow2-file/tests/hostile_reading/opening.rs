@@ -179,10 +179,10 @@ fn content_never_decides_silently() {
 fn foreign_formats_are_not_taken_for_raw_disks() {
     let dir = Dir::new();
     dir.put("disk.vmdk", b"KDMV and more");
-    assert!(dir.complaint(&trusting(), "disk.vmdk").contains("format vmdk"));
+    assert!(dir.complaint(&trusting(), "disk.vmdk").contains("looks like vmdk"));
     assert_eq!(first_byte(&trusting().format(Some(Format::Raw)), &dir.path("disk.vmdk")), b'K');
     dir.image("top.qcow2", 0, Some(("disk.vmdk", None)));
-    assert!(dir.complaint(&trusting(), "top.qcow2").contains("format vmdk"));
+    assert!(dir.complaint(&trusting(), "top.qcow2").contains("looks like vmdk"));
 }
 
 #[test]
