@@ -5,6 +5,9 @@ use std::collections::BTreeMap;
 
 use format_spec::content_hash;
 use format_spec::native::{answer, block, control, frame, hello, journal};
+use format_spec::qemu::{
+    block as qemu_block, command, configuration, container, dirty_bitmap, ram, reply,
+};
 
 const SPEC: &str = include_str!("../SPEC.md");
 
@@ -54,8 +57,8 @@ fn modules() -> BTreeMap<&'static str, Constants> {
     BTreeMap::from([
         (
             "content_hash",
-            constants!(content_hash: LEAF_BYTES TREE_HEIGHT LEAF_KEY NODE_KEY ROOT_KEY DIGEST_KEY
-                CONTENT_PREFIX DIGEST_PREFIX),
+            constants!(content_hash: LEAF_BYTES TREE_HEIGHT LEAF_KEY NODE_KEY ROOT_KEY
+                DIGEST_KEY CONTENT_PREFIX DIGEST_PREFIX),
         ),
         (
             "native::hello",
@@ -64,14 +67,15 @@ fn modules() -> BTreeMap<&'static str, Constants> {
         ),
         (
             "native::frame",
-            constants!(frame: HEADER_BYTES MAX_BODY MAX_PAYLOAD END OPTIONAL CHECKSUM COMPRESSED),
+            constants!(frame: HEADER_BYTES MAX_BODY MAX_PAYLOAD END OPTIONAL CHECKSUM
+                COMPRESSED),
         ),
         (
             "native::block",
             constants!(block: DISK RUN DISK_SEAL BITMAP_CREATE BITMAP_UPDATE BITMAP_REMOVE
-                BITMAP_SEAL KEEPS_REST HAS_BLOCK HAS_BITMAPS ZERO_BLOCK HAS_HASH ENABLED PERSISTENT PIECE_BYTES
-                RUN_HEAD_BYTES PIECE_HEAD_BYTES MAX_DISK_NAME MAX_BITMAP_NAME MIN_GRANULARITY
-                MAX_GRANULARITY),
+                BITMAP_SEAL KEEPS_REST HAS_BLOCK HAS_BITMAPS ZERO_BLOCK HAS_HASH ENABLED
+                PERSISTENT PIECE_BYTES RUN_HEAD_BYTES PIECE_HEAD_BYTES MAX_DISK_NAME
+                MAX_BITMAP_NAME MIN_GRANULARITY MAX_GRANULARITY),
         ),
         ("native::control", constants!(control: BARRIER PREPARE COMMIT ABORT DURABLE)),
         (
@@ -81,8 +85,47 @@ fn modules() -> BTreeMap<&'static str, Constants> {
         ),
         (
             "native::journal",
-            constants!(journal: JOURNAL_MAGIC RECEIPT_MAGIC VERSION SESSION UNITS ZEROES IMAGE
-                PREPARED RECEIPT RECEIPT_BITMAP UNIT_BYTES MAX_TARGET),
+            constants!(journal: JOURNAL_MAGIC RECEIPT_MAGIC VERSION SESSION UNITS ZEROES
+                IMAGE PREPARED RECEIPT RECEIPT_BITMAP UNIT_BYTES MAX_TARGET),
+        ),
+        (
+            "qemu::container",
+            constants!(container: MAGIC VERSION EOF START PART END FULL VMDESCRIPTION
+                CONFIGURATION COMMAND FOOTER MAX_VMDESCRIPTION),
+        ),
+        (
+            "qemu::configuration",
+            constants!(configuration: SUBSECTION MAX_MACHINE MAX_CAPABILITIES
+                TARGET_PAGE_BITS CAPABILITIES UUID IGNORE_SHARED MAPPED_RAM),
+        ),
+        (
+            "qemu::command",
+            constants!(command: OPEN_RETURN_PATH PING POSTCOPY_ADVISE POSTCOPY_LISTEN
+                POSTCOPY_RUN POSTCOPY_RAM_DISCARD PACKAGED ENABLE_COLO POSTCOPY_RESUME
+                RECV_BITMAP SWITCHOVER_START),
+        ),
+        (
+            "qemu::reply",
+            constants!(reply: SHUT PONG REQ_PAGES_ID REQ_PAGES RECV_BITMAP RESUME_ACK
+                SWITCHOVER_ACK MAX_MESSAGE RESUME_VALUE BITMAP_END MAX_BITMAP),
+        ),
+        (
+            "qemu::block",
+            constants!(qemu_block: SECTION SECTION_VERSION CHUNK_BYTES DEVICE_BLOCK EOS
+                PROGRESS ZERO_BLOCK),
+        ),
+        (
+            "qemu::dirty_bitmap",
+            constants!(dirty_bitmap: SECTION SECTION_VERSION EOS ZEROES BITMAP_NAME
+                DEVICE_NAME START COMPLETE BITS EXTRA_FLAGS ENABLED PERSISTENT AUTOLOAD
+                MIN_GRANULARITY MAX_GRANULARITY MAX_BUFFER CHUNK_BITS BUFFER_ALIGN
+                SECTOR_BYTES),
+        ),
+        (
+            "qemu::ram",
+            constants!(ram: SECTION SECTION_VERSION PAGE_BYTES ZERO MEM_SIZE PAGE EOS
+                CONTINUE XBZRLE COMPRESS_PAGE MULTIFD_FLUSH XBZRLE_ENCODING MAX_COMPRESSED
+                MAX_BLOCKS MAPPED_VERSION),
         ),
     ])
 }

@@ -74,8 +74,8 @@ pub fn zero_node(height: u8) -> Node {
 }
 
 /// The node at `height` over `bytes`, at most `LEAF_BYTES << height` of them; what is missing
-/// counts as zeroes. Leaves for which `is_zero` says yes are not hashed: pass a zero test, or `|_| false`
-/// where zeroes are known to be rare. Allocates nothing.
+/// counts as zeroes. Leaves for which `is_zero` says yes are not hashed: pass a zero test, or
+/// `|_| false` where zeroes are known to be rare. Allocates nothing.
 ///
 /// ```
 /// use format_spec::content_hash::{leaf, parent, subtree};
