@@ -75,6 +75,21 @@ pub enum Error {
     /// A hash could not be computed.
     #[error(transparent)]
     Hash(#[from] format_spec::content_hash::HashError),
+    /// A transfer over a connection stopped.
+    #[error(transparent)]
+    Wire(crate::wire::Error),
+}
+
+impl From<crate::wire::Error> for Error {
+    fn from(error: crate::wire::Error) -> Self {
+        use crate::wire::Error as Wire;
+        match error {
+            Wire::Interrupted => Self::Interrupted,
+            Wire::Disk(error) => error.into(),
+            Wire::Place(error) => *error,
+            other => Self::Wire(other),
+        }
+    }
 }
 
 impl From<block_mig::Error> for Error {
@@ -99,6 +114,7 @@ impl Error {
             Self::Device(e) => e.blame(),
             Self::Block(e) => e.blame(),
             Self::Hash(_) => Blame::Caller,
+            Self::Wire(e) => e.blame(),
         }
     }
 

@@ -17,6 +17,7 @@ pub mod info;
 mod observe;
 mod publish;
 pub mod report;
+pub mod wire;
 
 pub use error::{Error, Result};
 pub use format_spec::Blame;

@@ -79,6 +79,7 @@ pub(crate) enum When {
 /// What to do.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Verb {
+    Demo(super::demo::DemoArgs),
     Copy(CopyArgs),
     Info(InfoArgs),
     Compare(CompareArgs),

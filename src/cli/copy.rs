@@ -3,15 +3,13 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use serde::Serialize;
-
 use bitferry::copy::{self, BackingChoice, CopyOptions, Existing, Plan};
 use bitferry::report::{BitmapOutcome, BitmapReport, DiskReport, Status, Verified};
 use bitferry::{Error, Report, exit_status};
 
 use super::args::CopyArgs;
 use super::size::{human, human_time};
-use super::watch::Watch;
+use super::watch::{Summary, Watch};
 use super::{Outcome, Output, table, target_options};
 
 /// Nothing was written because something would have been lost.
@@ -26,17 +24,9 @@ pub(crate) fn run(args: CopyArgs, output: &Output) -> Outcome {
     });
     if let (Err(error), true) = (&result, output.is_json) {
         let elapsed_ms = u64::try_from(start.elapsed().as_millis()).unwrap_or(u64::MAX);
-        output.event(&Summary { event: "summary", body: &Report::failure(error, elapsed_ms) })?;
+        output.event(&Summary::new("summary", &Report::failure(error, elapsed_ms)))?;
     }
     result
-}
-
-/// The last event: the body is what CLI.md calls the summary.
-#[derive(Debug, Serialize)]
-struct Summary<'a, T> {
-    event: &'static str,
-    #[serde(flatten)]
-    body: &'a T,
 }
 
 /// The validated plan of what was typed.
@@ -90,7 +80,7 @@ fn go(options: &CopyOptions, watch: &Watch<'_>, output: &Output) -> Outcome {
     let report = copy::run(options, watch)?;
     watch.finish();
     if output.is_json {
-        output.event(&Summary { event: "summary", body: &report })?;
+        output.event(&Summary::new("summary", &report))?;
     } else {
         output.text(report_text(options, &report, output))?;
     }
@@ -101,7 +91,7 @@ fn dry_run(options: &CopyOptions, watch: &Watch<'_>, output: &Output) -> Outcome
     let plan = copy::plan(options, watch)?;
     watch.finish();
     if output.is_json {
-        output.event(&Summary { event: "plan", body: &plan })?;
+        output.event(&Summary::new("plan", &plan))?;
     } else {
         output.text(plan_text(&plan, output))?;
     }

@@ -8,6 +8,7 @@ mod bitmap;
 mod compare;
 mod completions;
 mod copy;
+mod demo;
 mod failure;
 mod hash;
 mod info;
@@ -49,6 +50,7 @@ pub(crate) fn main() -> ExitCode {
 
 fn run(verb: Verb, output: &Output) -> Outcome {
     match verb {
+        Verb::Demo(args) => demo::run(args, output),
         Verb::Copy(args) => copy::run(args, output),
         Verb::Info(args) => info::run(args, output),
         Verb::Compare(args) => compare::run(args, output),

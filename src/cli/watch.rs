@@ -40,6 +40,20 @@ enum Event<'a> {
     Warning { message: &'a str },
 }
 
+/// The last event: the body is what CLI.md calls the summary.
+#[derive(Debug, Serialize)]
+pub(crate) struct Summary<'a, T> {
+    event: &'static str,
+    #[serde(flatten)]
+    body: &'a T,
+}
+
+impl<'a, T: Serialize> Summary<'a, T> {
+    pub(crate) fn new(event: &'static str, body: &'a T) -> Self {
+        Self { event, body }
+    }
+}
+
 impl<'a> Watch<'a> {
     /// For a verb whose JSON is a sequence of events.
     pub(crate) fn with_events(output: &'a Output) -> bitferry::Result<Self> {

@@ -1,6 +1,5 @@
 //! The verbs that only look.
 
-use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
 use serde::ser::SerializeSeq as _;

@@ -1,0 +1,91 @@
+//! The second process.
+
+use std::io;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use bitferry::wire::receive_image;
+use bitferry::{Error, Result, Silent};
+
+/// How long either side waits for the other before it gives up. Making an image durable on a slow
+/// disk is the longest silence.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A running second process; killed if it is dropped.
+#[derive(Debug)]
+pub(super) struct Destination {
+    child: Child,
+    /// `None` once the connection was handed out.
+    socket: UnixStream,
+}
+
+impl Destination {
+    /// Starts this program again, to receive into `target`.
+    pub(super) fn start(target: &Path) -> Result<Self> {
+        let program = std::env::current_exe().map_err(failed("find", "this program"))?;
+        let (ours, theirs) = UnixStream::pair().map_err(failed("make", "a socket pair"))?;
+        set_patience(&ours)?;
+        set_patience(&theirs)?;
+        let child = Command::new(program)
+            .args(["demo", "--destination"])
+            .arg(target)
+            .stdin(Stdio::from(OwnedFd::from(theirs)))
+            .stdout(Stdio::null())
+            .spawn()
+            .map_err(failed("start", "a second process"))?;
+        Ok(Self { child, socket: ours })
+    }
+
+    pub(super) fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Both directions of the connection.
+    pub(super) fn connection(&self) -> Result<(UnixStream, UnixStream)> {
+        let socket = |_| self.socket.try_clone().map_err(failed("duplicate", "the connection"));
+        Ok((socket(0)?, socket(1)?))
+    }
+
+    /// Waits for the process, once the transfer has ended as `sent` says.
+    pub(super) fn end<T>(mut self, sent: Result<T>) -> Result<T> {
+        if sent.is_err() {
+            return sent;
+        }
+        let status = self.child.wait().map_err(failed("wait for", "the second process"))?;
+        if status.success() {
+            return sent;
+        }
+        let source = io::Error::other(format!("it ended with {status}"));
+        Err(failed("trust", "the second process")(source))
+    }
+}
+
+impl Drop for Destination {
+    fn drop(&mut self) {
+        // It has ended already, or must not outlive the demo.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// What the second process does.
+pub(super) fn be(target: &Path) -> super::Outcome {
+    let fd = io::stdin().as_fd().try_clone_to_owned();
+    let socket = UnixStream::from(fd.map_err(failed("take", "standard input"))?);
+    receive_image((&socket, &socket), target, &Silent)?;
+    Ok(0)
+}
+
+fn set_patience(socket: &UnixStream) -> Result<()> {
+    let set = socket
+        .set_read_timeout(Some(PATIENCE))
+        .and_then(|()| socket.set_write_timeout(Some(PATIENCE)));
+    set.map_err(failed("set up", "the connection"))
+}
+
+fn failed(action: &'static str, what: &'static str) -> impl Fn(io::Error) -> Error {
+    move |source| Error::File { action, path: what.into(), source }
+}

@@ -1,0 +1,204 @@
+//! `demo`: the main job with nothing to prepare.
+//!
+//! Makes a disk with bitmaps, sends it to a second process over a local connection, lets both ends
+//! prove that they are equal, and says what happened. The second process is this program again, with
+//! the connection as its standard input.
+
+mod destination;
+mod disk;
+mod qemu;
+mod workshop;
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use clap::Args as Group;
+
+use bitferry::report::{BitmapOutcome, BitmapReport, DiskReport, Status, Verified};
+use bitferry::wire::{SentImage, send_image};
+use bitferry::{Error, Observer as _, Report, exit_status};
+
+use self::destination::Destination;
+use self::workshop::Workshop;
+use super::size::{human, human_time};
+use super::watch::{Summary, Watch};
+use super::{Outcome, Output, table};
+
+/// Width of the explanations: that of the longest hash line.
+const COLUMNS: usize = 84;
+
+/// Make a disk with backup bitmaps, move it to a second process, prove both ends equal
+///
+/// Needs no arguments, no QEMU and no privileges; takes a few seconds and some 500 MiB in the
+/// directory for temporary files (TMPDIR), which are deleted afterwards.
+#[derive(Debug, Group)]
+pub(crate) struct DemoArgs {
+    /// Be the second process: receive on standard input
+    #[arg(long, hide = true, value_name = "PATH")]
+    destination: Option<PathBuf>,
+}
+
+pub(crate) fn run(args: DemoArgs, output: &Output) -> Outcome {
+    if let Some(target) = args.destination {
+        return destination::be(&target);
+    }
+    let started = Instant::now();
+    let watch = Watch::with_events(output)?;
+    let result = show(&watch, output, started).map_err(|error| {
+        // Ctrl-C on a terminal ends the second process too, and that is not the news.
+        if watch.is_cancelled() { Error::Interrupted } else { error }
+    });
+    watch.finish();
+    let report = match &result {
+        Ok(report) => report.clone(),
+        Err(error) => Report::failure(error, elapsed_ms(started)),
+    };
+    if output.is_json {
+        output.event(&Summary::new("summary", &report))?;
+    }
+    result.map(|report| exit_status(&report))
+}
+
+fn show(watch: &Watch<'_>, output: &Output, started: Instant) -> bitferry::Result<Report> {
+    let workshop = Workshop::new()?;
+    let (source, copy) = (workshop.path("source.qcow2"), workshop.path("destination.qcow2"));
+    say(watch, output, &format!("{}\n", output.strong("1. A disk in use")))?;
+    let made = Instant::now();
+    disk::make(&source, watch)?;
+    say(watch, output, &disk_text(&source, made.elapsed())?)?;
+
+    say(watch, output, &format!("\n{}\n", output.strong("2. The move")))?;
+    let moved = Instant::now();
+    let destination = Destination::start(&copy)?;
+    let sent = send_image(destination.connection()?, &source, watch);
+    let pid = destination.id();
+    let sent = destination.end(sent)?;
+    watch.finish();
+    say(watch, output, &move_text(&sent, pid, moved.elapsed()))?;
+
+    say(watch, output, &format!("\n{}\n", output.strong("3. The proof")))?;
+    say(watch, output, &proof_text(&sent, output))?;
+    say(watch, output, &qemu::verdict(&source, &copy, output)?)?;
+    let report = report(&sent, elapsed_ms(started));
+    say(watch, output, &closing_text(started.elapsed(), output))?;
+    Ok(report)
+}
+
+fn elapsed_ms(since: Instant) -> u64 {
+    u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX)
+}
+
+/// Text goes where the bar is.
+fn say(watch: &Watch<'_>, output: &Output, text: &str) -> bitferry::Result<()> {
+    watch.finish();
+    output.text(text)
+}
+
+fn disk_text(source: &Path, took: Duration) -> bitferry::Result<String> {
+    let options = bitferry::info::InfoOptions { image: source.to_owned(), ..Default::default() };
+    let info = bitferry::info::run(&options)?;
+    let text = paragraph(&format!(
+        "A {} disk was made as a qcow2 image ({} on disk) in {}. A guest installed itself and then \
+         went on writing, while three backup bitmaps recorded where, each started later than the \
+         one before. An incremental backup reads only what its bitmap marks:",
+        human(info.virtual_size),
+        human(info.disk_size),
+        human_time(took),
+    ));
+    Ok(text + &super::info::bitmap_table(&info.bitmaps))
+}
+
+fn move_text(sent: &SentImage, pid: u32, took: Duration) -> String {
+    paragraph(&format!(
+        "This process (pid {}) sent it to a second one (pid {pid}) over a socket in {}: {} on the \
+         wire for {} of data; {} of zeroes went as a few words. The second process wrote a qcow2 \
+         image of its own under a temporary name, stored the bitmaps in it, made it durable, \
+         opened it afresh, read it back, and told this one what it read. Only when both agreed was \
+         it given its final name.",
+        std::process::id(),
+        human_time(took),
+        human(sent.wire_bytes),
+        human(sent.sent.bytes_data),
+        human(sent.sent.bytes_zero),
+    ))
+}
+
+fn proof_text(sent: &SentImage, output: &Output) -> String {
+    let verdict = |equal| if equal { output.good("equal") } else { output.bad("different") };
+    let (here, there) = (&sent.sent.proof, &sent.confirmed);
+    let mut text = format!(
+        "Content, hashed from what was sent and from what the other process reads back:\n  sent  \
+         {}\n  read  {}  {}\n",
+        here.content,
+        there.content,
+        verdict(here.content == there.content),
+    );
+    text.push_str("Bitmaps, the same way:\n");
+    for ((name, here), there) in sent.bitmaps.iter().zip(&here.bitmaps).zip(&there.bitmaps) {
+        let name = table::name(name);
+        let verdict = verdict(here == there);
+        text.push_str(&format!("  {name:8} sent  {here}\n  {:8} read  {there}  {verdict}\n", ""));
+    }
+    text
+}
+
+fn closing_text(took: Duration, output: &Output) -> String {
+    let summary = paragraph(&format!(
+        "Done in {}: the disk and all its bitmaps arrived, so the next backup at the destination \
+         is still an incremental one. Now with an image of yours:",
+        human_time(took),
+    ));
+    let summary = summary.replacen("Done", &output.good("Done"), 1);
+    format!(
+        "\n{summary}  bitferry info vm.qcow2\n  bitferry copy vm.qcow2 /somewhere/else/vm.qcow2\n"
+    )
+}
+
+/// Words in lines of at most [`COLUMNS`].
+fn paragraph(text: &str) -> String {
+    let mut lines = String::new();
+    let mut column = 0;
+    for word in text.split_whitespace() {
+        let len = word.chars().count();
+        if column > 0 && column + 1 + len > COLUMNS {
+            lines.push('\n');
+            column = 0;
+        } else if column > 0 {
+            lines.push(' ');
+            column += 1;
+        }
+        lines.push_str(word);
+        column += len;
+    }
+    lines.push('\n');
+    lines
+}
+
+fn report(sent: &SentImage, total_time_ms: u64) -> Report {
+    let bitmap = |name: &String| BitmapReport {
+        name: name.clone(),
+        outcome: BitmapOutcome::Preserved,
+        changed: Vec::new(),
+        reason: None,
+        is_wanted: true,
+    };
+    Report {
+        status: Status::Completed,
+        error: None,
+        total_time_ms,
+        downtime_ms: None,
+        wire_bytes: sent.wire_bytes,
+        repeated_bytes: 0,
+        resumed: false,
+        disks: vec![DiskReport {
+            id: "disk0".to_owned(),
+            bytes_data: sent.sent.bytes_data,
+            bytes_zero: sent.sent.bytes_zero,
+            content_hash: Some(sent.confirmed.content.to_string()),
+            verified: Verified::Yes,
+            not_carried: Vec::new(),
+            bitmaps: sent.bitmaps.iter().map(bitmap).collect(),
+        }],
+        ram: None,
+    }
+}
