@@ -382,7 +382,7 @@ fn what_is_wrong_around_sections_is_named() {
         [live("block", 0, &end), hex("01 00000009 05 626c6f636b 00000000 00000001")].concat();
     let again =
         [again, end, hex("7e 00000009 03 00000009 0000000000000002 7e 00000009 00")].concat();
-    assert_eq!(items(&mut Decoder::new(), &stream(&again)).unwrap().len(), 13);
+    assert_eq!(items(&mut Decoder::new(), &stream(&again)).unwrap().len(), 12);
 }
 
 #[test]
