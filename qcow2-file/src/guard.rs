@@ -10,7 +10,8 @@ use crate::bitmaps::load::{image_facts, load_bits};
 use crate::bitmaps::store::{check_new, new_entry, refuse};
 use crate::bitmaps::table::Table;
 use crate::bitmaps::tracker::Tracker;
-use crate::bitmaps::{Bitmaps, Bits, PersistentBitmap, State};
+use crate::bitmaps::{Bitmaps, Bits, Entry, PersistentBitmap, State};
+use crate::edit::refcounts::Refcounts;
 use crate::error::{Error, Result};
 use crate::layout::bitmap_directory::{DirectoryEntry, ImageFacts, encode_directory, flags};
 use crate::layout::extension::BitmapsExtension;
@@ -73,8 +74,9 @@ impl Guard {
     /// Marks every enabled bitmap of the image as being in use, durably. Afterwards guest data may
     /// be changed, if every change is reported to [`record_write`](Self::record_write).
     ///
-    /// Refuses a corrupt or dirty image, and one whose bitmap directory breaks the spec: a writer
-    /// that must go on calls [`invalidate`](Self::invalidate) instead. Autoclear bits that are not
+    /// Refuses a corrupt or dirty image, and one whose bitmap directory breaks the spec or is not
+    /// alone in its clusters by their refcounts; it does not walk the guest's data as
+    /// [`check`](crate::check::check) does. A writer that must go on calls [`invalidate`](Self::invalidate) instead. Autoclear bits that are not
     /// known here are cleared, as the spec demands of whoever writes.
     pub fn take(file: Arc<dyn Storage>) -> Result<Self> {
         let header = read_writable(&*file)?;
@@ -83,7 +85,7 @@ impl Guard {
         header::clear_autoclear(&*file, &header, !KNOWN_AUTOCLEAR)?;
         let mut slots = Slots::default();
         if let Some(bitmaps) = &bitmaps {
-            mark_in_use(&*file, bitmaps)?;
+            mark_in_use(&file, &header, bitmaps)?;
             let mut trackers = HashMap::new();
             for found in bitmaps.list() {
                 let entry = &found.located.entry;
@@ -335,12 +337,39 @@ impl Live {
 }
 
 /// Durably sets the `in_use` flag of every bitmap that records writes.
-fn mark_in_use(file: &dyn Storage, bitmaps: &Bitmaps) -> Result<()> {
-    let mut is_marked = false;
-    for found in bitmaps.list().iter().filter(|e| e.is_enabled() && !e.is_in_use()) {
+fn mark_in_use(file: &Arc<dyn Storage>, header: &Header, bitmaps: &Bitmaps) -> Result<()> {
+    let records = |e: &&Entry| e.is_enabled() && !e.is_in_use();
+    if !bitmaps.list().iter().any(|e| records(&e)) {
+        return Ok(());
+    }
+    refuse_shared_directory(file, header, bitmaps.extension())?;
+    for found in bitmaps.list().iter().filter(records) {
         let word = found.flags() | flags::IN_USE;
         file.write(&word.to_be_bytes(), found.located.flags_at())?;
-        is_marked = true;
     }
-    if is_marked { file.make_durable() } else { Ok(()) }
+    file.make_durable()
+}
+
+/// The flags are the one thing that is changed in place: what they stand in must be a directory and
+/// nothing else.
+fn refuse_shared_directory(
+    file: &Arc<dyn Storage>,
+    header: &Header,
+    directory: BitmapsExtension,
+) -> Result<()> {
+    let g = header.geometry();
+    let mut refcounts = Refcounts::open(file.clone(), header)?;
+    let first = directory.directory_offset >> g.cluster_bits();
+    for cluster in first..first + g.clusters_for(directory.directory_size) {
+        let refcount = refcounts.count(cluster)?;
+        if refcount != 1 {
+            let at = cluster << g.cluster_bits();
+            let reason = format!(
+                "is corrupt: the cluster of its bitmap directory at {at:#x} has refcount \
+                 {refcount} instead of 1; repair it with qemu-img check -r all"
+            );
+            return Err(Error::Refused { file: file.name(), reason });
+        }
+    }
+    Ok(())
 }

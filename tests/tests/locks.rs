@@ -1,0 +1,149 @@
+//! Locks held against QEMU, in both directions.
+
+use std::fs::{self, File};
+use std::path::Path;
+use std::sync::Arc;
+
+use bitferry_tests::image::make;
+use bitferry_tests::qemu::{Nbd, qemu_img};
+use bitferry_tests::qmp::Qemu;
+use bitferry_tests::{Peer, Run, Scratch, require, require_all};
+use qcow2_file::lock::{Lock, Mode, acquire, acquire_temporary};
+use qcow2_file::{Error, Result};
+
+const MIB: u64 = 1 << 20;
+
+fn take(path: &Path, mode: Mode) -> Result<Lock> {
+    let file = File::options().read(true).write(true).open(path).unwrap();
+    acquire(&file, &Arc::from("image"), mode)
+}
+
+#[track_caller]
+fn holders(result: Result<Lock>) -> Vec<String> {
+    match result {
+        Err(Error::InUse { holders, .. }) => holders,
+        other => panic!("{other:?}"),
+    }
+}
+
+fn qemu_writes(path: &Path, format: &str) -> bool {
+    let qemu_io = Peer::QemuIo.find().expect("asked before");
+    Run::new(qemu_io).args(["-f", format, "-c", "write 0 512"]).arg(path).works()
+}
+
+fn qemu_reads(path: &Path, format: &str) -> bool {
+    qemu_img("info").args(["-f", format]).arg(path).works()
+}
+
+#[test]
+fn we_respect_qemu() {
+    if !require_all(&[Peer::QemuImg, Peer::QemuIo, Peer::QemuNbd]) {
+        return;
+    }
+    let scratch = Scratch::new();
+    for format in ["qcow2", "raw"] {
+        let image = make(&scratch, format, MIB).format(format).done();
+        let nbd = Nbd::serve(&image, format, [""; 0]);
+        let named = format!("qemu-nbd (pid {})", nbd.id());
+        assert_eq!(holders(take(&image, Mode::Write)), [named.as_str()]);
+        assert_eq!(holders(take(&image, Mode::Read)), [named.as_str()]);
+        nbd.quit();
+        let nbd = Nbd::serve(&image, format, ["-r"]);
+        let named = format!("qemu-nbd (pid {})", nbd.id());
+        drop(take(&image, Mode::Read).unwrap());
+        assert_eq!(holders(take(&image, Mode::Write)), [named.as_str()]);
+        drop(nbd);
+        drop(take(&image, Mode::Write).unwrap());
+    }
+}
+
+#[test]
+fn we_respect_a_running_machine() {
+    if !require_all(&[Peer::QemuImg, Peer::QemuIo]) || require(Peer::Qemu10).is_none() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let image = make(&scratch, "a", MIB).done();
+    let mut qemu = Qemu::block_only(Peer::Qemu10);
+    qemu.open("n", &image, true).unwrap();
+    qemu.io("n", "write 0 512");
+    let names = holders(take(&image, Mode::Read));
+    assert!(names[0].starts_with("qemu-system-x86"), "{names:?}");
+    assert!(matches!(take(&image, Mode::Write), Err(Error::InUse { .. })));
+    qemu.close("n");
+    let lock = take(&image, Mode::Write).unwrap();
+    assert!(qemu.open("n", &image, true).is_err());
+    drop(lock);
+    qemu.open("n", &image, true).unwrap();
+    qemu.kill();
+    drop(take(&image, Mode::Write).unwrap());
+}
+
+#[test]
+fn qemu_respects_us() {
+    if !require_all(&[Peer::QemuImg, Peer::QemuIo]) {
+        return;
+    }
+    let scratch = Scratch::new();
+    for format in ["qcow2", "raw"] {
+        let image = make(&scratch, format, MIB).format(format).done();
+        let lock = take(&image, Mode::Write).unwrap();
+        assert!(!qemu_writes(&image, format));
+        // QEMU lets anybody read a raw file that is being written, by QEMU or by us.
+        assert_eq!(qemu_reads(&image, format), format == "raw");
+        assert!(qemu_img("info").args(["-U", "-f", format]).arg(&image).works());
+        drop(lock);
+        let lock = take(&image, Mode::Read).unwrap();
+        assert!(!qemu_writes(&image, format));
+        assert!(qemu_reads(&image, format));
+        drop(lock);
+        assert!(qemu_writes(&image, format));
+    }
+}
+
+#[test]
+fn we_respect_ourselves() {
+    let scratch = Scratch::new();
+    let path = scratch.path("a");
+    fs::write(&path, "x").unwrap();
+    let read = take(&path, Mode::Read).unwrap();
+    let also = take(&path, Mode::Read).unwrap();
+    let me = format!("this process (pid {})", std::process::id());
+    assert_eq!(holders(take(&path, Mode::Write)), [me.as_str()]);
+    drop(read);
+    assert_eq!(holders(take(&path, Mode::Write)).len(), 1);
+    drop(also);
+    let write = take(&path, Mode::Write).unwrap();
+    assert_eq!(holders(take(&path, Mode::Write)), [me.as_str()]);
+    assert_eq!(holders(take(&path, Mode::Read)), [me.as_str()]);
+    drop(write);
+    // A refused attempt leaves nothing behind.
+    drop(take(&path, Mode::Write).unwrap());
+    // A file opened for reading only can be taken for writing.
+    let file = File::open(&path).unwrap();
+    let lock = acquire(&file, &Arc::from("image"), Mode::Write).unwrap();
+    drop(file);
+    assert!(take(&path, Mode::Read).is_err());
+    drop(lock);
+    drop(take(&path, Mode::Read).unwrap());
+}
+
+#[test]
+fn a_temporary_file_has_one_writer_and_the_right_name() {
+    let scratch = Scratch::new();
+    let path = scratch.path(".a.bitferry-part");
+    let open = || File::options().read(true).write(true).create(true).truncate(false).open(&path);
+    let first = open().unwrap();
+    let lock = acquire_temporary(&first, &path).unwrap().expect("the name is ours");
+    assert!(matches!(acquire_temporary(&open().unwrap(), &path), Err(Error::InUse { .. })));
+    // The image in it can be taken as an image besides.
+    drop(acquire(&first, &Arc::from("image"), Mode::Write).unwrap());
+    assert!(acquire_temporary(&open().unwrap(), &path).is_err());
+    let second = open().unwrap();
+    fs::rename(&path, scratch.path("a")).unwrap();
+    drop(lock);
+    assert!(acquire_temporary(&second, &path).unwrap().is_none());
+    fs::write(&path, "another").unwrap();
+    assert!(acquire_temporary(&second, &path).unwrap().is_none());
+    drop(acquire_temporary(&open().unwrap(), &path).unwrap().expect("the name is ours"));
+}
