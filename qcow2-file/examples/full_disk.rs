@@ -2,7 +2,7 @@
 //! says how much memory and time the map and the refcounts took.
 //!
 //! ```text
-//! full_disk [TIB] [CLUSTER_BITS] [FILE]
+//! full_disk [GIB] [CLUSTER_BITS] [FILE]
 //! ```
 //!
 //! FILE gets the metadata (2.5 GiB for 16 TiB at 64 KiB clusters) at its true place, so that the
@@ -77,12 +77,12 @@ impl Storage for Swallowing {
 
 fn main() -> Result<(), Box<dyn Error>> {
     let mut args = std::env::args().skip(1);
-    let tebibytes: u64 = args.next().map_or(Ok(16), |a| a.parse())?;
+    let gibibytes: u64 = args.next().map_or(Ok(16 << 10), |a| a.parse())?;
     let cluster_bits: u32 = args.next().map_or(Ok(16), |a| a.parse())?;
     let kept = args.next().map(PathBuf::from);
     let scratch = PathBuf::from(format!("full_disk-{}.qcow2", std::process::id()));
     let path = kept.clone().unwrap_or_else(|| scratch.clone());
-    let outcome = fill(&path, tebibytes << 40, cluster_bits);
+    let outcome = fill(&path, gibibytes << 30, cluster_bits);
     if kept.is_none() {
         std::fs::remove_file(&scratch)?;
     }
