@@ -1,13 +1,13 @@
-//! Writes every cluster of a huge disk through [`NewImage`] into a file that swallows guest data, and
-//! says how much memory and time the map and the refcounts took.
+//! Writes every cluster of a huge disk through [`NewImage`] into a file that swallows guest data,
+//! and says how much memory and time the map and the refcounts took.
 //!
 //! ```text
 //! full_disk [GIB] [CLUSTER_BITS] [FILE]
 //! ```
 //!
 //! FILE gets the metadata (2.5 GiB for 16 TiB at 64 KiB clusters) at its true place, so that the
-//! result can be given to `qemu-img check`; without a name it is deleted. The file system must allow
-//! files as long as the disk.
+//! result can be given to `qemu-img check`; without a name it is deleted. The file system must
+//! allow files as long as the disk.
 #![allow(clippy::print_stdout)]
 
 use std::error::Error;

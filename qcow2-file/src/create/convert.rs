@@ -2,14 +2,14 @@
 //!
 //! # Who may change an entry, and when
 //!
-//! Entries change under the lock of their slice. Beside that, one rule makes concurrent writers in one
-//! cluster safe: **a unit becomes data either out of nothing (unallocated, no backing file, a place that
-//! reads as zero), or under the stripe lock of its cluster.** In the first case the host bytes are
-//! right before anyone writes them, so any number of writers may follow at once. In the second case
-//! (compressed, marked zero with a host cluster behind it, over a backing file, or in a data file that
-//! held something before) the unit's host bytes must first be made what the guest reads; whoever does
-//! that owns the unit, because nobody else can make it data meanwhile, and data is written only where
-//! the entry says data. Once a unit is data, it is written without any lock.
+//! Entries change under the lock of their slice. Beside that, one rule makes concurrent writers in
+//! one cluster safe: **a unit becomes data either out of nothing (unallocated, no backing file, a
+//! place that reads as zero), or under the stripe lock of its cluster.** In the first case the host
+//! bytes are right before anyone writes them, so any number of writers may follow at once. In the
+//! second case (compressed, marked zero with a host cluster behind it, over a backing file, or in a
+//! data file that held something before) the unit's host bytes must first be made what the guest
+//! reads; whoever does that owns the unit, because nobody else can make it data meanwhile, and data
+//! is written only where the entry says data. Once a unit is data, it is written without any lock.
 //!
 //! A guest cluster keeps its host cluster for good. So a writer that was overtaken by a zero still
 //! writes into the cluster it looked up, where the zero mark hides it, and whoever lifts the mark

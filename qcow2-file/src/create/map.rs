@@ -111,8 +111,8 @@ impl Map {
         self.locked(cluster, None, |entries| entries.get(cluster))
     }
 
-    /// Runs `f` on the slice that maps `cluster`, under its lock. The table gets a home from `space`
-    /// if it has none. `f` must not come back to the map.
+    /// Runs `f` on the slice that maps `cluster`, under its lock. The table gets a home from
+    /// `space` if it has none. `f` must not come back to the map.
     pub(super) fn with<R>(
         &self,
         cluster: u64,

@@ -68,8 +68,8 @@ pub struct NewImage {
 
 impl NewImage {
     /// Starts an image in `file`, which must be empty: that what is not written reads as zero is
-    /// what makes this writer fast. Nothing is written yet, but that a raw data file is made as long
-    /// as the disk.
+    /// what makes this writer fast. Nothing is written yet, but that a raw data file is made as
+    /// long as the disk.
     pub fn create(file: Arc<dyn Storage>, options: &CreateOptions) -> Result<Self> {
         let name = file.name();
         options.check(&name)?;
@@ -124,9 +124,9 @@ impl NewImage {
     }
 
     /// Writes all of `buf` at any alignment. Units (clusters or subclusters) that are all zero are
-    /// stored as zeroes are, not as data, and so are pieces of 4 KiB in a new cluster. With a backing
-    /// file and no reader for it, a unit that was not written yet must be covered whole (the end of
-    /// the disk completes the last one).
+    /// stored as zeroes are, not as data, and so are pieces of 4 KiB in a new cluster. With a
+    /// backing file and no reader for it, a unit that was not written yet must be covered whole
+    /// (the end of the disk completes the last one).
     pub fn write_at(&self, buf: &[u8], at: GuestOffset) -> Result<()> {
         self.check_range(at, buf.len() as u64)?;
         self.while_open(|| self.write(buf, at.0))
@@ -152,10 +152,10 @@ impl NewImage {
             && (len == 0 || self.is_known_zero(at.0, len).unwrap_or(false))
     }
 
-    /// Stores a compressed cluster as it is: `bytes` are exactly what its decoder consumes and decode
-    /// to `cluster_size` bytes. `false`, and nothing is changed, where this image cannot hold it in
-    /// that form (other cluster size or compression type, an external data file, a cluster that has
-    /// been stored as data already): the caller then writes the content.
+    /// Stores a compressed cluster as it is: `bytes` are exactly what its decoder consumes and
+    /// decode to `cluster_size` bytes. `false`, and nothing is changed, where this image cannot
+    /// hold it in that form (other cluster size or compression type, an external data file, a
+    /// cluster that has been stored as data already): the caller then writes the content.
     ///
     /// Storing the same cluster again leaves the earlier bytes in the file, unused.
     pub fn write_compressed(

@@ -29,7 +29,8 @@ pub struct CreateOptions {
     pub version: u32,
     /// Whether clusters have subclusters. Needs clusters of 16 KiB at least.
     pub extended_l2: bool,
-    /// How clusters given to [`write_compressed`](super::NewImage::write_compressed) are compressed.
+    /// How clusters given to [`write_compressed`](super::NewImage::write_compressed) are
+    /// compressed.
     pub compression_type: CompressionType,
     /// Lets QEMU update refcounts lazily when it writes later. The new image is written with exact
     /// refcounts all the same.

@@ -1,9 +1,10 @@
 //! Refcounts of a finished map: computed by walking it, never kept.
 //!
-//! Host clusters are counted in *windows*, stretches of the file whose refcount blocks fit a buffer of
-//! fixed size, so that memory does not grow with the disk. Each window costs a walk over the map, but
-//! the first walk notes which host clusters each part of it points to, and later ones pass over the
-//! parts that point elsewhere. An image written in guest order is walked little more than once.
+//! Host clusters are counted in *windows*, stretches of the file whose refcount blocks fit a buffer
+//! of fixed size, so that memory does not grow with the disk. Each window costs a walk over the
+//! map, but the first walk notes which host clusters each part of it points to, and later ones pass
+//! over the parts that point elsewhere. An image written in guest order is walked little more than
+//! once.
 
 use std::ops::Range;
 

@@ -11,8 +11,8 @@ use crate::layout::geometry::Geometry;
 use crate::layout::units::HostOffset;
 use crate::limits;
 
-/// Compressed clusters are packed into stretches of this size, or two clusters where that is more, so
-/// that other writers' clusters interrupt the packing seldom.
+/// Compressed clusters are packed into stretches of this size, or two clusters where that is more,
+/// so that other writers' clusters interrupt the packing seldom.
 const PACK_REGION_BYTES: u64 = 1 << 20;
 
 /// Hands out host clusters in file order, from any thread. What was handed out is never taken back

@@ -1,5 +1,5 @@
-//! What a write or a zero does to one cluster's entry. Pure decisions; see `write` and `zero` for who
-//! carries them out, and `convert` for the ones that need the cluster to themselves.
+//! What a write or a zero does to one cluster's entry. Pure decisions; see `write` and `zero` for
+//! who carries them out, and `convert` for the ones that need the cluster to themselves.
 
 use crate::layout::entry::{L2Entry, StandardEntry, Subclusters};
 use crate::layout::geometry::Geometry;

@@ -188,8 +188,8 @@ fn lacks_cluster(entry: L2Entry) -> bool {
     }
 }
 
-/// Bytes at the start of `buf` made of units that are all zero, or of units that are not; and which.
-/// `buf` stands at `at`; units are aligned to `unit`, the first and the last one may be cut.
+/// Bytes at the start of `buf` made of units that are all zero, or of units that are not; and
+/// which. `buf` stands at `at`; units are aligned to `unit`, the first and the last one may be cut.
 fn first_run(buf: &[u8], at: u64, unit: u64) -> (usize, bool) {
     let unit = in_memory(unit);
     let into_unit = in_memory(at % (unit as u64).max(1));

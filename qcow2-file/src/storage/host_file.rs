@@ -46,9 +46,9 @@ pub struct HostFile {
     is_device: bool,
     /// Whether `SEEK_DATA` works here, until it has answered that it does not.
     knows_holes: AtomicBool,
-    /// A stretch that held data when it was last looked at. Some file systems walk a stretch page by
-    /// page to find its end, so asking again for every extent in it would take quadratic time. That
-    /// what was data may be a hole by now does no harm: it reads all the same.
+    /// A stretch that held data when it was last looked at. Some file systems walk a stretch page
+    /// by page to find its end, so asking again for every extent in it would take quadratic time.
+    /// That what was data may be a hole by now does no harm: it reads all the same.
     known_data: Mutex<Range<u64>>,
 }
 
@@ -67,8 +67,8 @@ impl HostFile {
         Ok(opened)
     }
 
-    /// Creates a file that must not exist, readable and writable by its owner alone. A symbolic link
-    /// at `path` counts as existing.
+    /// Creates a file that must not exist, readable and writable by its owner alone. A symbolic
+    /// link at `path` counts as existing.
     pub fn create_new(path: &Path) -> Result<Self> {
         let flags =
             OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
@@ -189,8 +189,8 @@ impl Storage for HostFile {
         let end = end_of(offset, len)?;
         *self.known_data() = 0..0;
         if !self.is_device && end > self.len()? {
-            // Not by setting the length: another thread may have written beyond `end` meanwhile, and
-            // that would be cut off. The last byte of the range is ours to write.
+            // Not by setting the length: another thread may have written beyond `end` meanwhile,
+            // and that would be cut off. The last byte of the range is ours to write.
             self.file.write_all_at(&[0], end - 1)?;
         }
         // Block devices take the same calls: the kernel turns them into what BLKZEROOUT does.

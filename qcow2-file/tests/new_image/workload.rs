@@ -48,7 +48,8 @@ pub struct Load {
     pub threads: u64,
     pub rounds: u64,
     pub compression: Option<CompressionType>,
-    /// Ranges are multiples of this: 512, or the allocation unit where a backing file has no reader.
+    /// Ranges are multiples of this: 512, or the allocation unit where a backing file has no
+    /// reader.
     pub align: u64,
     /// Whether all of the disk can be read back.
     pub reads: bool,
