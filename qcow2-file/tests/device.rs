@@ -1,4 +1,5 @@
 //! A real block device below: a loop device, where this user may make one.
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
 use std::path::PathBuf;
 use std::process::Command;

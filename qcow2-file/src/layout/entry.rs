@@ -198,8 +198,8 @@ fn decode_subclusters(
     cluster: Option<HostOffset>,
     at: u64,
 ) -> Result<Subclusters, Malformed> {
-    let allocated = (bitmap & u64::from(u32::MAX)) as u32;
-    let zero = (bitmap >> 32) as u32;
+    let half = |shift: u32| u32::try_from(bitmap >> shift & u64::from(u32::MAX)).unwrap_or(0);
+    let (allocated, zero) = (half(0), half(32));
     let field_at = at.saturating_add(8);
     if allocated & zero != 0 {
         let problem = Problem::Other("marks a subcluster both allocated and zero");

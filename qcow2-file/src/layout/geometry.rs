@@ -50,7 +50,7 @@ impl Geometry {
 
     /// Entries in an L2 table, which fills one cluster.
     pub fn l2_entries(self) -> u64 {
-        self.cluster_size() / self.l2_entry_size().max(1)
+        if self.has_subclusters { self.cluster_size() >> 4 } else { self.cluster_size() >> 3 }
     }
 
     /// Guest bytes that one L2 table maps.

@@ -8,7 +8,7 @@ pub fn refcount_at(block: &[u8], index: u64, order: u32) -> Option<u64> {
         let per_byte = 8usize >> order;
         let byte = *block.get(index.checked_div(per_byte)?)?;
         let shift = index.checked_rem(per_byte)? << order;
-        let mask = (1u16 << (1u16 << order)).checked_sub(1)? as u8;
+        let mask = u8::MAX >> 8u32.checked_sub(1 << order)?;
         return Some(u64::from((byte >> shift) & mask));
     }
     let width = 1usize << order.checked_sub(3)?;
@@ -28,8 +28,8 @@ pub fn set_refcount(block: &mut [u8], index: u64, order: u32, value: u64) -> Opt
         let per_byte = 8usize >> order;
         let byte = block.get_mut(index.checked_div(per_byte)?)?;
         let shift = index.checked_rem(per_byte)? << order;
-        let mask = ((1u16 << bits).checked_sub(1)? as u8) << shift;
-        *byte = (*byte & !mask) | ((value as u8) << shift);
+        let mask = (u8::MAX >> 8u32.checked_sub(bits)?) << shift;
+        *byte = (*byte & !mask) | (u8::try_from(value).ok()? << shift);
         return Some(());
     }
     let width = 1usize << order.checked_sub(3)?;

@@ -1,4 +1,5 @@
 //! Images that break the format, and honest ones of absurd sizes: typed errors, bounded time.
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
 mod campaign;
 mod hand;

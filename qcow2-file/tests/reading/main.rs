@@ -1,4 +1,5 @@
 //! Images made by qemu-img and qemu-io, read by us and by them.
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
 mod oracle;
 
