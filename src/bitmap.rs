@@ -128,7 +128,7 @@ pub fn dump(image: &Path, name: &str) -> Result<Dump> {
 
 /// Looks at everything that belongs to the bitmaps of an image. Reads only.
 pub fn check(image: &Path) -> Result<BitmapCheck> {
-    let (chain, _lock) = open_for_reading(image)?;
+    let chain = open_for_reading(image)?;
     let Some(top) = chain.top().as_qcow2() else { return Err(not_qcow2(image)) };
     Ok(bitmaps::check(top.file(), top.header())?)
 }
@@ -159,27 +159,22 @@ fn open_for_writing(image: &Path) -> Result<(Arc<dyn Storage>, Lock)> {
 struct Opened {
     chain: Chain,
     bitmaps: Bitmaps,
-    _lock: Option<Lock>,
 }
 
 impl Opened {
     fn new(image: &Path) -> Result<Self> {
-        let (chain, lock) = open_for_reading(image)?;
+        let chain = open_for_reading(image)?;
         let Some(top) = chain.top().as_qcow2() else { return Err(not_qcow2(image)) };
         let bitmaps = Bitmaps::open(Arc::clone(top.file()), top.header())?;
         let bitmaps = bitmaps.ok_or_else(|| Error::Usage {
             reason: format!("{} holds no bitmaps", image.display()),
         })?;
-        Ok(Self { chain, bitmaps, _lock: lock })
+        Ok(Self { chain, bitmaps })
     }
 }
 
-fn open_for_reading(image: &Path) -> Result<(Chain, Option<Lock>)> {
-    let chain = Opener::new().without_named_files(true).open(image)?;
-    let file = chain.files().first();
-    let lock =
-        file.map(|f| lock::acquire(f.file.file(), &f.file.name(), Mode::Read)).transpose()?;
-    Ok((chain, lock))
+fn open_for_reading(image: &Path) -> Result<Chain> {
+    Ok(Opener::new().without_named_files(true).lock(true).open(image)?)
 }
 
 fn not_qcow2(image: &Path) -> Error {

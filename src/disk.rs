@@ -5,9 +5,8 @@ use std::sync::Arc;
 
 use qcow2_file::bitmaps::{Bitmaps, stale_extension};
 use qcow2_file::chain::Backing;
-use qcow2_file::lock::{self, Lock, Mode};
 use qcow2_file::storage::FileId;
-use qcow2_file::{Chain, HostFile, Image, Layer, Opener, Storage};
+use qcow2_file::{Chain, HostFile, Image, Layer, Opener};
 
 use crate::copy::Format;
 use crate::{Error, Observer, Result};
@@ -90,20 +89,18 @@ impl Stored {
 pub(crate) struct Disk {
     pub(crate) chain: Chain,
     pub(crate) bitmaps: Stored,
-    _locks: Vec<Lock>,
 }
 
 impl Disk {
     /// Opens and locks an image. What the user should know goes to `observer`.
     pub(crate) fn open(request: &Request<'_>, observer: &dyn Observer) -> Result<Self> {
         let chain = opener(request).open(request.path)?;
-        let locks = lock_all(&chain)?;
         check_probe(request.path, &chain, observer)?;
         for (file, warning) in chain.warnings() {
             observer.warning(&format!("{file} {warning}"));
         }
         let bitmaps = chain.top().as_qcow2().map_or(Stored::None, Stored::of);
-        Ok(Self { chain, bitmaps, _locks: locks })
+        Ok(Self { chain, bitmaps })
     }
 
     /// Format of the top layer.
@@ -138,32 +135,16 @@ fn opener(request: &Request<'_>) -> Opener {
         .allow_named_files(request.allow_named)
         .backing(request.backing.clone())
         .data_file(request.data_file.clone())
-}
-
-fn lock_all(chain: &Chain) -> Result<Vec<Lock>> {
-    let files = chain.files().iter().flat_map(|f| std::iter::once(&f.file).chain(f.data.as_ref()));
-    files.map(|f| Ok(lock::acquire(f.file(), &f.name(), Mode::Read)?)).collect()
+        .lock(true)
 }
 
 /// A guest can write a qcow2 header to the start of its raw disk: who has only looked at the content
-/// does not take it for qcow2 without a word. Other containers are not taken for raw either.
+/// does not take it for qcow2 without a word.
 fn check_probe(path: &Path, chain: &Chain, observer: &dyn Observer) -> Result<()> {
-    if !chain.is_probed() {
+    if !chain.is_probed() || matches!(chain.top(), Layer::Raw(_)) {
         return Ok(());
     }
     let name = path.display();
-    if let Layer::Raw(raw) = chain.top() {
-        let mut start = [0; qcow2_file::chain::PROBE_BYTES];
-        let read = raw.file().read_at(&mut start, 0);
-        let found = read.ok().and_then(|()| qcow2_file::chain::foreign_format(&start));
-        return found.map_or(Ok(()), |format| {
-            let reason = format!(
-                "{name} looks like {format}, which is not supported; \
-                 if it is a raw disk all the same, use -f raw"
-            );
-            Err(Error::Usage { reason })
-        });
-    }
     let ending = path.extension().and_then(|e| e.to_str()).unwrap_or_default().to_lowercase();
     let is_device = chain.files().first().is_some_and(|f| f.file.is_device());
     if is_device || RAW_ENDINGS.contains(&ending.as_str()) {

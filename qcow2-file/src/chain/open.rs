@@ -232,7 +232,7 @@ impl Opening<'_> {
         if let (Format::Raw, Some(foreign)) = (format, foreign_format(&first)) {
             let reason = format!(
                 "looks like {foreign}, which is not supported; if it is a raw disk all the same, \
-                 say so"
+                 give its format (-f raw)"
             );
             return Err(refused(&**file, reason));
         }
