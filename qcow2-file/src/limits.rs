@@ -70,3 +70,11 @@ pub const MAX_CHECK_FINDINGS: usize = 1000;
 /// Compressed clusters whose exact lengths are remembered between reading their content and passing
 /// their bytes on: 64 KiB, as many as 8 units of 2 MiB have at 4 KiB clusters.
 pub const KNOWN_COMPRESSED_LENGTHS: usize = 4096;
+/// Bytes of L2 tables an editor keeps in memory: the map of 256 GiB at 64 KiB clusters. QEMU: the
+/// same on Linux.
+pub const EDITOR_TABLES_BYTES: u64 = 32 << 20;
+/// Most L2 tables an editor keeps in memory, where clusters are small.
+pub const MAX_EDITOR_TABLES: u64 = 8192;
+/// Bytes of a guest write that an editor maps at a time, so that one huge write does not hold its
+/// range, and neither memory for its entries, for long.
+pub const EDITOR_STEP_BYTES: u64 = 16 << 20;

@@ -34,7 +34,8 @@ fn agree(path: &Path) -> CheckReport {
     ours
 }
 
-/// Kinds of images: name, creation options, whether compressed clusters and snapshots are possible.
+/// Kinds of images: name, creation options, whether compressed clusters and snapshots are
+/// possible.
 const KINDS: &[(&str, &[&str], bool)] = &[
     ("v2", &["compat=0.10"], true),
     ("v3", &[], true),

@@ -37,8 +37,8 @@ struct Chunk {
 
 const MAX_CHUNKS: usize = limits::CHECK_COUNTS_BYTES / size_of::<Chunk>();
 
-/// Counts of the chunks in `from..end`. Where more chunks are referred to than memory allows, `end`
-/// comes nearer: the rest needs another pass.
+/// Counts of the chunks in `from..end`. Where more chunks are referred to than memory allows,
+/// `end` comes nearer: the rest needs another pass.
 pub(super) struct Counts {
     from: u64,
     end: u64,

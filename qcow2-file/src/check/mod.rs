@@ -2,12 +2,13 @@
 //!
 //! What it finds: leaked clusters, references without a count, metadata that overlaps something,
 //! wrong COPIED flags, references past the end of the file, and structures that break the format.
-//! It agrees with `qemu-img check` on whether an image is clean, leaking or corrupt, and is stricter
-//! where metadata overlaps with counts that match. It does not repair, and does not read guest data.
+//! It agrees with `qemu-img check` on whether an image is clean, leaking or corrupt, and is
+//! stricter where metadata overlaps with counts that match. It does not repair, and does not read
+//! guest data.
 //!
-//! Cost: each table is read once per pass. One pass covers [`limits::CHECK_COUNTS_BYTES`] of counts,
-//! 2^26 clusters, so a full disk of 16 TiB at 64 KiB clusters takes five passes over 2 GiB of tables.
-//! Besides the counts it holds one entry per L2 table, the refcount table, a cache of
+//! Cost: each table is read once per pass. One pass covers [`limits::CHECK_COUNTS_BYTES`] of
+//! counts, 2^26 clusters, so a full disk of 16 TiB at 64 KiB clusters takes five passes over 2 GiB
+//! of tables. Besides the counts it holds one entry per L2 table, the refcount table, a cache of
 //! [`limits::REFCOUNT_CACHE_BYTES`], and the bitmap directory. Tables in holes of the file are not
 //! read.
 

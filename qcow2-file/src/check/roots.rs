@@ -93,8 +93,8 @@ impl Roots {
         is_inside
     }
 
-    /// Collects refcount blocks. What cannot be read as one, is a hole, or was there before, has no
-    /// counts for the rest of the check: so a small file cannot make it read for hours.
+    /// Collects refcount blocks. What cannot be read as one, is a hole, or was there before, has
+    /// no counts for the rest of the check: so a small file cannot make it read for hours.
     fn refcount_blocks(&mut self, image: &mut Image<'_>) -> Result<()> {
         let mut known = HashSet::new();
         for index in 0..image.refcounts.table_len() {
@@ -175,7 +175,8 @@ impl Roots {
     }
 
     /// Walks the snapshot table. Snapshots that claim the very same L1 table are counted, not read
-    /// again; others do not overlap in a sound image, so together they are no longer than the file.
+    /// again; others do not overlap in a sound image, so together they are no longer than the
+    /// file.
     fn snapshots(&mut self, image: &mut Image<'_>) -> Result<()> {
         let start = image.header.snapshots_offset;
         let by = Referrer { at: 64, field: "snapshots_offset" };

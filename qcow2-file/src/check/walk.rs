@@ -13,8 +13,8 @@ use crate::layout::entry::{CompressedEntry, L2Entry, StandardEntry};
 /// Bytes of a bitmap table read at a time.
 const BITMAP_PIECE_BYTES: u64 = 64 << 10;
 
-/// Counts every reference. Structures come first, so that a data reference into one is the culprit.
-/// Findings other than overlaps are made in the first pass only.
+/// Counts every reference. Structures come first, so that a data reference into one is the
+/// culprit. Findings other than overlaps are made in the first pass only.
 pub(super) fn count_references(
     image: &mut Image<'_>,
     roots: &Roots,

@@ -84,6 +84,11 @@ impl Allocator {
     /// For data, which need not be contiguous as tables must be.
     pub fn allocate_run(&mut self, max: u64) -> Result<(HostOffset, u64)> {
         self.refuse_poisoned()?;
+        let run = self.try_allocate_run(max);
+        self.poison_on_failed_write(run)
+    }
+
+    fn try_allocate_run(&mut self, max: u64) -> Result<(HostOffset, u64)> {
         loop {
             let start = self.refcounts.next_free(self.first_free)?;
             let run = self.refcounts.free_run(start, max.max(1))?.max(1);
@@ -100,8 +105,8 @@ impl Allocator {
         self.refcounts.count(at.0 >> self.geometry.cluster_bits())
     }
 
-    /// Clusters given back and not yet released. Whoever frees much calls [`release`](Self::release)
-    /// before this reaches [`limits::MAX_PENDING_FREES`].
+    /// Clusters given back and not yet released. Whoever frees much calls
+    /// [`release`](Self::release) before this reaches [`limits::MAX_PENDING_FREES`].
     pub fn pending_frees(&self) -> u64 {
         self.pending_clusters
     }
@@ -110,6 +115,11 @@ impl Allocator {
     pub fn update(&self, header: &mut Header) {
         header.refcount_table_offset = self.refcounts.table_at().0;
         header.refcount_table_clusters = self.table_clusters();
+    }
+
+    /// Whether [`flush`](Self::flush) would write anything.
+    pub(crate) fn has_changes(&self) -> bool {
+        self.table != TableState::Clean || self.refcounts.is_dirty()
     }
 
     /// Makes every increment, and everything else written to the file before, durable. Afterwards
@@ -144,11 +154,14 @@ impl Allocator {
         self.file.make_durable()
     }
 
-    /// Makes the decrements of all frees so far durable; afterwards the clusters may be reused, and
-    /// those that nothing refers to are given back to the file system. Everything that pointed at
-    /// them must be durably gone. Includes a [`flush`](Self::flush).
+    /// Makes the decrements of all frees so far durable; afterwards the clusters may be reused,
+    /// and those that nothing refers to are given back to the file system. Everything that pointed
+    /// at them must be durably gone. Flushes first where there is something to flush.
     pub fn release(&mut self) -> Result<()> {
-        self.flush()?;
+        self.refuse_poisoned()?;
+        if self.has_changes() {
+            self.flush()?;
+        }
         if self.pending.is_empty() {
             return Ok(());
         }
@@ -191,8 +204,8 @@ impl Allocator {
         Ok(())
     }
 
-    /// Makes sure that refcount blocks cover the run. Answers whether it had to add one: the run may
-    /// not be free any more then.
+    /// Makes sure that refcount blocks cover the run. Answers whether it had to add one: the run
+    /// may not be free any more then.
     fn cover(&mut self, run: Range<u64>) -> Result<bool> {
         let last = run.end.saturating_sub(1);
         if last > OFFSET_MASK >> self.geometry.cluster_bits() {
@@ -213,8 +226,8 @@ impl Allocator {
         Ok(false)
     }
 
-    /// Adds a refcount block: in a cluster that existing blocks cover, else as the first cluster of
-    /// those it covers itself.
+    /// Adds a refcount block: in a cluster that existing blocks cover, else as the first cluster
+    /// of those it covers itself.
     fn add_block(&mut self, index: u64) -> Result<()> {
         let own = index * self.geometry.refcounts_per_block();
         let free = self.refcounts.next_free(self.first_free)?;
@@ -315,6 +328,12 @@ impl Allocator {
         if self.is_poisoned { Err(super::poisoned(&*self.file)) } else { Ok(()) }
     }
 
+    /// An eviction writes a block wherever a cluster is looked for.
+    fn poison_on_failed_write<T>(&mut self, result: Result<T>) -> Result<T> {
+        self.is_poisoned |= matches!(result, Err(Error::Io { action: "write", .. }));
+        result
+    }
+
     fn poison_on_error<T>(&mut self, result: Result<T>) -> Result<T> {
         self.is_poisoned |= result.is_err();
         result
@@ -324,7 +343,8 @@ impl Allocator {
 impl Allocate for Allocator {
     fn allocate(&mut self, clusters: u64) -> Result<HostOffset> {
         self.refuse_poisoned()?;
-        self.place(clusters.max(1))
+        let at = self.place(clusters.max(1));
+        self.poison_on_failed_write(at)
     }
 
     fn free(&mut self, at: HostOffset, clusters: u64) -> Result<()> {

@@ -175,6 +175,11 @@ impl Refcounts {
         (cluster / per_block, cluster % per_block)
     }
 
+    /// Whether any block is newer than the file.
+    pub(crate) fn is_dirty(&self) -> bool {
+        self.blocks.values().any(|b| b.is_dirty)
+    }
+
     /// Writes every dirty block to its place. Answers whether there was any.
     pub(crate) fn write_blocks(&mut self) -> Result<bool> {
         let mut dirty: Vec<u64> =

@@ -39,7 +39,7 @@ pub struct LayerExtent {
 
 impl LayerExtent {
     /// Whether `next`, which follows in the guest, continues this extent.
-    fn joins(&self, next: &Self) -> bool {
+    pub(crate) fn joins(&self, next: &Self) -> bool {
         let follows = self.host.map(|h| h.0.saturating_add(self.len)) == next.host.map(|h| h.0);
         self.kind == next.kind && follows
     }
@@ -293,7 +293,7 @@ fn slice_entries(g: Geometry) -> u64 {
 }
 
 /// What an entry maps from `into` its cluster on, as long as it is of one kind.
-fn piece_at(entry: &L2Entry, g: Geometry, into: u64) -> LayerExtent {
+pub(crate) fn piece_at(entry: &L2Entry, g: Geometry, into: u64) -> LayerExtent {
     let left = g.cluster_size().saturating_sub(into);
     match entry {
         L2Entry::Compressed(_) => {

@@ -22,6 +22,7 @@ use crate::preflight::{self, Warning};
 use crate::storage::{Storage, StorageExt};
 use cache::TableCache;
 use decode::Decoders;
+pub(crate) use map::piece_at;
 use recent::{KnownLengths, RecentCluster};
 
 /// How an image is opened.

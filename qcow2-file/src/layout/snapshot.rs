@@ -92,8 +92,8 @@ pub struct Snapshot {
 }
 
 impl Snapshot {
-    /// Decodes an entry of [`SnapshotHead::entry_len`] bytes that stands at file offset `at`. Names
-    /// serve messages only, so bytes that are no UTF-8 are replaced, not refused.
+    /// Decodes an entry of [`SnapshotHead::entry_len`] bytes that stands at file offset `at`.
+    /// Names serve messages only, so bytes that are no UTF-8 are replaced, not refused.
     pub fn decode(bytes: &[u8], at: u64, geometry: Geometry) -> Result<Self, Malformed> {
         let head = SnapshotHead::decode(bytes, at, geometry)?;
         let mut r = Reader::new(bytes, at);
