@@ -60,7 +60,7 @@ impl HostFile {
             Access::ReadWrite => OFlags::RDWR,
         };
         // Without NONBLOCK, opening a pipe that somebody put there would wait for its other end.
-        let flags = mode | OFlags::CLOEXEC | OFlags::NONBLOCK;
+        let flags = mode | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
         let fd = rustix::fs::open(path, flags, Mode::empty()).map_err(|e| open_error(path, e))?;
         let opened = Self::from_fd(fd, path)?;
         rustix::fs::fcntl_setfl(&opened.file, OFlags::empty()).map_err(|e| open_error(path, e))?;

@@ -12,17 +12,21 @@ const MUTANTS: u64 = 4000;
 /// Far beyond what any mutant needs, so that a slow machine does not fail.
 const LONGEST: Duration = Duration::from_secs(10);
 
-struct Random(u64);
+pub(crate) struct Random(u64);
 
 impl Random {
-    fn next(&mut self) -> u64 {
+    pub(crate) fn new(seed: u64) -> Self {
+        Self(seed)
+    }
+
+    pub(crate) fn next(&mut self) -> u64 {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
         self.0 ^= self.0 << 17;
         self.0
     }
 
-    fn below(&mut self, bound: u64) -> u64 {
+    pub(crate) fn below(&mut self, bound: u64) -> u64 {
         self.next() % bound.max(1)
     }
 
@@ -116,7 +120,7 @@ fn exercise(file: Arc<Memory>) -> bool {
 #[test]
 fn mutants_give_errors_and_nothing_worse() {
     let victims = victims();
-    let mut random = Random(0x0bad_5eed_0bad_5eed);
+    let mut random = Random::new(0x0bad_5eed_0bad_5eed);
     let mut opened = 0;
     for n in 0..MUTANTS {
         let (file, places) = &victims[(n % victims.len() as u64) as usize];

@@ -3,6 +3,7 @@
 
 mod campaign;
 mod hand;
+mod model;
 mod opening;
 
 use std::sync::Arc;

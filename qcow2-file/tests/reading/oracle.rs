@@ -97,9 +97,22 @@ impl Images {
         for piece in [3 << 20, 65536, 4096 + 512] {
             same_content(&chain, &expected, piece, name);
         }
+        same_anywhere(&chain, &expected, name);
         let map = self.img(&["map", "-f", format, "--output=json", name]);
         same_extents(&chain, &expected, &parse_map(&map), name);
         same_compressed(&chain, &expected, name);
+    }
+}
+
+/// Reads of odd lengths at odd offsets.
+fn same_anywhere(chain: &Chain, expected: &[u8], name: &str) {
+    let mut buf = vec![0xee; 100_003];
+    for n in 0..200usize {
+        let at = n.wrapping_mul(0x9e37_79b9_7f4a_7c15) % expected.len();
+        let len = (n * 7919 % buf.len() + 1).min(expected.len() - at);
+        let got = &mut buf[..len];
+        chain.read_at(got, GuestOffset(at as u64)).unwrap();
+        assert!(*got == expected[at..at + len], "{name}: {len} bytes at {at}");
     }
 }
 
