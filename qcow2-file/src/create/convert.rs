@@ -60,7 +60,7 @@ impl NewImage {
                 let host = self.new_cluster(cluster, spare.take())?;
                 if touch.whole != u32::MAX {
                     let content = self.decompressed(c)?;
-                    write_sparse(self.data(), &content, host.0)?;
+                    self.write_new(&content, host.0)?;
                 }
                 Ok((host, mapped(host, Subclusters::DATA)))
             }
@@ -102,12 +102,16 @@ impl NewImage {
             if self.rules.has_backing && !is_zero {
                 self.copy_up((cluster << g.cluster_bits()) + unit * size, place)?;
             } else if !is_clear {
-                self.data()
-                    .write_zeroes(place, size)
-                    .map_err(|e| self.data().io_error("write zeroes", place, e))?;
+                self.clear(place, size)?;
             }
         }
         Ok(())
+    }
+
+    /// Writes to a new cluster, leaving holes where that may be done.
+    fn write_new(&self, bytes: &[u8], host: u64) -> Result<()> {
+        let data = self.data();
+        if self.rules.is_virgin { write_sparse(data, bytes, host) } else { data.write(bytes, host) }
     }
 
     /// Copies one unit from the backing file.

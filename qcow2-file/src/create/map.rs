@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::in_memory;
 use super::space::Space;
+use super::zero_out;
 use crate::error::Result;
 use crate::layout::entry::L2Entry;
 use crate::layout::geometry::Geometry;
@@ -28,6 +29,7 @@ const SHARDS: usize = 16;
 pub(super) struct Map {
     file: Arc<dyn Storage>,
     geometry: Geometry,
+    is_fresh: bool,
     has_data_file: bool,
     /// Host offsets of L2 tables; 0 where there is none.
     l1: Vec<AtomicU64>,
@@ -52,16 +54,21 @@ struct Slot {
 }
 
 impl Map {
-    /// An empty map for a disk of `size` bytes.
+    /// An empty map for a disk of `size` bytes, in a file that held nothing before if it is fresh.
     pub(super) fn new(
         file: Arc<dyn Storage>,
-        geometry: Geometry,
+        (geometry, is_fresh): (Geometry, bool),
         size: u64,
         has_data_file: bool,
     ) -> Self {
         let l1 = (0..geometry.l1_entries(size)).map(|_| AtomicU64::new(0)).collect();
         let shards = std::array::from_fn(|_| Mutex::default());
-        Self { file, geometry, has_data_file, l1, homes: Mutex::new(()), shards }
+        Self { file, geometry, is_fresh, has_data_file, l1, homes: Mutex::new(()), shards }
+    }
+
+    /// Whether the file held nothing before.
+    pub(super) fn is_fresh(&self) -> bool {
+        self.is_fresh
     }
 
     /// Entries of the L1 table.
@@ -183,7 +190,11 @@ impl Map {
         let _deciding = lock(&self.homes);
         let index = in_memory(l1_index);
         if let Some(home) = self.l1.get(index).filter(|h| h.load(Ordering::Acquire) == 0) {
-            home.store(space.allocate(1)?.0, Ordering::Release);
+            let place = space.allocate(1)?.0;
+            if !self.is_fresh {
+                zero_out(self.file.as_ref(), place, self.geometry.cluster_size())?;
+            }
+            home.store(place, Ordering::Release);
         }
         Ok(())
     }

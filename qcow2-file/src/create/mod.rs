@@ -67,18 +67,24 @@ pub struct NewImage {
 }
 
 impl NewImage {
-    /// Starts an image in `file`, which must be empty: that what is not written reads as zero is
-    /// what makes this writer fast. Nothing is written yet, but that a raw data file is made as
-    /// long as the disk.
+    /// Starts an image in `file`, which must be empty unless it is to be overwritten: that what is
+    /// not written reads as zero is what makes this writer fast. Nothing is written yet, but that a
+    /// raw data file is made as long as the disk, and that a header that is to be overwritten is
+    /// cleared, durably.
     pub fn create(file: Arc<dyn Storage>, options: &CreateOptions) -> Result<Self> {
         let name = file.name();
         options.check(&name)?;
         let header = options.header(&name)?;
-        if file.length()? != 0 {
+        let geometry = header.geometry();
+        let is_fresh = file.length()? == 0;
+        if !is_fresh && !options.overwrite {
             let reason = "a new image needs an empty file".to_owned();
             return Err(Error::Refused { file: name, reason });
         }
-        let geometry = header.geometry();
+        if !is_fresh {
+            zero_out(file.as_ref(), 0, geometry.cluster_size())?;
+            file.make_durable()?;
+        }
         let data = options.data_file.as_ref();
         let is_one_to_one = data.is_some_and(|d| d.is_raw);
         if let Some(data) = data.filter(|d| d.is_raw) {
@@ -86,10 +92,10 @@ impl NewImage {
         }
         let rules = Rules {
             has_backing: options.backing.is_some(),
-            is_virgin: data.map_or(Ok(true), |d| d.storage.length().map(|len| len == 0))?,
+            is_virgin: data.map_or(Ok(is_fresh), |d| d.storage.length().map(|len| len == 0))?,
             has_zero_flag: options.version >= 3,
         };
-        let map = Map::new(Arc::clone(&file), geometry, header.size, data.is_some());
+        let map = Map::new(Arc::clone(&file), (geometry, is_fresh), header.size, data.is_some());
         let l1_clusters = geometry.clusters_for(map.l1_len() * 8);
         let mut first = 1 + l1_clusters;
         if is_one_to_one {
@@ -272,6 +278,11 @@ impl NewImage {
         let stripe = &self.stripes[in_memory(cluster % STRIPES as u64)];
         stripe.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Makes a range of a file read as zero.
+fn zero_out(storage: &dyn Storage, at: u64, len: u64) -> Result<()> {
+    storage.write_zeroes(at, len).map_err(|e| storage.io_error("write zeroes", at, e))
 }
 
 /// Makes a file at least `len` bytes long.

@@ -39,6 +39,9 @@ pub struct CreateOptions {
     pub backing: Option<Backing>,
     /// Another file for the guest's data.
     pub data_file: Option<DataFile>,
+    /// Whether the file may hold something, which then counts as nothing: a block device, or a file
+    /// that is to be overwritten. Costs speed, since nothing there is known to read as zero.
+    pub overwrite: bool,
 }
 
 /// The file below a new image.
@@ -91,6 +94,7 @@ impl CreateOptions {
             lazy_refcounts: false,
             backing: None,
             data_file: None,
+            overwrite: false,
         }
     }
 

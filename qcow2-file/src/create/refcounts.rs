@@ -105,7 +105,12 @@ impl<'a> Refcounts<'a> {
             let window = blocks.get_mut(..in_memory(count << bits)).unwrap_or_default();
             window.fill(0);
             self.count(first * self.geometry.refcounts_per_block(), window)?;
-            write_sparse(self.file, window, (at.blocks + first) << bits)?;
+            let window_at = (at.blocks + first) << bits;
+            if self.map.is_fresh() {
+                write_sparse(self.file, window, window_at)?;
+            } else {
+                self.file.write(window, window_at)?;
+            }
             first += count;
         }
         self.write_table(at)
@@ -117,8 +122,11 @@ impl<'a> Refcounts<'a> {
             let reason = "the file is larger than its refcount table can describe";
             return Err(Error::Refused { file: self.file.name(), reason: reason.into() });
         }
+        let room = (at.table_clusters << bits) / 8;
+        let beyond = if self.map.is_fresh() { 0 } else { room - at.block_count() };
+        let padding = std::iter::repeat_n(0, in_memory(beyond));
         let entries = (at.blocks..at.end).map(|block| block << bits);
-        write_words(self.file, at.table << bits, entries)
+        write_words(self.file, at.table << bits, entries.chain(padding))
     }
 
     /// Fills the refcounts of the host clusters from `first` on.

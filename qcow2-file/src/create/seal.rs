@@ -1,11 +1,14 @@
 //! Finishing: tables, refcounts, and the header last.
 
+use std::io::ErrorKind;
+
 use super::refcounts::{Placement, Refcounts, write_words};
 use super::space::Recorder;
 use super::step::mapped;
 use super::{NewImage, lengthen};
 use crate::bitmaps::{self, PersistentBitmap};
 use crate::error::Result;
+use crate::in_memory;
 use crate::layout::entry::{COPIED, Subclusters};
 use crate::layout::extension::BitmapsExtension;
 use crate::layout::header::autoclear;
@@ -34,10 +37,19 @@ impl NewImage {
         taken.push(0..self.first_cluster());
         Refcounts::new(file, (g, self.data.is_some()), &self.map, taken).write(at)?;
         self.write_l1()?;
-        let end = at.end << g.cluster_bits();
-        file.set_len(end).map_err(|e| file.io_error("set the length to", end, e))?;
+        self.set_length(at.end << g.cluster_bits())?;
         file.make_durable()?;
         self.write_header(at, bitmaps)
+    }
+
+    /// Ends the file behind its last cluster. A device that is overwritten keeps its length.
+    fn set_length(&self, end: u64) -> Result<()> {
+        let file = self.file.as_ref();
+        let is_kept = !self.map.is_fresh() && file.length()? >= end;
+        match file.set_len(end) {
+            Err(e) if is_kept && e.kind() == ErrorKind::Unsupported => Ok(()),
+            set => set.map_err(|e| file.io_error("set the length to", end, e)),
+        }
     }
 
     /// A data file is as long as the disk, so that it can be used by itself.
@@ -63,8 +75,11 @@ impl NewImage {
             let (raw, bitmap) = mapped(host, Subclusters::DATA).encode(g);
             [raw, bitmap].into_iter().take(words)
         };
-        let clusters = 0..g.clusters_for(self.header.size);
-        write_words(self.file.as_ref(), self.map.table(0), clusters.flat_map(entry))
+        let clusters = g.clusters_for(self.header.size);
+        let beyond = (self.map.l1_len() * g.l2_entries() - clusters) * words as u64;
+        let padding = std::iter::repeat_n(0, in_memory(beyond));
+        let entries = (0..clusters).flat_map(entry).chain(padding);
+        write_words(self.file.as_ref(), self.map.table(0), entries)
     }
 
     /// Makes the image valid. Where that cannot be made sure of, it is made invalid again as far as

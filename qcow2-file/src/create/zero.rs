@@ -2,8 +2,8 @@
 
 use std::ops::Range;
 
-use super::NewImage;
 use super::step::{Piece, Rules, ZeroStep, mapped, zero_step};
+use super::{NewImage, zero_out};
 use crate::error::Result;
 use crate::layout::entry::{L2Entry, Subclusters};
 use crate::storage::StorageExt;
@@ -40,6 +40,7 @@ impl NewImage {
         let g = self.geometry;
         let mut clears: Vec<Range<u64>> = Vec::new();
         let mut hard = Vec::new();
+        let mut holes = Vec::new();
         self.map.with(clusters.start, &self.space, |entries| {
             for cluster in clusters {
                 let piece = Piece::of(cluster, range.start, range.end, g);
@@ -51,10 +52,11 @@ impl NewImage {
                             push(&mut clears, host.0 + piece.from..host.0 + piece.to);
                         }
                     }
-                    ZeroStep::MapHole => {
+                    ZeroStep::MapHole if self.map.is_fresh() => {
                         let host = self.space.allocate(1)?;
                         entries.set(cluster, mapped(host, Subclusters::DATA));
                     }
+                    ZeroStep::MapHole => holes.push(cluster),
                     ZeroStep::Convert => hard.push(piece),
                 }
             }
@@ -62,16 +64,23 @@ impl NewImage {
         })?;
         // Only now: where an entry says zero, the bytes behind it do not count any more.
         clears.into_iter().try_for_each(|r| self.clear(r.start, r.end - r.start))?;
+        holes.into_iter().try_for_each(|cluster| self.map_zeroes(cluster))?;
         hard.into_iter().try_for_each(|piece| {
             let host = self.convert(piece, None)?;
             self.clear(host.0 + piece.from, piece.len())
         })
     }
 
+    /// [`ZeroStep::MapHole`] where new clusters do not read as zero.
+    fn map_zeroes(&self, cluster: u64) -> Result<()> {
+        let whole = Piece { cluster, from: 0, to: self.geometry.cluster_size() };
+        let host = self.convert(whole, None)?;
+        self.clear(host.0, whole.len())
+    }
+
     /// Makes a range of the file that holds data read as zero.
     pub(super) fn clear(&self, host: u64, len: u64) -> Result<()> {
-        let data = self.data();
-        data.write_zeroes(host, len).map_err(|e| data.io_error("write zeroes", host, e))
+        zero_out(self.data(), host, len)
     }
 
     /// [`NewImage::discard`] without its gate: units inside the range become zero where they are

@@ -16,7 +16,8 @@ const SIZE: u64 = 3 << 20;
 
 /// A little of everything, on small clusters, so that tables are spilled too.
 fn make(file: &Arc<Memory>) -> Result<()> {
-    let options = CreateOptions { cluster_bits: 9, ..CreateOptions::new(SIZE) };
+    let overwrite = file.len().unwrap() != 0;
+    let options = CreateOptions { cluster_bits: 9, overwrite, ..CreateOptions::new(SIZE) };
     let image = NewImage::create(Arc::clone(file) as Arc<dyn Storage>, &options)?;
     let mut random = Random::new(1);
     image.write_at(&random.bytes(40000), GuestOffset(700))?;
@@ -90,6 +91,28 @@ fn nothing_is_accepted_after_an_error() {
     assert!(image.write_at(&[1; 4096], GuestOffset(0)).is_err());
     assert!(image.finish(&[]).is_err());
     assert!(!has_header(&file));
+}
+
+/// An image that is to be overwritten is gone, durably, before anything else is written.
+#[test]
+fn an_overwritten_image_is_cleared_first() {
+    let old = Arc::new(Memory::new());
+    make(&old).unwrap();
+    let mut failures = 0;
+    loop {
+        let file = Arc::new(old.snapshot());
+        file.start_log();
+        file.inject(Fault::new(OperationKind::Write, failures, EIO));
+        let result = make(&file);
+        file.clear_faults();
+        if result.is_ok() {
+            break;
+        }
+        assert!(!has_header(&file), "{failures}");
+        let kinds: Vec<_> = file.take_log().iter().map(|o| o.kind).take(3).collect();
+        assert!(kinds.starts_with(&[OperationKind::WriteZeroes, OperationKind::Sync]), "{kinds:?}");
+        failures += 7;
+    }
 }
 
 /// What is written before the header never touches its cluster, and a sync stands between.

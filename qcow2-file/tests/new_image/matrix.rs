@@ -6,7 +6,7 @@ use std::sync::Arc;
 use qcow2_file::bitmaps::{Bitmaps, Bits, PersistentBitmap};
 use qcow2_file::create::{Backing, BackingReader, CreateOptions, DataFile, NewImage};
 use qcow2_file::layout::header::CompressionType;
-use qcow2_file::{GuestOffset, HostFile, Opener, Result};
+use qcow2_file::{Access, GuestOffset, HostFile, Opener, Result};
 
 use crate::peer::{run, run_args, tool};
 use crate::workload::{Load, Random, work};
@@ -37,7 +37,13 @@ fn judge(name: &str, size: u64, change: impl FnOnce(&mut CreateOptions, &Path)) 
     let seed = Random::new(name.bytes().fold(7, |h, b| (h << 5) ^ (h >> 3) ^ u64::from(b))).next();
     let mut shadow = backing_content(&mut options, dir.path(), seed);
     let has_reader = options.backing.as_ref().is_none_or(|b| b.reader.is_some());
-    let file = HostFile::create_new(&dir.path().join("new.qcow2")).unwrap();
+    let path = dir.path().join("new.qcow2");
+    if options.overwrite {
+        std::fs::write(&path, Random::new(seed ^ 4).bytes(options.size + (2 << 20))).unwrap();
+    } else {
+        std::fs::write(&path, []).unwrap();
+    }
+    let file = HostFile::open(&path, Access::ReadWrite).unwrap();
     let image = NewImage::create(Arc::new(file), &options).unwrap();
     let load = Load {
         seed,
@@ -56,7 +62,7 @@ fn judge(name: &str, size: u64, change: impl FnOnce(&mut CreateOptions, &Path)) 
     let bitmaps = bitmaps(&options, seed);
     image.finish(&bitmaps).unwrap();
     drop(image);
-    reads_back(&dir.path().join("new.qcow2"), &shadow, &bitmaps);
+    reads_back(&path, &shadow, &bitmaps);
     std::fs::write(dir.path().join("shadow.raw"), &shadow).unwrap();
     if is_raw {
         run(dir.path(), "qemu-img compare -f raw -F raw data.raw shadow.raw");
@@ -245,6 +251,34 @@ fn a_data_file_that_held_something_before() {
             let storage = Arc::new(storage.unwrap());
             o.data_file = Some(DataFile { name: "stale".into(), is_raw: false, storage });
             o.extended_l2 = extended;
+        });
+    }
+}
+
+#[test]
+fn over_what_was_there() {
+    for (version, extended, bits, order) in [
+        (3, false, 9, 4),
+        (3, false, 16, 4),
+        (3, true, 16, 6),
+        (2, false, 16, 4),
+        (3, false, 12, 0),
+    ] {
+        for has_backing in [false, true] {
+            let name = format!("overwrite {version} {extended} {bits} {order} {has_backing}");
+            judge(&name, SIZE, |o, _| {
+                if has_backing {
+                    over_backing(o, true);
+                }
+                (o.version, o.extended_l2, o.cluster_bits) = (version, extended, bits);
+                (o.refcount_bits, o.overwrite) = (1 << order, true);
+            });
+        }
+    }
+    for is_raw in [false, true] {
+        judge(&format!("overwrite with data file {is_raw}"), SIZE, |o, dir| {
+            with_data_file(o, dir, is_raw);
+            o.overwrite = true;
         });
     }
 }
