@@ -49,16 +49,16 @@ pub const L2_CACHE_BYTES: usize = 8 << 20;
 pub const L2_SLICE_BYTES: u64 = 64 << 10;
 /// Slices of L2 tables that one extent query may go through before it answers with what it has.
 pub const MAX_SLICES_PER_EXTENT: u32 = 64;
-/// Bytes of disk that an extent query through several layers looks at first; doubled while all of it
-/// is alike. Bounds what is thrown away when a lower layer has shorter extents.
+/// Bytes of disk that an extent query through several layers looks at first; doubled while all of
+/// it is alike. Bounds what is thrown away when a lower layer has shorter extents.
 pub const FIRST_EXTENT_WINDOW: u64 = 4 << 20;
 /// L1 tables of all layers of a chain together, in bytes: two of the largest.
 pub const MAX_CHAIN_L1_BYTES: u64 = 2 * MAX_L1_BYTES;
 /// Memory in which a check counts references: 2^26 clusters (4 TiB at 64 KiB) in one pass over the
 /// metadata. QEMU holds the counts of the whole file.
 pub const CHECK_COUNTS_BYTES: usize = 132 << 20;
-/// Most passes of a check, so that an image that scatters references over exabytes ends in an error:
-/// 256 TiB of dense data at 64 KiB clusters.
+/// Most passes of a check, so that an image that scatters references over exabytes ends in an
+/// error: 256 TiB of dense data at 64 KiB clusters.
 pub const MAX_CHECK_PASSES: u32 = 64;
 /// Clusters with more references than the counts' width holds, which a check counts aside.
 pub const MAX_CHECK_OVERFLOWS: usize = 1 << 20;

@@ -67,8 +67,8 @@ fn cluster_size(bytes: &[u8]) -> Option<u64> {
     (is_qcow2 && limits::CLUSTER_BITS.contains(&bits)).then(|| 1 << bits)
 }
 
-/// Judges the features of an image that is to be *read*. `accept_unfinished` lets pass what SPEC 3.3
-/// marks as unfinished.
+/// Judges the features of an image that is to be *read*. `accept_unfinished` lets pass what SPEC
+/// 3.3 marks as unfinished.
 pub fn check_readable(
     file: &dyn Storage,
     header: &Header,

@@ -50,8 +50,8 @@ impl FromStr for Format {
 /// Bytes that [`probe`] and [`foreign_format`] want to see.
 pub const PROBE_BYTES: usize = 512;
 
-/// What a file looks like. A guess: a guest can write a qcow2 header to the start of its raw disk, so
-/// whoever acts on the answer says so to the user.
+/// What a file looks like. A guess: a guest can write a qcow2 header to the start of its raw disk,
+/// so whoever acts on the answer says so to the user.
 pub fn probe(first_bytes: &[u8]) -> Format {
     let magic = MAGIC.to_be_bytes();
     let version = first_bytes.get(4..8);

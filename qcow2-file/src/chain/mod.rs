@@ -114,7 +114,8 @@ pub struct ChainExtent {
     pub kind: ChainKind,
     /// Where it stands in the file that holds the layer's guest data, contiguously.
     pub host: Option<HostOffset>,
-    /// The layer that decides: 0 is the top. For what is in no layer, the lowest one that was asked.
+    /// The layer that decides: 0 is the top. For what is in no layer, the lowest one that was
+    /// asked.
     pub depth: usize,
 }
 

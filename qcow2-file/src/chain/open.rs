@@ -49,8 +49,8 @@ impl Opener {
         Self::default()
     }
 
-    /// The format of the top layer. `None` probes it; [`Chain::is_probed`] tells. What looks like yet
-    /// another format is refused then, and not taken for a raw disk.
+    /// The format of the top layer. `None` probes it; [`Chain::is_probed`] tells. What looks like
+    /// yet another format is refused then, and not taken for a raw disk.
     pub fn format(mut self, format: Option<Format>) -> Self {
         self.format = format;
         self
@@ -69,8 +69,8 @@ impl Opener {
         self
     }
 
-    /// Leaves named files alone instead of failing: for looking at metadata. Data in an external data
-    /// file cannot be read then, and what is in a backing file reads as a hole.
+    /// Leaves named files alone instead of failing: for looking at metadata. Data in an external
+    /// data file cannot be read then, and what is in a backing file reads as a hole.
     pub fn without_named_files(mut self, without: bool) -> Self {
         self.without_named_files = without;
         self
@@ -95,8 +95,8 @@ impl Opener {
     }
 
     /// Whether every file is locked as QEMU does it, for as long as the [`Chain`] lives: the top's
-    /// for what they are opened for, those below for reading. A file that another process has open in
-    /// a conflicting way is an [`Error::InUse`].
+    /// for what they are opened for, those below for reading. A file that another process has open
+    /// in a conflicting way is an [`Error::InUse`].
     pub fn lock(mut self, lock: bool) -> Self {
         self.lock = lock;
         self

@@ -13,8 +13,8 @@ type Key = (u32, u64);
 pub(super) type Slice = Arc<[u64]>;
 
 /// Slices of L2 tables, at most [`limits::L2_CACHE_BYTES`] of them. Looking one up takes a shared
-/// lock; reading one from the file happens outside of any lock, so that two threads may read the same
-/// slice, which is harmless.
+/// lock; reading one from the file happens outside of any lock, so that two threads may read the
+/// same slice, which is harmless.
 #[derive(Debug, Default)]
 pub(super) struct TableCache(RwLock<Held>);
 

@@ -1,5 +1,5 @@
-//! Compressed clusters back into guest bytes, with reused contexts. qcow2 spec, "Compressed Clusters
-//! Descriptor".
+//! Compressed clusters back into guest bytes, with reused contexts. qcow2 spec, "Compressed
+//! Clusters Descriptor".
 
 use std::sync::{Mutex, PoisonError};
 

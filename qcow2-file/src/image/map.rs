@@ -70,9 +70,9 @@ struct Position {
 }
 
 impl Image {
-    /// The extent that starts at `at`, at most `max_len` bytes (which must not be zero), merged over
-    /// clusters and L2 tables as far as it goes; a limit on tables read per call may end it sooner.
-    /// Beyond the end of the disk everything is unallocated.
+    /// The extent that starts at `at`, at most `max_len` bytes (which must not be zero), merged
+    /// over clusters and L2 tables as far as it goes; a limit on tables read per call may end it
+    /// sooner. Beyond the end of the disk everything is unallocated.
     ///
     /// An entry that breaks the format is an error for the range that starts in it; what comes
     /// before it in the range asked for is answered first.
@@ -108,7 +108,8 @@ impl Image {
         Ok(run.extent.unwrap_or(none))
     }
 
-    /// Adds to `run` what one L1 entry without a table, or one slice of a table, maps from `pos` on.
+    /// Adds to `run` what one L1 entry without a table, or one slice of a table, maps from `pos`
+    /// on.
     fn extend_run(&self, run: &mut Run, pos: u64, end: u64) -> Result<Step> {
         let g = self.geometry;
         let span = g.l2_span();
@@ -140,9 +141,9 @@ impl Image {
         Ok(Step::Slice { reached: stop })
     }
 
-    /// How many entries right behind `position` map on as it does: nothing, or one host cluster after
-    /// the other. Long runs are nearly all of most tables, so they are compared word by word; the
-    /// last entry is then checked for all, since offsets only grow on the way to it.
+    /// How many entries right behind `position` map on as it does: nothing, or one host cluster
+    /// after the other. Long runs are nearly all of most tables, so they are compared word by word;
+    /// the last entry is then checked for all, since offsets only grow on the way to it.
     fn alike(&self, slice: &[u64], slice_start: u64, position: Position, kind: LayerKind) -> u64 {
         let step = match kind {
             LayerKind::Data => self.geometry.cluster_size(),

@@ -1,5 +1,5 @@
-//! One open qcow2 layer: its map, its content, its compressed clusters. Reads only; the layers below
-//! are the business of [`crate::chain`].
+//! One open qcow2 layer: its map, its content, its compressed clusters. Reads only; the layers
+//! below are the business of [`crate::chain`].
 //!
 //! One bad table entry makes the range that it maps unreadable, and nothing else.
 

@@ -131,8 +131,8 @@ impl Image {
         })
     }
 
-    /// Reads the sectors of a compressed cluster, at most two clusters by the width of the field, and
-    /// has them decoded.
+    /// Reads the sectors of a compressed cluster, at most two clusters by the width of the field,
+    /// and has them decoded.
     fn decode(
         &self,
         decoder: &mut Decoder,

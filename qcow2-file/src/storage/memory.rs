@@ -1,4 +1,5 @@
-//! A file in memory, for tests and fuzzing: sparse, with faults on demand and a log of what was done.
+//! A file in memory, for tests and fuzzing: sparse, with faults on demand and a log of what was
+//! done.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -299,7 +300,8 @@ fn small(value: u64) -> usize {
     usize::try_from(value).unwrap_or(usize::MAX)
 }
 
-/// Cuts `len` bytes at `offset` on page borders: page number, offset in the page, range in the buffer.
+/// Cuts `len` bytes at `offset` on page borders: page number, offset in the page, range in the
+/// buffer.
 fn pieces(offset: u64, len: usize) -> impl Iterator<Item = (u64, usize, std::ops::Range<usize>)> {
     let mut done = 0;
     std::iter::from_fn(move || {

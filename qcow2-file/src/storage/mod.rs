@@ -46,8 +46,8 @@ pub trait Storage: Send + Sync + std::fmt::Debug {
     fn set_len(&self, len: u64) -> io::Result<()>;
 
     /// The run that starts at `offset`: whether it is data or a hole that reads as zero, and its
-    /// length, at least 1 and at most `max_len` (which must not be zero). Storage that cannot tell answers data. Beyond the
-    /// end everything is a hole.
+    /// length, at least 1 and at most `max_len` (which must not be zero). Storage that cannot tell
+    /// answers data. Beyond the end everything is a hole.
     fn run_at(&self, offset: u64, max_len: u64) -> io::Result<Run>;
 
     /// Makes what was written durable, metadata of the file included.
@@ -85,8 +85,8 @@ pub(crate) trait StorageExt: Storage {
         self.len().map_err(|e| self.io_error("find the length of the file", 0, e))
     }
 
-    /// [`Storage::run_at`] naming the file, cut on 512-byte borders: a run never ends inside a sector,
-    /// except at `max_len`. Where a sector is partly data, it is data.
+    /// [`Storage::run_at`] naming the file, cut on 512-byte borders: a run never ends inside a
+    /// sector, except at `max_len`. Where a sector is partly data, it is data.
     fn run(&self, offset: u64, max_len: u64) -> Result<Run> {
         let max_len = max_len.max(1);
         let found = self.run_at(offset, max_len);

@@ -45,8 +45,11 @@ impl Random {
     }
 }
 
-/// An image of each kind, and the places worth changing.
-fn victims() -> Vec<(Arc<Memory>, Vec<(u64, u64)>)> {
+/// A healthy image, and the stretches (offset, length) of it that are worth changing.
+type Victim = (Arc<Memory>, Vec<(u64, u64)>);
+
+/// An image of each kind.
+fn victims() -> Vec<Victim> {
     let mut all = Vec::new();
     for (bits, kind) in [(9, "plain"), (16, "plain"), (14, "extended"), (12, "zlib"), (16, "zstd")]
     {

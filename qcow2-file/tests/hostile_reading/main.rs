@@ -379,7 +379,7 @@ fn threads_read_one_image() {
                     image.read_at(&mut buf, GuestOffset(at)).unwrap();
                     for (i, b) in buf.iter().enumerate() {
                         let cluster = (at + i as u64) / 512;
-                        let want = if cluster % 3 == 0 { cluster as u8 | 1 } else { 0 };
+                        let want = if cluster.is_multiple_of(3) { cluster as u8 | 1 } else { 0 };
                         assert_eq!(*b, want);
                     }
                 }

@@ -62,8 +62,8 @@ impl Images {
         run(self.dir.path(), "qemu-img", args)
     }
 
-    /// Commands for qemu-io. Some may fail (a compressed write needs an unallocated cluster): what is
-    /// compared is what both sides read afterwards.
+    /// Commands for qemu-io. Some may fail (a compressed write needs an unallocated cluster): what
+    /// is compared is what both sides read afterwards.
     pub(crate) fn io(&self, name: &str, format: &str, commands: &[String]) {
         let mut tool = Command::new("timeout");
         tool.args(["60", "qemu-io", "-f", format]).current_dir(self.dir.path());
