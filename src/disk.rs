@@ -138,27 +138,35 @@ fn opener(request: &Request<'_>) -> Opener {
         .lock(true)
 }
 
-/// A guest can write a qcow2 header to the start of its raw disk: who has only looked at the content
-/// does not take it for qcow2 without a word.
+/// A guest can write a qcow2 header to the start of its raw disk: who has only looked at the
+/// content does not take it for qcow2 without a word.
 fn check_probe(path: &Path, chain: &Chain, observer: &dyn Observer) -> Result<()> {
     if !chain.is_probed() || matches!(chain.top(), Layer::Raw(_)) {
         return Ok(());
     }
     let name = path.display();
-    let ending = path.extension().and_then(|e| e.to_str()).unwrap_or_default().to_lowercase();
     let is_device = chain.files().first().is_some_and(|f| f.file.is_device());
-    if is_device || RAW_ENDINGS.contains(&ending.as_str()) {
+    if is_device || RAW_ENDINGS.contains(&ending(path).as_str()) {
         let reason = format!(
             "{name} holds a qcow2 header, which the guest of a raw disk could have written; \
              say which it is: -f raw or -f qcow2"
         );
         return Err(Error::Usage { reason });
     }
-    if !QCOW2_ENDINGS.contains(&ending.as_str()) {
+    if !is_named_qcow2(path) {
         observer.warning(&format!(
             "{name} is taken for qcow2 because of its content, which the guest of a raw disk could \
              have written; use -f qcow2 or -f raw to be sure"
         ));
     }
     Ok(())
+}
+
+/// Whether the name says qcow2.
+pub(crate) fn is_named_qcow2(path: &Path) -> bool {
+    QCOW2_ENDINGS.contains(&ending(path).as_str())
+}
+
+fn ending(path: &Path) -> String {
+    path.extension().and_then(|e| e.to_str()).unwrap_or_default().to_lowercase()
 }

@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use crate::Result;
 use crate::copy::Format;
-use crate::disk::Stored;
+use crate::disk::{Stored, is_named_qcow2};
 
 /// What to look at.
 #[derive(Debug, Clone, Default)]
@@ -73,7 +73,8 @@ pub fn run(options: &InfoOptions) -> Result<ImageInfo> {
         .accept_unfinished(true);
     let chain = opener.open(&options.image)?;
     let mut notes: Vec<String> = chain.warnings().iter().map(|(_, w)| w.to_string()).collect();
-    if chain.is_probed() && chain.top().as_qcow2().is_some() {
+    let is_guess = chain.is_probed() && !is_named_qcow2(&options.image);
+    if is_guess && chain.top().as_qcow2().is_some() {
         notes.push("taken for qcow2 because of its content".into());
     }
     let (mut bitmaps, mut header) = (Vec::new(), None);

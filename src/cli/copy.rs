@@ -167,7 +167,10 @@ fn plan_text(plan: &Plan, output: &Output) -> String {
         ),
     ];
     fields.extend(plan.not_carried.iter().map(|what| ("not carried", what.clone())));
-    fields.extend(plan.refusals.iter().map(|why| ("refused", output.bad(why))));
+    for why in &plan.refusals {
+        let why = why.strip_prefix("refused, nothing was written: ").unwrap_or(why);
+        fields.push(("refused", output.bad(why)));
+    }
     let mut text = table::fields(&fields);
     let rows: Vec<[String; 3]> = plan
         .bitmaps

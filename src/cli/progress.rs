@@ -9,8 +9,8 @@ use bitferry::Phase;
 /// Redraws per second: enough to look alive, few enough not to be seen in a profile.
 const DRAWS_PER_SECOND: u8 = 8;
 
-/// A bar on stderr. Work is bytes of stored data: runs of zeroes take no time and count for nothing,
-/// so that the remaining time is right on a sparse disk too.
+/// A bar on stderr. Work is bytes of stored data: runs of zeroes take no time and count for
+/// nothing, so that the remaining time is right on a sparse disk too.
 #[derive(Debug)]
 pub(crate) struct Bar(ProgressBar);
 

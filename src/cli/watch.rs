@@ -28,7 +28,8 @@ pub(crate) struct Watch<'a> {
 #[derive(Debug)]
 struct State {
     phase: Phase,
-    last_event: Option<Instant>,
+    /// When progress was told last, and what.
+    last_event: Option<(Instant, (u64, u64))>,
 }
 
 /// One line of a long operation's JSON.
@@ -84,8 +85,8 @@ impl<'a> Watch<'a> {
 
     fn emit(&self, event: &Event<'_>) {
         if let Some(output) = self.events {
-            // A full disk under our stdout must not stop a copy; the summary will fail to be written
-            // and that is an error.
+            // A full disk under our stdout must not stop a copy; the summary will fail to be
+            // written and that is an error.
             let _ = output.event(event);
         }
     }
@@ -115,10 +116,12 @@ impl Observer for Watch<'_> {
             return;
         }
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        if done < total && state.last_event.is_some_and(|at| at.elapsed() < EVENT_INTERVAL) {
+        let is_early = |(at, _): (Instant, _)| done < total && at.elapsed() < EVENT_INTERVAL;
+        let is_old = |(_, last)| last == (done, total);
+        if state.last_event.is_some_and(|last| is_early(last) || is_old(last)) {
             return;
         }
-        state.last_event = Some(Instant::now());
+        state.last_event = Some((Instant::now(), (done, total)));
         // Written under the lock, so that events stand in the order they happened.
         self.emit(&Event::Progress { phase: state.phase.name(), done, total });
     }

@@ -87,8 +87,8 @@ fn usable_bitmaps(image: &Path, disk: &Disk) -> Result<Vec<bitmap_mig::Bitmap>> 
     directory.list().iter().map(load).collect()
 }
 
-/// Receives one image and publishes it at `target`, which must not exist, as qcow2. Until the source
-/// has agreed to the proof the image has a temporary name.
+/// Receives one image and publishes it at `target`, which must not exist, as qcow2. Until the
+/// source has agreed to the proof the image has a temporary name.
 pub fn receive_image<R: Read, W: Write>(
     (reader, writer): (R, W),
     target: &Path,

@@ -18,8 +18,8 @@ use super::proof::DiskProof;
 use super::records::{RecordReader, RecordWriter};
 
 /// Finds or makes the place for a disk, by the name that the source gives it, which selects among
-/// what this side's user configured and is never a path, and the size in bytes that the source says.
-/// The place must be at least as large; its content is lost.
+/// what this side's user configured and is never a path, and the size in bytes that the source
+/// says. The place must be at least as large; its content is lost.
 pub type Place<'p, 's> = dyn FnMut(&str, u64) -> crate::Result<Arc<dyn BlockSink + 's>> + 'p;
 
 /// A disk that arrived whole, and what the source says of it.

@@ -1,8 +1,8 @@
 //! Disks and bitmaps at rest over a connection, in the native dialect (SPEC 4.1, 5, 6, 9).
 //!
 //! [`Outgoing`] is the source, [`Incoming`] the destination; their phases have the same names and
-//! mirror each other. Both are blocking, on one connection, and know nothing of files: disks come and
-//! go as [`BlockSource`](mig_core::block::BlockSource) and
+//! mirror each other. Both are blocking, on one connection, and know nothing of files: disks come
+//! and go as [`BlockSource`](mig_core::block::BlockSource) and
 //! [`BlockSink`](mig_core::block::BlockSink), bitmaps as values.
 //!
 //! ```text

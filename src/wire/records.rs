@@ -50,8 +50,8 @@ impl<R: Read> RecordReader<R> {
         self.buffer.get(..len).unwrap_or_default()
     }
 
-    /// Fills the first `len` bytes of the buffer, which only ever grows: its bytes are not cleared for
-    /// every record. `len` comes from a checked header.
+    /// Fills the first `len` bytes of the buffer, which only ever grows: its bytes are not cleared
+    /// for every record. `len` comes from a checked header.
     fn fill_buffer(&mut self, len: usize) -> Result<()> {
         let mut buffer = std::mem::take(&mut self.buffer);
         if buffer.len() < len {

@@ -41,6 +41,9 @@ fn qemu_records_into_bitmaps_that_were_added_here() {
     assert_eq!(here("on"), [10 * MIB..10 * MIB + 65536]);
     assert_eq!(here("off"), [3 * MIB..3 * MIB + 131072, 10 * MIB..10 * MIB + 4096]);
 
+    let listed = run("bitmap list --json a.qcow2", &scratch).expect_exit(Exit::Done).text();
+    let listed: serde_json::Value = serde_json::from_str(&listed).unwrap();
+    assert_eq!(listed["bitmaps"][1]["dirty-bytes"], 131072 + 4096);
     run("bitmap remove a.qcow2 on off", &scratch).expect_exit(Exit::Done);
     assert!(qemu::dirty_ranges(&image, "on").is_err());
     qemu::check_is_clean(&image);
@@ -97,6 +100,8 @@ fn an_image_in_use_is_refused_saying_by_whom() {
     let scratch = Scratch::new();
     let image = make(&scratch, "a.qcow2", 64 * MIB).bitmap("b", 65536).done();
     let before = std::fs::read(&image).unwrap();
+    // Built first: that may take longer than the image stays in use.
+    bitferry_tests::bitferry::binary();
     let user = Run::new("qemu-io").args(["-c", "sleep 30000"]).arg(&image).spawn();
     // QEMU marks the bitmap as being in use when it has opened the image.
     let started = Instant::now();
@@ -110,7 +115,8 @@ fn an_image_in_use_is_refused_saying_by_whom() {
     assert!(!complaint.contains("this process"), "{output}");
     user.kill();
 
-    // What the dead process had open is not to be trusted; check says so, repair removes it on demand.
+    // What the dead process had open is not to be trusted; check says so, repair removes it on
+    // demand.
     run("bitmap check a.qcow2", &scratch).expect_exit(Exit::Different);
     run("bitmap dump a.qcow2 b", &scratch).expect_exit(Exit::Usage);
     run("bitmap repair a.qcow2", &scratch).expect_exit(Exit::Different);

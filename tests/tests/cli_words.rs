@@ -75,7 +75,8 @@ fn manual_pages_come_one_per_verb() {
 
 #[test]
 fn a_reader_that_went_away_is_no_error() {
-    // The script is larger than a pipe's buffer, so the command meets the closed pipe while it writes.
+    // The script is larger than a pipe's buffer, so the command meets the closed pipe while it
+    // writes.
     let line =
         format!("{} completions zsh | head -c 1", bitferry_tests::bitferry::binary().display());
     let shell = bitferry_tests::Run::new("bash").args(["-o", "pipefail", "-c", &line]);

@@ -31,8 +31,8 @@ struct TrackedDisk {
     random: Random,
 }
 
-/// Makes the disk at `path` and lives through its history: an installation, then three bitmaps, each
-/// started a while after the one before, with small writes all over the disk.
+/// Makes the disk at `path` and lives through its history: an installation, then three bitmaps,
+/// each started a while after the one before, with small writes all over the disk.
 pub(super) fn make(path: &Path, observer: &dyn Observer) -> Result<()> {
     let file: Arc<dyn Storage> = Arc::new(HostFile::create_new(path)?);
     let image = NewImage::create(Arc::clone(&file), &CreateOptions::new(DISK_BYTES))?;
@@ -68,7 +68,8 @@ impl TrackedDisk {
         });
     }
 
-    /// One small write of a guest: 4 to 64 KiB, at a multiple of 4 KiB, mostly where it writes often.
+    /// One small write of a guest: 4 to 64 KiB, at a multiple of 4 KiB, mostly where it writes
+    /// often.
     fn write_somewhere(&mut self, buf: &mut [u8]) -> Result<()> {
         let len = 4096 * (1 + self.random.below(16));
         let is_busy = self.random.below(10) < 9;

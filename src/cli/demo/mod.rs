@@ -1,8 +1,8 @@
 //! `demo`: the main job with nothing to prepare.
 //!
 //! Makes a disk with bitmaps, sends it to a second process over a local connection, lets both ends
-//! prove that they are equal, and says what happened. The second process is this program again, with
-//! the connection as its standard input.
+//! prove that they are equal, and says what happened. The second process is this program again,
+//! with the connection as its standard input.
 
 mod destination;
 mod disk;

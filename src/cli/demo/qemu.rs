@@ -7,8 +7,8 @@ use bitferry::{Error, Result};
 
 use super::Output;
 
-/// The verdict of `qemu-img`, as said by it; a line that says so where it is not installed. An error
-/// where QEMU disagrees with us.
+/// The verdict of `qemu-img`, as said by it; a line that says so where it is not installed. An
+/// error where QEMU disagrees with us.
 pub(super) fn verdict(source: &Path, copy: &Path, output: &Output) -> Result<String> {
     let check = Command::new("qemu-img").args(["check", "-q"]).arg(copy).status_of();
     let compare = Command::new("qemu-img").args(["compare", "-q"]).args([source, copy]).status_of();

@@ -1,0 +1,147 @@
+//! `copy`, `info`, `compare` and `hash` as a user meets them: words, JSON, exit statuses, Ctrl-C.
+//! What is copied right is held elsewhere.
+
+use std::time::{Duration, Instant};
+
+use bitferry_tests::image::make;
+use bitferry_tests::process::PATIENCE;
+use bitferry_tests::{Exit, Output, Peer, Scratch, bitferry, json, qemu, require_all};
+use rustix::process::Signal;
+
+const MIB: u64 = 1 << 20;
+
+fn run(line: &str, scratch: &Scratch) -> Output {
+    bitferry().dir(scratch.dir()).words(line).output().expect_no_crash()
+}
+
+/// An image with two bitmaps, of which one records and holds bits.
+fn image(scratch: &Scratch) -> bool {
+    if !require_all(&[Peer::QemuImg, Peer::QemuIo]) {
+        return false;
+    }
+    let image = make(scratch, "a.qcow2", 64 * MIB).disabled_bitmap("off", 4096);
+    image.bitmap("on", 65536).write(7, 3 * MIB, 65536).done();
+    true
+}
+
+#[test]
+fn the_summary_says_what_became_of_everything() {
+    let scratch = Scratch::new();
+    if !image(&scratch) {
+        return;
+    }
+    let text = run("copy a.qcow2 b.qcow2", &scratch).expect_exit(Exit::Done).text();
+    for part in ["copied a.qcow2 -> b.qcow2 in ", "64 KiB, and ", "read back and equal", "bf1:"] {
+        assert!(text.contains(part), "{part}:\n{text}");
+    }
+    assert!(
+        text.contains("  on      preserved\n") || text.contains("  on      preserved"),
+        "{text}"
+    );
+    let quiet = run("copy -q --force a.qcow2 b.qcow2", &scratch).expect_exit(Exit::Done);
+    assert!(quiet.stdout.is_empty() && quiet.stderr.is_empty(), "{quiet}");
+
+    let output = run("copy --json --force a.qcow2 b.qcow2", &scratch).expect_exit(Exit::Done);
+    let events = json::lines(&output.text());
+    let phases: Vec<_> = events.iter().filter(|e| e["event"] == "phase").collect();
+    assert_eq!(phases.first().unwrap()["phase"], "plan");
+    assert_eq!(phases.last().unwrap()["phase"], "publish");
+    let summary = json::summary(&output);
+    assert_eq!(summary["status"], "completed");
+    assert_eq!(summary["disks"][0]["bytes-data"], 65536);
+    assert_eq!(summary["disks"][0]["verified"], "yes");
+    let bitmaps = summary["disks"][0]["bitmaps"].as_array().unwrap();
+    assert_eq!(bitmaps.len(), 2);
+    assert!(bitmaps.iter().all(|b| b["outcome"] == "preserved"), "{summary}");
+}
+
+#[test]
+fn statuses_are_those_of_the_contract() {
+    let scratch = Scratch::new();
+    if !image(&scratch) {
+        return;
+    }
+    run("copy a.qcow2 b.qcow2", &scratch).expect_exit(Exit::Done);
+    for (line, exit, word) in [
+        ("copy a.qcow2 b.qcow2", Exit::Device, "--force"),
+        ("copy nowhere.qcow2 c.qcow2", Exit::Device, "nowhere.qcow2"),
+        ("copy -O raw a.qcow2 c.raw", Exit::Refused, "--bitmaps none"),
+        ("copy --bitmaps nope a.qcow2 c.qcow2", Exit::Usage, "nope"),
+        ("copy -o cluster_size=3K a.qcow2 c.qcow2", Exit::Usage, "cluster"),
+        ("hash nowhere.qcow2", Exit::Device, "nowhere.qcow2"),
+    ] {
+        let output = run(line, &scratch).expect_exit(exit);
+        let complaint = output.complaint();
+        assert!(complaint.starts_with("error: ") && complaint.contains("\nhint: "), "{output}");
+        assert!(complaint.contains(word), "{word}: {output}");
+        let failed = run(&format!("{line} --json"), &scratch).expect_exit(exit);
+        if line.starts_with("copy") {
+            assert_eq!(json::summary(&failed)["status"], "failed");
+            assert!(json::summary(&failed)["error"].is_string(), "{failed}");
+        }
+    }
+    assert_eq!(scratch.names(), ["a.qcow2", "b.qcow2"]);
+
+    run("compare a.qcow2 b.qcow2", &scratch).expect_exit(Exit::Done);
+    qemu::qemu_io(&scratch.path("b.qcow2"), "qcow2", ["write -P 9 5M 512"]);
+    let output = run("compare --json a.qcow2 b.qcow2", &scratch).expect_exit(Exit::Different);
+    let document = json::document(&output.text());
+    assert_eq!(document["equal"], false);
+    assert_eq!(document["content"]["first-difference"], 5 * MIB);
+}
+
+#[test]
+fn a_dry_run_writes_nothing() {
+    let scratch = Scratch::new();
+    if !image(&scratch) {
+        return;
+    }
+    let text = run("copy --dry-run a.qcow2 b.qcow2", &scratch).expect_exit(Exit::Done).text();
+    assert!(text.contains("carried") && text.contains("nothing was written"), "{text}");
+    run("copy --dry-run -O raw a.qcow2 b.raw", &scratch).expect_exit(Exit::Refused);
+    let output = run("copy --dry-run --json a.qcow2 b.qcow2", &scratch).expect_exit(Exit::Done);
+    assert_eq!(json::summary(&output)["event"], "plan");
+    assert!(json::summary(&output)["space-needed"].is_u64(), "{output}");
+    assert_eq!(scratch.names(), ["a.qcow2"]);
+}
+
+#[test]
+fn looking_verbs_print_one_document() {
+    let scratch = Scratch::new();
+    if !image(&scratch) {
+        return;
+    }
+    let info = json::document(&run("info --json a.qcow2", &scratch).text());
+    for key in ["filename", "format", "virtual-size", "disk-size", "cluster-size", "bitmaps"] {
+        assert!(!info[key].is_null(), "{key}: {info}");
+    }
+    assert_eq!(info["bitmaps"][1]["dirty-bytes"], 65536);
+    assert_eq!(info["bitmaps"][0]["enabled"], false);
+    let hashes = json::document(&run("hash --json a.qcow2", &scratch).text());
+    let text = run("hash a.qcow2", &scratch).expect_exit(Exit::Done).text();
+    let first = text.split_whitespace().next().unwrap();
+    assert!(first.starts_with("bf1:") && first.len() == 68, "{text}");
+    assert_eq!(hashes["content-hash"], first);
+    let text = run("info a.qcow2", &scratch).expect_exit(Exit::Done).text();
+    assert!(text.contains("virtual size: 64 MiB (67108864 bytes)\n"), "{text}");
+}
+
+#[test]
+fn ctrl_c_leaves_nothing_behind() {
+    let scratch = Scratch::new();
+    if !require_all(&[Peer::QemuImg, Peer::QemuIo]) {
+        return;
+    }
+    make(&scratch, "a.qcow2", 1024 * MIB).write(1, 0, 512 * MIB).done();
+    let copy = bitferry().dir(scratch.dir()).words("copy --json a.qcow2 b.qcow2").spawn();
+    let started = Instant::now();
+    while scratch.names().len() == 1 {
+        assert!(started.elapsed() < PATIENCE, "the copy did not begin");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    copy.signal(Signal::INT);
+    let output = copy.wait();
+    assert_eq!(output.code(), Some(130), "{output}");
+    assert_eq!(json::summary(&output)["status"], "interrupted");
+    assert_eq!(scratch.names(), ["a.qcow2"]);
+}
