@@ -37,8 +37,7 @@ pub enum Error {
     Malformed {
         /// The file's name.
         file: Arc<str>,
-        /// Where and how.
-        #[source]
+        /// Where and how. Part of the message, hence no source: a chain would say it twice.
         what: Malformed,
     },
     /// The image needs something that this crate does not do.

@@ -167,6 +167,10 @@ fn states() -> Vec<Recipe> {
         bad("bitmaps without the autoclear bit", "", |image| {
             image.put64(88, 0);
         }),
+        recipe(Base::Bitmaps, "broken extension without the autoclear bit", Bitmaps(""), |image| {
+            image.put64(88, 0).put32(bitmaps_extension(image), 0);
+        })
+        .touchable(),
         shared("two bitmaps in the same table", |image| {
             image.put64(bitmap_entry(image, 1), bitmap_table(image, 0));
         }),

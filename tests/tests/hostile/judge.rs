@@ -5,6 +5,10 @@ use std::time::Duration;
 
 use bitferry_tests::image::Bytes;
 use bitferry_tests::qemu::{check_is_clean, qemu_img};
+use qcow2_file::bitmaps::Bitmaps;
+use qcow2_file::chain::{Chain, ChainKind, Format, Opener};
+use qcow2_file::{GuestOffset, image::Image};
+
 use bitferry_tests::{Output, Run, Scratch, bitferry};
 
 use crate::bases::duplicate;
@@ -31,6 +35,7 @@ pub(crate) fn judge(recipe: &Recipe) {
     (recipe.patch)(&Bytes::of(&image));
     let before = std::fs::read(&image).expect("the image");
     let case = Case { recipe, scratch, image, before };
+    case.library();
     case.looks();
     case.copies();
     case.writes();
@@ -39,6 +44,46 @@ pub(crate) fn judge(recipe: &Recipe) {
 impl Case<'_> {
     fn run(&self, verb: &str, rest: &[&str]) -> Run {
         bitferry().patience(PATIENCE).args(verb.split(' ')).args(rest).dir(self.scratch.dir())
+    }
+
+    /// The library itself, without a command line around it: every extent, every byte, every bit.
+    fn library(&self) {
+        let header = self
+            .verdict_of(Need::Header, Opener::new().format(Some(Format::Qcow2)).open(&self.image));
+        let Some(chain) = header else { return };
+        self.verdict_of(Need::Content, read_all(&chain));
+        let Some(top) = chain.top().as_qcow2() else { panic!("not qcow2") };
+        self.verdict_of(Need::Bitmaps, load_all(top));
+        assert!(std::fs::read(&self.image).expect("the image") == self.before, "it was changed");
+    }
+
+    /// Holds a result of the library against the verdict; answers what there is.
+    #[track_caller]
+    fn verdict_of<T>(&self, need: Need, result: qcow2_file::Result<T>) -> Option<T> {
+        let (may_succeed, may_fail, field) = match (self.recipe.verdict, need) {
+            (Verdict::Any, _) => (true, true, ""),
+            (Verdict::Sound, _) => (true, false, ""),
+            (Verdict::Header(field) | Verdict::Unsupported(field), _) => (false, true, field),
+            (Verdict::Content(field), Need::Content) => (false, true, field),
+            (Verdict::Content(field), _) => (true, true, field),
+            (Verdict::Bitmaps(field), Need::Bitmaps) => (true, true, field),
+            // A broken header extension may make the header unreadable, as QEMU takes it.
+            (Verdict::Bitmaps(field), Need::Header) => (true, true, field),
+            (Verdict::Bitmaps(_), _) => (true, false, ""),
+        };
+        match result {
+            Ok(value) => {
+                assert!(may_succeed, "{need:?}: the library took it");
+                Some(value)
+            }
+            Err(error) => {
+                let text = ::bitferry::report::error_chain(&error);
+                assert!(may_fail, "{need:?}: the library refused it: {text}");
+                assert!(text.contains(NAME), "{need:?}: no file name in {text:?}");
+                assert!(text.contains(field), "{need:?}: no {field:?} in {text:?}");
+                None
+            }
+        }
     }
 
     /// `info`, `hash`, `compare`, `bitmap list`, `bitmap check`: nothing may change.
@@ -159,6 +204,36 @@ impl Case<'_> {
         assert!(said.contains(field), "the message does not name {field:?}\n{output}");
         assert!(code != 5 || said.contains("offset"), "the message names no offset\n{output}");
     }
+}
+
+/// Reads every byte that some layer holds. The map may claim an exbibyte, so extents are counted.
+fn read_all(chain: &Chain) -> qcow2_file::Result<()> {
+    let mut buf = vec![0; 1 << 20];
+    let (mut at, mut extents) = (0, 0);
+    while at < chain.virtual_size() && extents < 10_000 {
+        let extent = chain.extent(GuestOffset(at), u64::MAX)?;
+        assert!(extent.len > 0 && extent.len <= chain.virtual_size() - at, "{extent:?}");
+        if matches!(extent.kind, ChainKind::Data | ChainKind::Compressed) {
+            let mut part = 0;
+            while part < extent.len.min(64 << 20) {
+                let len = (extent.len - part).min(buf.len() as u64) as usize;
+                chain.read_at(&mut buf[..len], GuestOffset(at + part))?;
+                part += len as u64;
+            }
+        }
+        at += extent.len;
+        extents += 1;
+    }
+    Ok(())
+}
+
+fn load_all(image: &Image) -> qcow2_file::Result<()> {
+    let Some(bitmaps) = Bitmaps::open(image.file().clone(), image.header())? else { return Ok(()) };
+    for entry in bitmaps.list() {
+        bitmaps.load(entry.name())?;
+        bitmaps.count_dirty(entry.name())?;
+    }
+    Ok(())
 }
 
 /// What a verb must understand to do its work.

@@ -22,13 +22,14 @@ pub(crate) fn recipes() -> Vec<Recipe> {
     all
 }
 
-/// The first L1 entry becomes `value`, of which `true` in the second place means "an offset".
+/// The first L1 entry becomes `value`.
 fn l1(base: Base, name: &str, verdict: Verdict, value: fn(&Bytes) -> u64) -> Recipe {
     recipe(base, format!("L1 entry {name}"), verdict, move |image| {
         image.put64(places(image).l1, value(image));
     })
 }
 
+/// The first L2 entry becomes `value`.
 fn l2(base: Base, name: &str, verdict: Verdict, value: fn(&Bytes) -> u64) -> Recipe {
     recipe(base, format!("{base:?}: L2 entry {name}"), verdict, move |image| {
         image.put64(places(image).l2, value(image));
@@ -56,8 +57,6 @@ fn l1_entries() -> Vec<Recipe> {
 }
 
 fn l2_entries() -> Vec<Recipe> {
-    let data = |i: &Bytes| i.be64(places(i).l2) & 0x00ff_ffff_ffff_fe00;
-    let _ = data;
     vec![
         l2(Plain, "misaligned", Content("l2_entry"), |i| i.be64(places(i).l2) + 512),
         l2(Plain, "with reserved low bits", Content("l2_entry"), |i| i.be64(places(i).l2) | 2),
@@ -97,7 +96,7 @@ fn compressed_clusters() -> Vec<Recipe> {
         all.push(l2(base, "compressed, as many sectors as fit", Any, |i| {
             i.be64(places(i).l2) | 0xff << offset_bits(i)
         }));
-        all.push(l2(base, "compressed, in the header", Content("compressed"), |_| COMPRESSED));
+        all.push(l2(base, "compressed, in the header", Content("l2_entry"), |_| COMPRESSED));
         for (what, junk) in [("zeroes", [0u8; 64]), ("ones", [0xff; 64]), ("text", [b'a'; 64])] {
             let name = format!("{base:?}: compressed data replaced by {what}");
             let verdict = Content("compressed");
