@@ -21,6 +21,8 @@ pub(super) struct BitmapPlan {
     pub(super) decision: Decision,
     /// Bitmaps that are there and cannot even be listed: why.
     pub(super) unlistable: Option<String>,
+    /// Whether any bitmap was asked for.
+    pub(super) wants_any: bool,
     /// What stands in the way.
     pub(super) refusals: Vec<Error>,
 }
@@ -51,7 +53,8 @@ pub(super) fn plan(
         let hint = "use --skip-broken-bitmaps to go on without them, or `bitferry bitmap repair`";
         refusals.push(Error::WouldLose { reason, hint: hint.into() });
     }
-    BitmapPlan { decision, unlistable, refusals }
+    let wants_any = options.bitmaps != BitmapSelection::None;
+    BitmapPlan { decision, unlistable, wants_any, refusals }
 }
 
 fn wish(options: &CopyOptions) -> Wish {
@@ -135,7 +138,7 @@ pub(super) fn reports(plan: &BitmapPlan) -> Vec<BitmapReport> {
         outcome: BitmapOutcome::Dropped,
         changed: Vec::new(),
         reason: Some(reason.clone()),
-        is_wanted: true,
+        is_wanted: plan.wants_any,
     });
     plan.decision.choices.iter().map(report).chain(nameless).collect()
 }

@@ -9,6 +9,9 @@ use qcow2_file::layout::header::{CompressionType, Header, compatible};
 use super::options::TargetOptions;
 use crate::{Error, Result};
 
+/// Extended L2 entries need clusters of 16 KiB, so that a subcluster has a sector at least.
+const MIN_EXTENDED_CLUSTER_BITS: u32 = 14;
+
 /// What fixes a qcow2 image besides its content and the files it names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Shape {
@@ -45,7 +48,10 @@ impl Shape {
             version: wish.version.unwrap_or(model.version),
             cluster_bits,
             refcount_bits: wish.refcount_bits.unwrap_or(model.refcount_bits),
-            extended_l2: wish.extended_l2.unwrap_or(model.extended_l2),
+            // What only the source had gives way where what was asked for has no room for it.
+            extended_l2: wish
+                .extended_l2
+                .unwrap_or(model.extended_l2 && cluster_bits >= MIN_EXTENDED_CLUSTER_BITS),
             compression_type: wish
                 .compression_type
                 .map_or(model.compression_type, compression_type),

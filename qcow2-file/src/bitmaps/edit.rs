@@ -203,6 +203,9 @@ impl BitmapEditor {
         if !self.is_changed {
             return Ok(());
         }
+        if !self.change.slots.is_empty() {
+            super::header::check_room(&*self.file, &self.header)?;
+        }
         super::header::clear_autoclear(&*self.file, &self.header, !super::header::KNOWN_AUTOCLEAR)?;
         self.change.apply(&*self.file, self.image, allocator)
     }

@@ -68,6 +68,27 @@ pub(crate) fn clear_autoclear(file: &dyn Storage, header: &Header, bits: u64) ->
 /// Durably replaces, adds or (with `None`) removes the extension of a version 3 image and sets the
 /// autoclear bit accordingly. What the extension points at must be durable.
 pub(crate) fn set_extension(file: &dyn Storage, extension: Option<BitmapsExtension>) -> Result<()> {
+    let (mut before, steps) = planned_steps(file, extension)?;
+    for after in steps {
+        write_sectors(file, &before, &after)?;
+        before = after;
+    }
+    Ok(())
+}
+
+/// Refuses an image in which [`set_extension`] would find no room, before anything is allocated for
+/// what it shall point at.
+pub(crate) fn check_room(file: &dyn Storage, header: &Header) -> Result<()> {
+    let directory_offset = 1 << header.cluster_bits;
+    let some = BitmapsExtension { count: 1, directory_size: 32, directory_offset };
+    planned_steps(file, Some(some)).map(drop)
+}
+
+/// The first cluster as it is, and the states it goes through.
+fn planned_steps(
+    file: &dyn Storage,
+    extension: Option<BitmapsExtension>,
+) -> Result<(Vec<u8>, Vec<Vec<u8>>)> {
     let header = read_header(file)?;
     let mut old = vec![0; 1 << header.cluster_bits];
     file.read(&mut old, 0)?;
@@ -83,12 +104,7 @@ pub(crate) fn set_extension(file: &dyn Storage, extension: Option<BitmapsExtensi
         file: file.name(),
         reason: "has no room in its first cluster for a change of the bitmaps extension".into(),
     })?;
-    let mut before = old;
-    for after in steps {
-        write_sectors(file, &before, &after)?;
-        before = after;
-    }
-    Ok(())
+    Ok((old, steps))
 }
 
 /// Writes the sectors that differ, durably.

@@ -54,9 +54,10 @@ pub const PROBE_BYTES: usize = 512;
 /// so whoever acts on the answer says so to the user.
 pub fn probe(first_bytes: &[u8]) -> Format {
     let magic = MAGIC.to_be_bytes();
-    let version = first_bytes.get(4..8);
-    let is_known = matches!(version, Some([0, 0, 0, 2 | 3]));
-    if first_bytes.starts_with(&magic) && is_known { Format::Qcow2 } else { Format::Raw }
+    // A version to come is qcow2 all the same: it is refused by its number, not read as a raw disk.
+    let version = first_bytes.get(4..8).and_then(|v| v.try_into().ok()).map(u32::from_be_bytes);
+    let is_qcow2 = first_bytes.starts_with(&magic) && version.is_some_and(|v| v >= 2);
+    if is_qcow2 { Format::Qcow2 } else { Format::Raw }
 }
 
 /// The name of a format that [`probe`] calls raw although it most likely is not: reading it as raw
@@ -86,6 +87,7 @@ mod tests {
     #[test]
     fn probes_by_magic_and_version() {
         assert_eq!(probe(b"QFI\xfb\0\0\0\x03"), Format::Qcow2);
+        assert_eq!(probe(b"QFI\xfb\0\0\0\x04"), Format::Qcow2);
         assert_eq!(probe(b"QFI\xfb\0\0\0\x01"), Format::Raw);
         assert_eq!(foreign_format(b"QFI\xfb\0\0\0\x01"), Some("qcow"));
         assert_eq!((probe(b""), foreign_format(b"")), (Format::Raw, None));
