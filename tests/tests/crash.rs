@@ -20,6 +20,9 @@ const CHANGES: &str = "pwrite64,pwritev,pwritev2,write,writev,fallocate,ftruncat
 
 const SYNCS: &str = "fsync,fdatasync";
 
+/// The dynamic loader reads before the program does, and says so with this status.
+const NOT_LOADED: i32 = 127;
+
 const PEERS: &[Peer] = &[Peer::QemuImg, Peer::QemuIo, Peer::QemuNbd];
 
 /// `bitferry` with a fault in its system calls, in strace's words.
@@ -246,6 +249,7 @@ fn bitmap_verbs_that_are_killed_leave_right_or_invalid_bitmaps() {
         let words: Vec<String> = verb.iter().map(|w| w.replace("IMAGE", &text(&image))).collect();
         let arguments: Vec<&str> =
             std::iter::once("bitmap").chain(words.iter().map(String::as_str)).collect();
+        std::fs::copy(&before, &image).expect("copy");
         bitferry().args(&arguments).output().expect_exit(Exit::Done);
         let after = scratch.path("after");
         std::fs::copy(&image, &after).expect("copy");
@@ -282,13 +286,21 @@ fn failing_disk(calls: &str, error: &str) {
         // Writing the message is a write too: faults stop after some calls.
         let last = call + 40;
         let fault = format!("error={error}:when={call}..{last}");
-        let output = with_fault(&arguments, calls, &fault).output().expect_no_crash();
+        let output = with_fault(&arguments, calls, &fault).output();
+        if output.code() == Some(NOT_LOADED) {
+            continue;
+        }
+        let output = output.expect_no_crash();
         if output.status.success() {
             assert!(is_absent_or_whole(&source, &copy, &output));
             assert!(call > 1, "no system call was counted\n{output}");
             break;
         }
         assert_eq!(output.code(), Some(Exit::Device as i32), "{output}");
+        // Only the last sync of all, that of the directory, fails behind the publication.
+        if calls == SYNCS && is_absent_or_whole(&source, &copy, &output) {
+            std::fs::remove_file(&copy).expect("remove");
+        }
         assert_eq!(scratch.names(), ["source"], "{output}");
     }
 }
@@ -339,7 +351,7 @@ fn a_disk_without_room_is_refused_before_anything_is_written() {
     let small = scratch.path("small");
     std::fs::create_dir(&small).expect("mkdir");
     if !Run::new("mount").words("-t tmpfs -o size=1M none").arg(&small).works() {
-        bitferry_tests::peer::skip("mounting is not possible here");
+        bitferry_tests::peer::cannot("mounting is not possible here");
         return;
     }
     let source = source(&scratch, 16 * MIB);

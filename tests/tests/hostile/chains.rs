@@ -188,11 +188,12 @@ fn pipe(world: &World) {
     // Opening a pipe that nobody writes to would wait for ever.
     world.fails(&image, &["--allow-backing"], "fifo");
     let run = bitferry().arg("hash").arg(&fifo).patience(PATIENCE);
-    run.output().expect_no_crash().expect_exit(Exit::Device);
+    let output = run.output().expect_no_crash();
+    assert!(matches!(output.code(), Some(2 | 3)), "{output}");
 }
 
 fn no_images(world: &World) {
-    for place in ["/dev/zero", "/dev/tty", "/proc/self/mem", "/", "/dev/stdin"] {
+    for place in ["/dev/zero", "/dev/tty", "/", "/dev/stdin", "/dev/fd/0"] {
         let image = world.overlay("a.qcow2", place, "raw");
         world.refuses(&image, &format!("\"{place}\""));
         world.fails(&image, &["--allow-backing"], place);
@@ -331,8 +332,9 @@ fn own_data_file(world: &World) {
 }
 
 fn short_data_file(world: &World) {
-    let image = with_data_file(world, "short", false);
-    std::fs::write(world.scratch.path("short"), [1; 512]).expect("write");
+    let short = world.scratch.path("short");
+    let image = with_data_file(world, &short.to_string_lossy(), false);
+    std::fs::write(&short, [1; 512]).expect("write");
     for watched in world.readers(&image, &["--allow-backing"]) {
         // QEMU reads zeroes behind the end; a refusal is better, another content is not.
         if watched.verb == "copy" && watched.output.status.success() {

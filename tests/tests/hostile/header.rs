@@ -38,7 +38,13 @@ fn each64(base: Base, at: u64, field: &'static str, values: &[u64]) -> Vec<Recip
 
 fn fields() -> Vec<Recipe> {
     let mut all = Vec::new();
-    all.extend(each(Plain, 4, "version", &[0, 1, 4, u32::MAX]));
+    all.extend(each(Plain, 4, "version", &[4, u32::MAX]));
+    for version in [0, 1] {
+        // Not qcow2, or of before it: without a word from the user something else.
+        all.push(recipe(Plain, format!("version {version}"), Any, move |image| {
+            image.put32(4, version);
+        }));
+    }
     all.extend(each(Plain, 20, "cluster_bits", &[0, 8, 22, 31, 63, 64, 255, 256, u32::MAX]));
     all.extend(each64(Plain, 24, "size", &[u64::MAX, 1 << 63, (1 << 61) + 512]));
     all.extend(each(Plain, 32, "crypt_method", &[3, u32::MAX]));

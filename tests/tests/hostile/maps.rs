@@ -47,7 +47,7 @@ fn l1_entries() -> Vec<Recipe> {
         l1(Plain, "with reserved high bits", Content("l1_entry"), |i| places(i).l2 | 1 << 56),
         l1(Plain, "beyond the end", Content(""), |i| beyond(i) | COPIED),
         l1(Plain, "at the end of what an offset can say", Content(""), |_| 0x00ff_ffff_ffff_0000),
-        l1(Plain, "that points at the header", Any, |_| COPIED).untouchable(),
+        l1(Plain, "that is nothing but the copied bit", Any, |_| COPIED),
         l1(Plain, "that points at the L1 table", Any, |i| places(i).l1 | COPIED).untouchable(),
         l1(Plain, "that points at the refcounts", Any, |i| places(i).refcount_block | COPIED)
             .untouchable(),
@@ -90,9 +90,12 @@ fn compressed_clusters() -> Vec<Recipe> {
         all.push(l2(base, "compressed, with the copied bit", Content("l2_entry"), |i| {
             i.be64(places(i).l2) | COPIED
         }));
-        all.push(l2(base, "compressed, one sector of many", Content("compressed"), |i| {
-            COMPRESSED | i.be64(places(i).l2) & ((1 << offset_bits(i)) - 1)
-        }));
+        all.push(
+            l2(base, "compressed, one sector of many", Content("compressed"), |i| {
+                COMPRESSED | i.be64(places(i).l2) & ((1 << offset_bits(i)) - 1)
+            })
+            .touchable(),
+        );
         all.push(l2(base, "compressed, as many sectors as fit", Any, |i| {
             i.be64(places(i).l2) | 0xff << offset_bits(i)
         }));

@@ -166,7 +166,7 @@ impl Case {
             choice[7] = 0;
         }
         // Compressed clusters share host clusters, and a snapshot doubles their counts.
-        if case.refcount_bits == 1 || case.refcount_bits < 8 && case.compression.is_some() {
+        if case.refcount_bits == 1 || case.refcount_bits < 16 && case.compression.is_some() {
             choice[8] = 0;
         }
         if case.target == Target::Backing && case.below == Below::Nothing {

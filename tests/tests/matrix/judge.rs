@@ -71,12 +71,12 @@ impl World {
             }
         };
         let run = match (self.case.target, self.case.below) {
-            (Target::Backing, _) => run.arg("--allow-backing"),
-            (_, Below::Nothing) => run,
+            (Target::Backing, _) | (_, Below::Nothing) => run,
             _ => run.arg("--flatten"),
         };
         let names_data = matches!(self.case.layout, Layout::RawDataFile | Layout::DataFile);
-        if names_data { run.arg("--allow-backing") } else { run }
+        let needs_permission = names_data || self.case.target == Target::Backing;
+        if needs_permission { run.arg("--allow-backing") } else { run }
     }
 
     fn command(&self) -> Run {
@@ -195,7 +195,8 @@ impl World {
     fn compares_equal(&self) {
         let run = bitferry().args(["compare", "--json", "-f", self.source.format]);
         let run = run.args(["-F", self.copy_format, "--allow-backing"]);
-        let run = if self.is_in_place() { run.arg("--bitmaps=none") } else { run };
+        let is_content_only = self.is_in_place() || !self.case.keeps_bitmaps();
+        let run = if is_content_only { run.arg("--bitmaps=none") } else { run };
         let output = run.arg(&self.source.path).arg(&self.copy).output().expect_exit(Exit::Done);
         assert_eq!(json::document(&output.text())["equal"], true, "{output}");
         let hash = |path: &Path, format: &str| {
