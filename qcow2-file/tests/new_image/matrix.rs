@@ -8,7 +8,7 @@ use qcow2_file::create::{Backing, BackingReader, CreateOptions, DataFile, NewIma
 use qcow2_file::layout::header::CompressionType;
 use qcow2_file::{Access, GuestOffset, HostFile, Opener, Result};
 
-use crate::peer::{run, run_args, tool};
+use crate::peer::{run, run_args, scratch, tool};
 use crate::workload::{Load, Random, work};
 
 /// What lies below an overlay in these tests.
@@ -30,7 +30,7 @@ fn judge(name: &str, size: u64, change: impl FnOnce(&mut CreateOptions, &Path)) 
     if tool("qemu-img").is_none() || tool("qemu-io").is_none() {
         return;
     }
-    let dir = tempfile::Builder::new().prefix("bitferry-new-image-").tempdir().unwrap();
+    let dir = scratch();
     let mut options = CreateOptions::new(size);
     change(&mut options, dir.path());
     let is_raw = options.data_file.as_ref().is_some_and(|d| d.is_raw);
@@ -302,7 +302,7 @@ fn nothing_at_all() {
     }
     for size in [0, 512, 1 << 30, 16 << 40] {
         for version in [2, 3] {
-            let dir = tempfile::tempdir().unwrap();
+            let dir = scratch();
             let file = HostFile::create_new(&dir.path().join("new.qcow2")).unwrap();
             let options = CreateOptions { version, ..CreateOptions::new(size) };
             let image = NewImage::create(Arc::new(file), &options).unwrap();
@@ -323,7 +323,7 @@ fn sixteen_sparse_tebibytes() {
     if tool("qemu-img").is_none() {
         return;
     }
-    let dir = tempfile::tempdir().unwrap();
+    let dir = scratch();
     let file = HostFile::create_new(&dir.path().join("new.qcow2")).unwrap();
     let size = 16 << 40;
     let image = NewImage::create(Arc::new(file), &CreateOptions::new(size)).unwrap();

@@ -7,6 +7,7 @@ use qcow2_file::create::{Backing, CreateOptions, NewImage};
 use qcow2_file::layout::header::CompressionType;
 use qcow2_file::{Error, GuestOffset, HostFile, Memory, Storage};
 
+use crate::peer::scratch;
 use crate::workload::{Load, Random, is_refused, packed, work};
 
 const SIZE: u64 = 8 << 20;
@@ -207,7 +208,7 @@ fn version_2_holds_no_bitmaps() {
 #[test]
 fn finely_sparse_data_stays_sparse() {
     use std::os::unix::fs::MetadataExt;
-    let dir = tempfile::tempdir().unwrap();
+    let dir = scratch();
     let path = dir.path().join("new.qcow2");
     let file = Arc::new(HostFile::create_new(&path).unwrap());
     let image = NewImage::create(file, &CreateOptions::new(64 << 20)).unwrap();
@@ -225,7 +226,7 @@ fn finely_sparse_data_stays_sparse() {
 #[test]
 fn zeroing_beyond_the_end_cuts_nothing_off() {
     const BLOCKS: u64 = 400_000;
-    let dir = tempfile::tempdir().unwrap();
+    let dir = scratch();
     let file = HostFile::create_new(&dir.path().join("raw")).unwrap();
     std::thread::scope(|scope| {
         scope.spawn(|| (0..BLOCKS).for_each(|i| file.write_at(&[1; 8], i * 64).unwrap()));

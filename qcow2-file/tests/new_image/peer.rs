@@ -37,3 +37,14 @@ pub fn run_args(dir: &Path, args: &[&str]) -> String {
     assert!(output.status.success(), "{args:?}: {}\n{text}{complaint}", output.status);
     text
 }
+
+/// A directory for one test's files, on a tmpfs where there is one: syncing what is thrown away
+/// would be most of the time. `BITFERRY_SCRATCH` names another place.
+pub fn scratch() -> tempfile::TempDir {
+    let usual = || {
+        let shared = PathBuf::from("/dev/shm");
+        if shared.is_dir() { shared } else { std::env::temp_dir() }
+    };
+    let place = std::env::var_os("BITFERRY_SCRATCH").map_or_else(usual, PathBuf::from);
+    tempfile::Builder::new().prefix("bft-").tempdir_in(place).unwrap()
+}
