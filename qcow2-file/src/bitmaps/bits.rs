@@ -147,57 +147,45 @@ impl Bits {
 
     /// Fills `buf` with the little-endian bytes from byte `offset` on; zeroes behind the end.
     pub fn read_bytes(&self, offset: u64, buf: &mut [u8]) {
-        let mut at = offset;
-        let mut rest = buf;
-        while !rest.is_empty() {
-            let skip = (at % 8) as usize;
-            let word = self.word(at / 8).to_le_bytes();
-            // Whole words in the middle go without the byte arithmetic.
-            if skip == 0 && rest.len() >= 8 {
-                let whole = rest.len() / 8;
-                let first = usize::try_from(at / 8).unwrap_or(usize::MAX);
-                let words = self.words.get(first..).unwrap_or_default();
-                let (middle, tail) = rest.split_at_mut(whole * 8);
-                let zeroes_from = (words.len().min(whole)) * 8;
-                for (bytes, word) in middle.chunks_exact_mut(8).zip(words) {
-                    bytes.copy_from_slice(&word.to_le_bytes());
-                }
-                middle.get_mut(zeroes_from..).unwrap_or_default().fill(0);
-                at = at.saturating_add(whole as u64 * 8);
-                rest = tail;
-                continue;
-            }
-            let source = word.get(skip..).unwrap_or_default();
-            let len = source.len().min(rest.len());
-            let (head, tail) = rest.split_at_mut(len);
-            head.copy_from_slice(source.get(..len).unwrap_or_default());
-            at = at.saturating_add(len as u64);
-            rest = tail;
+        let (head_len, first) = split_at_word(offset, buf.len());
+        let (head, whole) = buf.split_at_mut(head_len);
+        let word = self.word(offset / 8).to_le_bytes();
+        let skip = (offset % 8) as usize;
+        head.iter_mut().zip(word.iter().skip(skip)).for_each(|(to, from)| *to = *from);
+        let words = self.words.get(first..).unwrap_or_default();
+        let stored = words.len().min(whole.len() / 8);
+        let (middle, tail) = whole.split_at_mut(stored * 8);
+        for (bytes, word) in middle.chunks_exact_mut(8).zip(words) {
+            bytes.copy_from_slice(&word.to_le_bytes());
         }
+        tail.fill(0);
+        let word = words.get(stored).copied().unwrap_or(0).to_le_bytes();
+        tail.iter_mut().zip(word).for_each(|(to, from)| *to = from);
     }
 
     /// Replaces the little-endian bytes from byte `offset` on. Bits behind the last granule are
     /// dropped.
     pub fn write_bytes(&mut self, offset: u64, bytes: &[u8]) {
-        let mut at = offset;
-        let mut rest = bytes;
-        while !rest.is_empty() {
-            let skip = (at % 8) as usize;
-            let len = (8 - skip).min(rest.len());
-            let (head, tail) = rest.split_at(len);
-            let Some(word) = usize::try_from(at / 8).ok().and_then(|i| self.words.get_mut(i))
-            else {
-                break;
-            };
-            let mut value = word.to_le_bytes();
-            if let Some(target) = value.get_mut(skip..skip + len) {
-                target.copy_from_slice(head);
-            }
-            *word = u64::from_le_bytes(value);
-            at = at.saturating_add(len as u64);
-            rest = tail;
+        let (head_len, first) = split_at_word(offset, bytes.len());
+        let (head, whole) = bytes.split_at(head_len);
+        self.write_in_word(offset / 8, (offset % 8) as usize, head);
+        let chunks = whole.chunks_exact(8);
+        let tail = chunks.remainder();
+        let words = self.words.get_mut(first..).unwrap_or_default();
+        let count = chunks.len();
+        for (word, bytes) in words.iter_mut().zip(chunks) {
+            *word = bytes.try_into().map(u64::from_le_bytes).unwrap_or_default();
         }
+        self.write_in_word(first.saturating_add(count) as u64, 0, tail);
         self.clear_tail();
+    }
+
+    fn write_in_word(&mut self, index: u64, skip: usize, bytes: &[u8]) {
+        let word = usize::try_from(index).ok().and_then(|i| self.words.get_mut(i));
+        let Some(word) = word.filter(|_| !bytes.is_empty()) else { return };
+        let mut value = word.to_le_bytes();
+        value.iter_mut().skip(skip).zip(bytes).for_each(|(to, from)| *to = *from);
+        *word = u64::from_le_bytes(value);
     }
 
     fn word(&self, index: u64) -> u64 {
@@ -264,6 +252,13 @@ pub(crate) fn count_ones(words: &[u64]) -> u64 {
     words.iter().map(|w| u64::from(w.count_ones())).sum()
 }
 
+/// How many of `len` bytes from byte `offset` on stand before the next whole word, and which word
+/// that is.
+fn split_at_word(offset: u64, len: usize) -> (usize, usize) {
+    let head = (offset.wrapping_neg() % 8) as usize;
+    (head.min(len), usize::try_from(offset.div_ceil(8)).unwrap_or(usize::MAX))
+}
+
 /// Calls `change` with ranges of word positions and the mask of bits of `range` in each of them.
 pub(crate) fn for_masks(range: Range<u64>, mut change: impl FnMut(Range<usize>, u64)) {
     if range.start >= range.end {
@@ -282,6 +277,10 @@ pub(crate) fn for_masks(range: Range<u64>, mut change: impl FnMut(Range<usize>, 
 }
 
 fn first_other_word(words: &[u64], plain: u64) -> Option<usize> {
+    // Short runs are found at once.
+    if words.first().is_some_and(|word| *word != plain) {
+        return Some(0);
+    }
     let mut chunks = words.chunks_exact(STRIDE);
     let mut base = 0;
     for chunk in &mut chunks {

@@ -61,6 +61,11 @@ impl Freed {
     fn push(&mut self, at: HostOffset, clusters: u64) {
         self.0.push((at, clusters));
     }
+
+    fn release(self, allocator: &mut dyn Allocate) -> Result<()> {
+        self.0.into_iter().try_for_each(|(at, clusters)| allocator.free(at, clusters))?;
+        allocator.release()
+    }
 }
 
 impl Change {
@@ -77,10 +82,11 @@ impl Change {
         let (extension, freed) = stored.inspect_err(|_| target.give_back())?;
         allocator.flush()?;
         header::set_extension(file, extension)?;
-        for (at, clusters) in freed.0 {
-            allocator.free(at, clusters)?;
+        // The change is made. What cannot be freed now is leaked, as after a kill.
+        if let Err(error) = freed.release(allocator) {
+            tracing::warn!(%error, "the clusters of replaced bitmaps are leaked");
         }
-        allocator.release()
+        Ok(())
     }
 
     fn store(

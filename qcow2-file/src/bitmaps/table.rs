@@ -37,7 +37,9 @@ impl Table<'_> {
         self.shape().bytes.saturating_sub(start).min(self.geometry().cluster_size())
     }
 
-    /// Calls `each` with position, file offset and raw value of the table's entries in `range`.
+    /// Calls `each` with position, file offset and raw value of the table's entries in `range`, in
+    /// order. Entries in holes of the file, which are zero, are passed over: a table may be long and
+    /// cost nothing.
     pub(crate) fn raw_entries(
         &self,
         range: Range<u64>,
@@ -48,7 +50,13 @@ impl Table<'_> {
         let mut buf = Vec::new();
         while index < end {
             let at = self.entry.table.0.saturating_add(index * 8);
-            let len = ((end - index) * 8).min(TABLE_PIECE_BYTES);
+            let run = self.file.run_at(at, (end - index) * 8);
+            let run = run.map_err(|e| self.file.io_error("find data of the file", at, e))?;
+            if run.is_hole && run.len >= 8 {
+                index += run.len / 8;
+                continue;
+            }
+            let len = run.len.next_multiple_of(8).min((end - index) * 8).min(TABLE_PIECE_BYTES);
             buf.resize(usize::try_from(len).unwrap_or(0), 0);
             self.file.read(&mut buf, at)?;
             for (raw, at) in buf.chunks_exact(8).zip((at..).step_by(8)) {
@@ -74,8 +82,8 @@ impl Table<'_> {
         Ok(entry)
     }
 
-    /// Calls `each` with position and decoded value of the entries in `range`; the first broken one
-    /// is the error.
+    /// Calls `each` with position and decoded value of the entries in `range`, but for zeroes in
+    /// holes; the first broken one is the error.
     pub(crate) fn entries(
         &self,
         range: Range<u64>,
@@ -90,9 +98,10 @@ impl Table<'_> {
     /// The whole table. Bounded by [`MAX_BITMAP_BYTES`](crate::limits::MAX_BITMAP_BYTES): 8 MiB of
     /// entries at the smallest clusters.
     pub(crate) fn all_entries(&self) -> Result<Vec<TableEntry>> {
-        let mut all = Vec::new();
-        self.entries(0..u64::from(self.entry.table_entries), |_, entry| {
-            all.push(entry);
+        let mut all = vec![TableEntry::Zeroes; self.entry.table_entries as usize];
+        self.entries(0..u64::from(self.entry.table_entries), |index, entry| {
+            let slot = usize::try_from(index).ok().and_then(|i| all.get_mut(i));
+            slot.into_iter().for_each(|slot| *slot = entry);
             Ok(())
         })?;
         Ok(all)
