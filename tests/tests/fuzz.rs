@@ -1,5 +1,5 @@
-//! The fuzz bodies as plain tests: over their corpus and mutations of it, with a fixed seed and with
-//! the run's. Memory is limited, so that an allocation by a length from the input shows.
+//! The fuzz bodies as plain tests: over their corpus and mutations of it, with a fixed seed and
+//! with the run's. Memory is limited, so that an allocation by a length from the input shows.
 
 use std::panic::AssertUnwindSafe;
 use std::time::{Duration, Instant};
@@ -54,7 +54,7 @@ macro_rules! targets {
             let known: Vec<&str> = TARGETS.iter().map(|target| target.name).collect();
             assert_eq!(known, here);
             let fuzz = bitferry_tests::bitferry::workspace().join("fuzz");
-            let manifest = std::fs::read_to_string(fuzz.join("Cargo.toml")).expect("fuzz/Cargo.toml");
+            let manifest = std::fs::read_to_string(fuzz.join("Cargo.toml")).expect("a manifest");
             for name in here {
                 let wrapper = fuzz.join("fuzz_targets").join(format!("{name}.rs"));
                 let text = std::fs::read_to_string(&wrapper).expect("a wrapper");
