@@ -1,4 +1,5 @@
 //! `qcow2_file::check` against `qemu-img check`: clean, leaking and corrupt images.
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
 use std::path::Path;
 use std::sync::Arc;

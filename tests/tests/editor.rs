@@ -1,4 +1,5 @@
 //! `qcow2_file::edit` against a shadow copy, `qemu-img check`, `compare` and snapshots.
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};

@@ -68,8 +68,8 @@ pub struct CheckReport {
     pub leaks: u64,
     /// Findings that are not leaks.
     pub corruptions: u64,
-    /// The first finding that makes writing dangerous.
-    unsafe_finding: Option<Malformed>,
+    /// The most telling finding of those that make writing dangerous.
+    unsafe_finding: Option<(FindingKind, Malformed)>,
 }
 
 impl CheckReport {
@@ -90,8 +90,13 @@ impl CheckReport {
         };
         *count += 1;
         let is_described = *count <= limits::MAX_CHECK_FINDINGS as u64;
-        if !matches!(kind, FindingKind::Leak | FindingKind::Bitmaps) {
-            self.unsafe_finding.get_or_insert_with(|| what.clone());
+        // A wrong flag is mostly the consequence of a wrong count, which then says more.
+        let is_told = match &self.unsafe_finding {
+            None => false,
+            Some((told, _)) => *told != FindingKind::CopiedFlag || kind == *told,
+        };
+        if !is_told && !matches!(kind, FindingKind::Leak | FindingKind::Bitmaps) {
+            self.unsafe_finding = Some((kind, what.clone()));
         }
         if is_described {
             self.findings.push(Finding { kind, what });
@@ -144,7 +149,7 @@ pub(crate) fn refuse_unless_writable(file: &Arc<dyn Storage>, header: &Header) -
         ));
     }
     match check(file, header)?.unsafe_finding {
-        Some(what) => Err(file.malformed(what)),
+        Some((_, what)) => Err(file.malformed(what)),
         None => Ok(()),
     }
 }

@@ -78,7 +78,9 @@ impl Editor {
     pub(super) fn step_end(&self, at: u64, end: u64) -> u64 {
         let span = self.geometry.l2_span().max(1);
         let table_end = (at / span + 1).saturating_mul(span);
-        end.min(table_end).min(at.saturating_add(limits::EDITOR_STEP_BYTES))
+        // On a boundary, so that no sector is written in two pieces.
+        let step_end = (at / limits::EDITOR_STEP_BYTES + 1) * limits::EDITOR_STEP_BYTES;
+        end.min(table_end).min(step_end)
     }
 
     /// Writes what needs no change of the mapping, from the start of `buf` on. Answers how much.

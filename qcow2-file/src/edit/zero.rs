@@ -101,7 +101,9 @@ impl Editor {
     fn write_zero_bytes(&self, range: Range<u64>) -> Result<()> {
         let mut at = range.start;
         while at < range.end {
-            let len = (range.end - at).min(ZEROES.len() as u64);
+            // Up to a boundary, so that no sector is written in two pieces.
+            let buffer = ZEROES.len() as u64;
+            let len = (range.end - at).min(buffer - at % buffer);
             self.write_range(ZEROES.get(..in_memory(len)).unwrap_or_default(), at..at + len)?;
             at += len;
         }
