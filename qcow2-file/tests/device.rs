@@ -1,6 +1,9 @@
 //! A real block device below: a loop device, where this user may make one.
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
+#[path = "common/skip.rs"]
+mod skip;
+
 use std::path::PathBuf;
 use std::process::Command;
 
@@ -27,7 +30,7 @@ impl Loop {
             .ok()
             .filter(|output| output.status.success());
         let Some(output) = made else {
-            eprintln!("SKIPPED: no loop device can be made here");
+            skip::skip("no loop device can be made here");
             return None;
         };
         let device = PathBuf::from(String::from_utf8(output.stdout).unwrap().trim());

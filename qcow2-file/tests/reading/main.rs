@@ -2,6 +2,8 @@
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
 mod oracle;
+#[path = "../common/skip.rs"]
+mod skip;
 
 use oracle::{Images, has_qemu};
 
