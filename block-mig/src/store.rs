@@ -12,6 +12,8 @@ use crate::plan::{Content, Unit};
 pub struct Counts {
     /// Bytes of content that were written.
     pub data: AtomicU64,
+    /// Bytes that the source does not have, see [`Content::Untouched`].
+    pub untouched: AtomicU64,
     /// Guest bytes of compressed clusters that were passed on as they are.
     pub passed_on: AtomicU64,
     /// Guest bytes of compressed clusters that had to be stored plain.
@@ -54,7 +56,10 @@ impl<'a> Storer<'a> {
         packed: &mut Vec<u8>,
     ) -> Result<()> {
         match unit.content {
-            Content::Untouched => Ok(()),
+            Content::Untouched => {
+                self.counts.untouched.fetch_add(unit.len, Ordering::Relaxed);
+                Ok(())
+            }
             Content::Zeroes => self.zeroes(unit.offset, unit.len),
             Content::Bytes { compressed: true } => self.store_mixed(unit, bytes, source, packed),
             Content::Bytes { .. } => self.bytes(unit.offset, bytes),

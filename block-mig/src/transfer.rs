@@ -46,7 +46,7 @@ impl Default for TransferOptions {
 pub struct Transferred {
     /// Bytes of content that were written.
     pub bytes_data: u64,
-    /// Bytes of the disk that were not, since they read as zero.
+    /// Bytes that were not written as content, since they read as zero.
     pub bytes_zero: u64,
     /// Guest bytes whose compressed clusters were passed on.
     pub passed_on: u64,
@@ -84,9 +84,10 @@ pub fn transfer(
     Pool { workers: options.workers, monitor }.run(units, Default::default, work)?;
     sink.flush().map_err(Error::Sink)?;
     let bytes_data = storer.counts.data.load(Ordering::Relaxed);
+    let untouched = storer.counts.untouched.load(Ordering::Relaxed);
     Ok(Transferred {
         bytes_data,
-        bytes_zero: source_bytes.saturating_sub(bytes_data),
+        bytes_zero: source_bytes.saturating_sub(bytes_data).saturating_sub(untouched),
         passed_on: storer.counts.passed_on.load(Ordering::Relaxed),
         decompressed: storer.counts.decompressed.load(Ordering::Relaxed),
         content_hash: tree.map(|t| t.root()).transpose()?,

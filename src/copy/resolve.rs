@@ -6,7 +6,7 @@ use block_mig::device::{AboveSource, ChainSource};
 use block_mig::plan::Scope;
 use mig_core::block::BlockSource;
 use qcow2_file::chain::Backing;
-use qcow2_file::{Access, HostFile};
+use qcow2_file::{Access, HostFile, Opener};
 
 use super::options::{BackingChoice, CopyOptions, Format};
 use crate::disk::{Disk, Request};
@@ -57,7 +57,7 @@ impl Source {
         let backing = match options.allow_backing {
             true => Backing::Named,
             // What the user names may be opened; what the image names may not.
-            false => Backing::File(path.to_owned(), None),
+            false => Backing::File(path.to_owned(), recorded_format(&request)?),
         };
         let disk = Disk::open(&Request { backing, ..request }, observer)?;
         if disk.chain.layers().len() < 2 {
@@ -96,6 +96,14 @@ impl Source {
     pub(super) fn scope(&self) -> Scope {
         if self.kept.is_some() { Scope::Above } else { Scope::Whole }
     }
+}
+
+/// The format of the backing file as the source records it.
+fn recorded_format(request: &Request<'_>) -> Result<Option<qcow2_file::Format>> {
+    let opener = Opener::new().format(request.format.map(Into::into)).without_named_files(true);
+    let chain = opener.open(request.path)?;
+    let name = chain.top().as_qcow2().and_then(|image| image.header().backing_format());
+    Ok(name.and_then(|name| name.parse().ok()))
 }
 
 /// How a backing file is named inside the destination: by its file name where both are in the same
