@@ -25,12 +25,24 @@ pub(crate) struct Request<'a> {
     pub(crate) allow_named: bool,
     pub(crate) backing: Backing,
     pub(crate) data_file: Option<PathBuf>,
+    /// Whether an image whose in-place copy is not finished may be read.
+    pub(crate) accepts_unfinished: bool,
+    /// Whether the caller holds the locks, so that taking them again would fail.
+    pub(crate) is_locked_already: bool,
 }
 
 impl<'a> Request<'a> {
     /// Just this file, whatever it is.
     pub(crate) fn new(path: &'a Path, format: Option<Format>) -> Self {
-        Self { path, format, allow_named: false, backing: Backing::Named, data_file: None }
+        Self {
+            path,
+            format,
+            allow_named: false,
+            backing: Backing::Named,
+            data_file: None,
+            accepts_unfinished: false,
+            is_locked_already: false,
+        }
     }
 }
 
@@ -103,6 +115,13 @@ impl Disk {
         Ok(Self { chain, bitmaps })
     }
 
+    /// The format that a file has by its content, if that is a safe guess.
+    pub(crate) fn guess(path: &Path, opener: &Opener, observer: &dyn Observer) -> Result<Format> {
+        let chain = opener.open(path)?;
+        check_probe(path, &chain, observer)?;
+        Ok(chain.top().format().into())
+    }
+
     /// Format of the top layer.
     pub(crate) fn format(&self) -> Format {
         self.chain.top().format().into()
@@ -135,7 +154,8 @@ fn opener(request: &Request<'_>) -> Opener {
         .allow_named_files(request.allow_named)
         .backing(request.backing.clone())
         .data_file(request.data_file.clone())
-        .lock(true)
+        .accept_unfinished(request.accepts_unfinished)
+        .lock(!request.is_locked_already)
 }
 
 /// A guest can write a qcow2 header to the start of its raw disk: who has only looked at the

@@ -5,6 +5,7 @@ use mig_core::bitmap::BitmapInfo;
 use qcow2_file::bitmaps::PersistentBitmap;
 use qcow2_file::limits::MAX_BITMAP_BYTES;
 
+use super::in_place::Found;
 use super::options::{BitmapSelection, CopyOptions};
 use super::resolve::Source;
 use super::target::Target;
@@ -12,6 +13,8 @@ use crate::disk::Stored;
 use crate::report::{BitmapOutcome, BitmapReport};
 use crate::{Error, Result};
 
+/// Why an old image cannot hold bitmaps.
+const VERSION_2: &str = "a qcow2 image of version 2 has no place for bitmaps";
 /// Stands for bitmaps whose names cannot be known.
 const NAMELESS: &str = "*";
 
@@ -27,12 +30,12 @@ pub(super) struct BitmapPlan {
     pub(super) refusals: Vec<Error>,
 }
 
-/// Decides about the bitmaps. `taken` are names at the destination that stay.
+/// Decides about the bitmaps. `found` is what stands at a destination that is written in place.
 pub(super) fn plan(
     options: &CopyOptions,
     source: &Source,
     target: &Target,
-    taken: Vec<String>,
+    found: Found,
 ) -> BitmapPlan {
     let stored = &source.disk.bitmaps;
     let listed: Vec<BitmapInfo> = stored
@@ -40,10 +43,10 @@ pub(super) fn plan(
         .map(|b| b.list().iter().map(bitmap_mig::summary).collect())
         .unwrap_or_default();
     let holder = Holder {
-        cannot: cannot_hold(target),
+        cannot: cannot_hold(target, &found),
         size: source.disk.chain.virtual_size(),
         max_bytes: MAX_BITMAP_BYTES,
-        taken,
+        taken: found.bitmaps,
     };
     let decision = decide(&listed, &wish(options), &holder);
     let mut refusals: Vec<Error> = decision.problems.iter().map(refusal).collect();
@@ -73,13 +76,11 @@ fn wish(options: &CopyOptions) -> Wish {
     }
 }
 
-fn cannot_hold(target: &Target) -> Option<String> {
+fn cannot_hold(target: &Target, found: &Found) -> Option<String> {
     match target {
         Target::Raw | Target::RawInPlace => Some("a raw image has no place for bitmaps".into()),
-        Target::Qcow2 { shape, .. } if shape.version < 3 => {
-            Some("a qcow2 image of version 2 has no bitmaps".into())
-        }
-        Target::Qcow2 { .. } | Target::Qcow2InPlace => None,
+        Target::Qcow2 { shape, .. } => (shape.version < 3).then(|| VERSION_2.into()),
+        Target::Qcow2InPlace => found.is_version_2.then(|| VERSION_2.into()),
     }
 }
 

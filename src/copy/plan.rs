@@ -7,6 +7,7 @@ use block_mig::plan::{Survey, survey};
 use serde::Serialize;
 
 use super::bitmaps::{self, BitmapPlan};
+use super::in_place;
 use super::options::{BackingChoice, CopyOptions, Format};
 use super::resolve::Source;
 use super::space::{self, Space};
@@ -84,9 +85,10 @@ impl<'a> Job<'a> {
     pub(super) fn decide(options: &'a CopyOptions, observer: &dyn Observer) -> Result<Self> {
         observer.phase(Phase::Plan);
         let source = Source::open(options, observer)?;
-        let target = Target::decide(options, &source)?;
+        let target = Target::decide(options, &source, observer)?;
         let mut refusals = target::obstacles(options, &source, &target);
-        let mut bitmaps = bitmaps::plan(options, &source, &target, Vec::new());
+        let found = in_place::inspect(options, &source, &target)?;
+        let mut bitmaps = bitmaps::plan(options, &source, &target, found);
         refusals.append(&mut bitmaps.refusals);
         let found = survey(&*source.blocks(), source.scope(), UNIT_BYTES)?;
         let mut job = Self {

@@ -46,12 +46,10 @@ pub(super) fn new_destination(
 fn request<'a>(job: &'a Job<'_>, path: &'a std::path::Path) -> Request<'a> {
     let kept = job.source.kept.as_ref();
     Request {
-        path,
-        format: Some(job.target.format()),
         allow_named: job.options.allow_backing,
         backing: kept
             .map_or(Backing::Named, |k| Backing::File(k.path.clone(), Some(k.format.into()))),
-        data_file: None,
+        ..Request::new(path, Some(job.target.format()))
     }
 }
 

@@ -7,11 +7,12 @@ use std::path::{Path, PathBuf};
 
 use qcow2_file::{Access, HostFile};
 
+use super::in_place;
 use super::options::{CopyOptions, Existing, Format};
 use super::resolve::Source;
 use super::shape::Shape;
 use crate::publish::directory;
-use crate::{Error, Result};
+use crate::{Error, Observer, Result};
 
 /// The file that holds the guest's data beside a qcow2 destination.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -44,11 +45,17 @@ pub(super) enum Target {
 
 impl Target {
     /// Decides what the destination is to be. Wishes that contradict one another are usage errors.
-    pub(super) fn decide(options: &CopyOptions, source: &Source) -> Result<Self> {
-        let format = options.target_format.unwrap_or_else(|| default_format(options, source));
+    pub(super) fn decide(
+        options: &CopyOptions,
+        source: &Source,
+        observer: &dyn Observer,
+    ) -> Result<Self> {
         if options.existing == Existing::InPlace {
-            return Self::in_place(options, format);
+            return Self::in_place(options, source, observer);
         }
+        let default =
+            if options.target.data_file.is_some() { Format::Qcow2 } else { source.disk.format() };
+        let format = options.target_format.unwrap_or(default);
         match format {
             Format::Raw => Self::raw(options, source),
             Format::Qcow2 => Self::qcow2(options, source),
@@ -88,11 +95,14 @@ impl Target {
         }
     }
 
-    fn in_place(options: &CopyOptions, format: Format) -> Result<Self> {
+    fn in_place(options: &CopyOptions, source: &Source, observer: &dyn Observer) -> Result<Self> {
         if options.target != super::TargetOptions::default() {
             return usage("-o options shape new images; --in-place writes into what exists".into());
         }
-        Ok(match format {
+        if source.kept.is_some() {
+            return usage("--backing is for new images; --in-place writes into what exists".into());
+        }
+        Ok(match in_place::format(options, observer)? {
             Format::Raw => Self::RawInPlace,
             Format::Qcow2 => Self::Qcow2InPlace,
         })
@@ -112,18 +122,6 @@ impl Target {
             Self::Qcow2 { data_file: Some(data), .. } => &data.path,
             _ => &options.destination,
         }
-    }
-}
-
-/// In place the destination is what it is; else it is what the source is.
-fn default_format(options: &CopyOptions, source: &Source) -> Format {
-    let is_device = fs::metadata(&options.destination).is_ok_and(|m| is_device(&m));
-    if options.target.data_file.is_some() {
-        Format::Qcow2
-    } else if options.existing == Existing::InPlace && is_device {
-        Format::Raw
-    } else {
-        source.disk.format()
     }
 }
 

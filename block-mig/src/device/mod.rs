@@ -1,6 +1,7 @@
 //! Files as disks: what the qcow2 crate opens and writes, behind the contracts of `mig-core`.
 
 mod chain;
+mod editor;
 mod new_image;
 mod raw;
 
@@ -10,6 +11,7 @@ use mig_core::block::Compression;
 use qcow2_file::layout::header::CompressionType;
 
 pub use chain::{AboveSource, ChainBacking, ChainSource};
+pub use editor::EditorSink;
 pub use new_image::NewImageSink;
 pub use raw::RawSink;
 

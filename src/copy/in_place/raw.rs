@@ -1,4 +1,4 @@
-//! Writing into a destination that exists: a raw file, a block device, an unfinished journal none.
+//! Writing into a raw file or a block device.
 
 use std::sync::Arc;
 
@@ -6,25 +6,13 @@ use block_mig::device::RawSink;
 use qcow2_file::lock::{self, Mode};
 use qcow2_file::{Access, HostFile, Storage};
 
-use super::plan::Job;
-use super::target::Target;
-use super::{Done, new, prove};
-use crate::disk::Request;
+use super::super::plan::Job;
+use super::super::{Done, new, prove};
+use super::{other_size, own, sync};
 use crate::{Error, Observer, Phase, Result};
 
-/// Copies into the existing destination. An interruption leaves it half written: the report says so.
+/// Copies into a raw file or device.
 pub(super) fn copy(job: &Job<'_>, observer: &dyn Observer) -> Result<Done> {
-    match job.target {
-        Target::Qcow2InPlace => Err(Error::Usage {
-            reason: "writing into an existing qcow2 image is not supported yet; \
-                     use --force to replace it"
-                .into(),
-        }),
-        _ => raw(job, observer),
-    }
-}
-
-fn raw(job: &Job<'_>, observer: &dyn Observer) -> Result<Done> {
     let path = &job.options.destination;
     let file = Arc::new(HostFile::open(path, Access::ReadWrite)?);
     let _lock = lock::acquire(file.file(), &file.name(), Mode::Write)?;
@@ -36,14 +24,8 @@ fn raw(job: &Job<'_>, observer: &dyn Observer) -> Result<Done> {
     ));
     let moved = new::move_data(job, &RawSink::new(file.clone(), size), observer)?;
     observer.phase(Phase::Seal);
-    file.file().sync_all().map_err(|source| Error::File {
-        action: "sync",
-        path: path.clone(),
-        source,
-    })?;
-    drop(_lock);
-    let request = Request::new(path, Some(job.target.format()));
-    let proof = prove::prove(job, &request, &moved, &[], observer)?;
+    sync(&file, job)?;
+    let proof = prove::prove(job, &own(job), &moved, &[], observer)?;
     Ok(Done { moved, proof, invalidated: Vec::new() })
 }
 
@@ -58,11 +40,7 @@ fn fit(job: &Job<'_>, file: &HostFile) -> Result<u64> {
         return Ok(size);
     }
     if file.is_device() || len > size {
-        let reason = format!(
-            "{} has {len} bytes and the source {size}: a disk of another size would not be a copy",
-            job.options.destination.display()
-        );
-        return Err(Error::Usage { reason });
+        return Err(other_size(job.options, len, size));
     }
     file.set_len(size).map_err(failed("set the length of"))?;
     Ok(size)

@@ -1,0 +1,102 @@
+//! Writing into a destination that exists.
+//!
+//! There is no journal yet: what was interrupted is begun again. A qcow2 destination says by a
+//! feature bit that it is unfinished (SPEC 3.3), so that nobody takes it for a disk; a raw one
+//! cannot say it.
+
+mod qcow2;
+mod raw;
+
+use std::sync::Arc;
+
+use qcow2_file::{Access, HostFile, Opener};
+
+use super::Done;
+use super::options::{CopyOptions, Format};
+use super::plan::Job;
+use super::resolve::Source;
+use super::target::Target;
+use crate::disk::{Disk, Request, Stored};
+use crate::{Error, Observer, Result};
+
+/// What stands at the destination.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub(super) struct Found {
+    /// Names of its bitmaps.
+    pub(super) bitmaps: Vec<String>,
+    /// Whether it is a qcow2 image that cannot have bitmaps.
+    pub(super) is_version_2: bool,
+}
+
+/// Copies into the existing destination. An interruption leaves it half written.
+pub(super) fn copy(job: &Job<'_>, observer: &dyn Observer) -> Result<Done> {
+    match job.target {
+        Target::Qcow2InPlace => qcow2::copy(job, observer),
+        _ => raw::copy(job, observer),
+    }
+}
+
+/// The format of a destination that exists: asked for, or what it is.
+pub(super) fn format(options: &CopyOptions, observer: &dyn Observer) -> Result<Format> {
+    let path = options.destination.as_path();
+    let file = HostFile::open(path, Access::Read)?;
+    if options.target_format.is_none() && file.is_device() {
+        return Ok(Format::Raw);
+    }
+    let opener = Opener::new().without_named_files(true).accept_unfinished(true);
+    match options.target_format {
+        Some(format) => Ok(format),
+        None => Disk::guess(path, &opener, observer),
+    }
+}
+
+/// Looks at a qcow2 destination, and whether the source fits it.
+pub(super) fn inspect(options: &CopyOptions, source: &Source, target: &Target) -> Result<Found> {
+    if *target != Target::Qcow2InPlace {
+        return Ok(Found::default());
+    }
+    let opener = Opener::new()
+        .format(Some(qcow2_file::Format::Qcow2))
+        .without_named_files(true)
+        .accept_unfinished(true);
+    let chain = opener.open(&options.destination)?;
+    let (size, wanted) = (chain.virtual_size(), source.disk.chain.virtual_size());
+    if size != wanted {
+        return Err(other_size(options, size, wanted));
+    }
+    let Some(image) = chain.top().as_qcow2() else { return Ok(Found::default()) };
+    let stored = Stored::of(image);
+    let listed = stored.directory().map(|d| d.list()).unwrap_or_default();
+    Ok(Found {
+        bitmaps: listed.iter().map(|entry| entry.name().to_owned()).collect(),
+        is_version_2: image.header().version < 3,
+    })
+}
+
+fn other_size(options: &CopyOptions, found: u64, wanted: u64) -> Error {
+    Error::Usage {
+        reason: format!(
+            "{} has {found} bytes and the source {wanted}: a disk of another size would not be a \
+             copy",
+            options.destination.display()
+        ),
+    }
+}
+
+/// How the destination is opened for the proof: as it is, without locks, since we hold them.
+fn own<'a>(job: &'a Job<'_>) -> Request<'a> {
+    Request {
+        allow_named: job.options.allow_backing,
+        accepts_unfinished: true,
+        is_locked_already: true,
+        ..Request::new(&job.options.destination, Some(job.target.format()))
+    }
+}
+
+fn sync(file: &Arc<HostFile>, job: &Job<'_>) -> Result<()> {
+    file.file().sync_all().map_err(|source| Error::File {
+        action: "sync",
+        path: job.options.destination.clone(),
+        source,
+    })
+}

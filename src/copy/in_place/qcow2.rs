@@ -1,0 +1,100 @@
+//! Writing into an existing qcow2 image. Its own bitmaps follow what is written; those of the source
+//! come beside them.
+
+use std::sync::Arc;
+
+use block_mig::device::EditorSink;
+use qcow2_file::bitmaps::PersistentBitmap;
+use qcow2_file::edit::{Backing, Editor, EditorOptions};
+use qcow2_file::{Access, Chain, Opener, Storage};
+
+use super::super::plan::Job;
+use super::super::prove::Proof;
+use super::super::{Done, bitmaps, new, prove};
+use super::own;
+use crate::disk::Disk;
+use crate::report::Verified;
+use crate::{Observer, Phase, Result, Silent};
+
+/// Copies into a qcow2 image. It refuses to open elsewhere from the first write on until its
+/// content is proved.
+pub(super) fn copy(job: &Job<'_>, observer: &dyn Observer) -> Result<Done> {
+    // Holds the image's lock.
+    let chain = Opener::new()
+        .format(Some(qcow2_file::Format::Qcow2))
+        .access(Access::ReadWrite)
+        .allow_named_files(job.options.allow_backing)
+        .accept_unfinished(true)
+        .lock(true)
+        .open(&job.options.destination)?;
+    let editor = open(job, &chain)?;
+    if editor.header().version < 3 {
+        observer.warning(&format!(
+            "{} is written in place, and as an image of version 2 it cannot say so: until the copy \
+             is complete it holds neither the old nor the new content",
+            job.options.destination.display()
+        ));
+    }
+    let moved = new::move_data(job, &EditorSink::new(&editor), observer)?;
+    observer.phase(Phase::Seal);
+    editor.sync()?;
+    let mut proof = prove::prove(job, &own(job), &moved, &[], observer)?;
+    if proof.verified == Verified::Mismatch {
+        // Never closed: the mark of the unfinished copy stays.
+        return Ok(Done { moved, proof, invalidated: Vec::new() });
+    }
+    observer.phase(Phase::Bitmaps);
+    new::go_on(observer)?;
+    let stored = bitmaps::load(&job.source, &job.bitmaps)?;
+    add(&editor, &stored)?;
+    observer.phase(Phase::Publish);
+    editor.close()?;
+    prove_bitmaps(job, &stored, &mut proof)?;
+    Ok(Done { moved, proof, invalidated: Vec::new() })
+}
+
+fn open(job: &Job<'_>, chain: &Chain) -> Result<Editor> {
+    let own = chain.files().first();
+    let data = own.and_then(|f| f.data.clone()).map(|d| d as Arc<dyn Storage>);
+    let options = EditorOptions {
+        data,
+        backing: backing(job, chain)?,
+        is_in_place_copy: true,
+        ..EditorOptions::default()
+    };
+    Ok(Editor::open(chain.top().file().clone(), options)?)
+}
+
+/// What the destination stands on, as a disk of its own.
+fn backing(job: &Job<'_>, chain: &Chain) -> Result<Option<Arc<dyn Backing>>> {
+    let (Some(files), Some(layer)) = (chain.files().get(1), chain.layers().get(1)) else {
+        return Ok(None);
+    };
+    let opener = Opener::new()
+        .format(Some(layer.format()))
+        .allow_named_files(job.options.allow_backing)
+        .lock(true);
+    Ok(Some(Arc::new(opener.open(files.file.path())?)))
+}
+
+/// Bitmaps come last, so that enabled ones do not record the copy itself.
+fn add(editor: &Editor, stored: &[PersistentBitmap]) -> Result<()> {
+    if let Some(guard) = editor.guard() {
+        for bitmap in stored {
+            guard.add(bitmap.clone())?;
+        }
+    }
+    Ok(())
+}
+
+fn prove_bitmaps(job: &Job<'_>, stored: &[PersistentBitmap], proof: &mut Proof) -> Result<()> {
+    if proof.verified != Verified::Yes {
+        return Ok(());
+    }
+    let found = Disk::open(&own(job), &Silent)?;
+    proof.mismatch = bitmaps::difference(stored, &found.bitmaps)?;
+    if proof.mismatch.is_some() {
+        proof.verified = Verified::Mismatch;
+    }
+    Ok(())
+}
