@@ -19,7 +19,7 @@ pub(crate) fn run(args: CopyArgs, output: &Output) -> Outcome {
     let start = Instant::now();
     let is_dry_run = args.dry_run;
     let result = options(args).and_then(|options| {
-        let watch = Watch::with_events(output)?;
+        let watch = Watch::with_events(output, !options.no_verify)?;
         if is_dry_run { dry_run(&options, &watch, output) } else { go(&options, &watch, output) }
     });
     if let (Err(error), true) = (&result, output.is_json) {

@@ -50,7 +50,7 @@ pub(crate) fn main() -> ExitCode {
 
 fn run(verb: Verb, output: &Output) -> Outcome {
     match verb {
-        Verb::Demo(args) => demo::run(args, output),
+        Verb::Demo(args) => demo::run(&args, output),
         Verb::Copy(args) => copy::run(args, output),
         Verb::Info(args) => info::run(args, output),
         Verb::Compare(args) => compare::run(args, output),

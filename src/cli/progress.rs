@@ -1,52 +1,114 @@
 //! The bar: what is done, how fast, how much longer.
 
-use std::time::Duration;
+use std::io::IsTerminal as _;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
 
 use bitferry::Phase;
 
+use super::size::{human, human_time};
+
 /// Redraws per second: enough to look alive, few enough not to be seen in a profile.
 const DRAWS_PER_SECOND: u8 = 8;
+/// Time between two lines where stderr is no terminal.
+const LINE_INTERVAL: Duration = Duration::from_secs(1);
+/// How long a rate is measured before it is believed.
+const TRIAL: Duration = Duration::from_millis(500);
 
-/// A bar on stderr. Work is bytes of stored data: runs of zeroes take no time and count for
-/// nothing, so that the remaining time is right on a sparse disk too.
+/// A bar on stderr, or lines where that is no terminal. Work is bytes of stored data: runs of
+/// zeroes take no time and count for nothing, so that the remaining time is right on a sparse disk
+/// too.
 #[derive(Debug)]
-pub(crate) struct Bar(ProgressBar);
+pub(crate) struct Bar {
+    bar: ProgressBar,
+    /// Whether the remaining time of a transfer counts the proof that follows it.
+    counts_proof: Arc<AtomicBool>,
+    has_proof: bool,
+    /// When a line was last written, and of which phase, where there is no terminal.
+    lines: Option<Mutex<(Instant, &'static str)>>,
+}
 
 impl Bar {
-    /// A bar without work yet.
-    pub(crate) fn new() -> Self {
+    /// A bar without work yet. `has_proof`: what is written will be read again.
+    pub(crate) fn new(has_proof: bool) -> Self {
         let target = ProgressDrawTarget::stderr_with_hz(DRAWS_PER_SECOND);
         let bar = ProgressBar::with_draw_target(None, target);
-        bar.set_style(spinner());
-        Self(bar)
+        let lines = (!std::io::stderr().is_terminal()).then(|| Mutex::new((Instant::now(), "")));
+        Self { bar, counts_proof: Arc::default(), has_proof, lines }
     }
 
     /// A new phase: with totals a bar, without a word.
     pub(crate) fn phase(&self, phase: Phase) {
-        self.0.set_message(words(phase));
+        self.counts_proof.store(self.has_proof && phase == Phase::Transfer, Ordering::Relaxed);
+        self.bar.set_message(words(phase));
         let has_totals = matches!(phase, Phase::Transfer | Phase::Prove | Phase::Read);
-        self.0.set_style(if has_totals { bar() } else { spinner() });
-        self.0.reset();
-        self.0.tick();
+        self.bar.set_style(if has_totals { self.style() } else { template("{msg:>10} …") });
+        self.bar.reset();
+        self.bar.tick();
+        if let Some(lines) = &self.lines {
+            *lines.lock().unwrap_or_else(PoisonError::into_inner) = (Instant::now(), words(phase));
+        }
     }
 
     /// Progress of the phase.
     pub(crate) fn progress(&self, done: u64, total: u64) {
-        self.0.set_length(total);
-        self.0.set_position(done);
+        self.bar.set_length(total);
+        self.bar.set_position(done);
+        let Some(lines) = &self.lines else { return };
+        let mut last = lines.lock().unwrap_or_else(PoisonError::into_inner);
+        if last.0.elapsed() >= LINE_INTERVAL {
+            last.0 = Instant::now();
+            let percent = done.saturating_mul(100) / total.max(1);
+            eprintln!("{} {percent}%, {} of {}", last.1, human(done), human(total));
+        }
     }
 
     /// A line above the bar.
     pub(crate) fn line(&self, text: &str) {
-        self.0.suspend(|| eprintln!("{text}"));
+        self.bar.suspend(|| eprintln!("{text}"));
     }
 
     /// Takes the bar off the terminal.
     pub(crate) fn finish(&self) {
-        self.0.finish_and_clear();
+        self.bar.finish_and_clear();
     }
+
+    fn style(&self) -> ProgressStyle {
+        let counts_proof = Arc::clone(&self.counts_proof);
+        template("{msg:>10} {percent:>3}% [{bar:30}] {done} of {total}  {rate}{left}")
+            .with_key("done", |state: &ProgressState, out: &mut dyn std::fmt::Write| {
+                let _ = out.write_str(&human(state.pos()));
+            })
+            .with_key("total", |state: &ProgressState, out: &mut dyn std::fmt::Write| {
+                let _ = out.write_str(&human(state.len().unwrap_or(0)));
+            })
+            .with_key("rate", |state: &ProgressState, out: &mut dyn std::fmt::Write| {
+                #[expect(
+                    clippy::cast_possible_truncation,
+                    clippy::cast_sign_loss,
+                    reason = "a rate"
+                )]
+                let _ = write!(out, "{}/s", human(state.per_sec() as u64));
+            })
+            .with_key("left", move |state: &ProgressState, out: &mut dyn std::fmt::Write| {
+                if state.pos() > 0 && state.elapsed() > TRIAL {
+                    let left = left(state, counts_proof.load(Ordering::Relaxed));
+                    let _ = write!(out, "  {} left", human_time(left));
+                }
+            })
+    }
+}
+
+/// The time that is left. A proof reads the same bytes again, and reading and hashing is what a
+/// transfer does beside writing: its rate serves for both.
+fn left(state: &ProgressState, counts_proof: bool) -> Duration {
+    #[expect(clippy::cast_precision_loss, reason = "an estimate")]
+    let again = state.len().unwrap_or(0) as f64 / state.per_sec();
+    let proof = if counts_proof { Duration::try_from_secs_f64(again).ok() } else { None };
+    state.eta().saturating_add(proof.unwrap_or_default())
 }
 
 fn words(phase: Phase) -> &'static str {
@@ -62,26 +124,8 @@ fn words(phase: Phase) -> &'static str {
     }
 }
 
-fn bar() -> ProgressStyle {
-    style("{msg:>10} {percent:>3}% [{bar:30}] {binary_bytes}/{binary_total_bytes} {rate} {left}")
-}
-
-fn spinner() -> ProgressStyle {
-    style("{msg:>10} …")
-}
-
-fn style(template: &str) -> ProgressStyle {
-    ProgressStyle::with_template(template)
+fn template(text: &str) -> ProgressStyle {
+    ProgressStyle::with_template(text)
         .unwrap_or_else(|_| ProgressStyle::default_bar())
         .progress_chars("=> ")
-        .with_key("rate", |state: &ProgressState, out: &mut dyn std::fmt::Write| {
-            #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a rate")]
-            let rate = state.per_sec() as u64;
-            let _ = write!(out, "{}/s", super::size::human(rate));
-        })
-        .with_key("left", |state: &ProgressState, out: &mut dyn std::fmt::Write| {
-            if state.pos() > 0 && state.elapsed() > Duration::from_millis(500) {
-                let _ = write!(out, "{} left", super::size::human_time(state.eta()));
-            }
-        })
 }

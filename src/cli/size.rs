@@ -10,6 +10,9 @@ pub(crate) fn human(bytes: u64) -> String {
     if unit == 0 || value.fract() == 0.0 {
         return format!("{value:.0} {}", UNITS[unit]);
     }
+    if value >= 1023.5 && unit + 1 < UNITS.len() {
+        return format!("1.00 {}", UNITS[unit + 1]);
+    }
     let decimals = if value < 10.0 {
         2
     } else if value < 100.0 {
@@ -82,6 +85,8 @@ mod tests {
             (12_345_678, "11.8 MiB"),
             (234_567_890, "224 MiB"),
             (1 << 40, "1 TiB"),
+            ((1 << 30) - 65536, "1.00 GiB"),
+            ((1 << 30) - (1 << 20), "1023 MiB"),
             (u64::MAX, "16 EiB"),
         ] {
             assert_eq!(human(bytes), text);

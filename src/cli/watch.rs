@@ -56,20 +56,24 @@ impl<'a, T: Serialize> Summary<'a, T> {
 }
 
 impl<'a> Watch<'a> {
-    /// For a verb whose JSON is a sequence of events.
-    pub(crate) fn with_events(output: &'a Output) -> bitferry::Result<Self> {
-        Self::new(output, output.is_json.then_some(output))
+    /// For a verb whose JSON is a sequence of events. `has_proof`: what is written is read again.
+    pub(crate) fn with_events(output: &'a Output, has_proof: bool) -> bitferry::Result<Self> {
+        Self::new(output, output.is_json.then_some(output), has_proof)
     }
 
     /// For a verb whose JSON is one document.
     pub(crate) fn quiet_unless_asked(output: &'a Output) -> bitferry::Result<Self> {
-        Self::new(output, None)
+        Self::new(output, None, false)
     }
 
-    fn new(output: &'a Output, events: Option<&'a Output>) -> bitferry::Result<Self> {
+    fn new(
+        output: &'a Output,
+        events: Option<&'a Output>,
+        has_proof: bool,
+    ) -> bitferry::Result<Self> {
         Ok(Self {
             events,
-            bar: output.shows_progress.then(Bar::new),
+            bar: output.shows_progress.then(|| Bar::new(has_proof)),
             is_quiet: output.is_quiet,
             is_interrupted: interrupt::watch()?,
             state: Mutex::new(State { phase: Phase::Plan, last_event: None }),

@@ -166,7 +166,7 @@ fn obstacle(path: &Path, options: &CopyOptions, source: &Source) -> Result<()> {
     };
     let Some(found) = found else { return missing(path, options) };
     if found.is_dir() {
-        return usage(format!("{} is a directory", path.display()));
+        return usage(format!("{} is a directory: name the file in it", path.display()));
     }
     if !found.is_file() && !is_device(&found) {
         return usage(format!("{} is neither a file nor a block device", path.display()));

@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
@@ -14,11 +14,14 @@ use bitferry::{Error, Result, Silent};
 /// disk is the longest silence.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// Tells this program that it is the second process, and where the image goes. Not an option:
+/// nobody should meet it in a completion.
+const TARGET: &str = "BITFERRY_DEMO_DESTINATION";
+
 /// A running second process; killed if it is dropped.
 #[derive(Debug)]
 pub(super) struct Destination {
     child: Child,
-    /// `None` once the connection was handed out.
     socket: UnixStream,
 }
 
@@ -30,8 +33,8 @@ impl Destination {
         set_patience(&ours)?;
         set_patience(&theirs)?;
         let child = Command::new(program)
-            .args(["demo", "--destination"])
-            .arg(target)
+            .arg("demo")
+            .env(TARGET, target)
             .stdin(Stdio::from(OwnedFd::from(theirs)))
             .stdout(Stdio::null())
             .spawn()
@@ -51,12 +54,10 @@ impl Destination {
 
     /// Waits for the process, once the transfer has ended as `sent` says.
     pub(super) fn end<T>(mut self, sent: Result<T>) -> Result<T> {
-        if sent.is_err() {
-            return sent;
-        }
+        let sent = sent?;
         let status = self.child.wait().map_err(failed("wait for", "the second process"))?;
         if status.success() {
-            return sent;
+            return Ok(sent);
         }
         let source = io::Error::other(format!("it ended with {status}"));
         Err(failed("trust", "the second process")(source))
@@ -69,6 +70,11 @@ impl Drop for Destination {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// Where to receive, if this is the second process.
+pub(super) fn asked_for() -> Option<PathBuf> {
+    std::env::var_os(TARGET).map(PathBuf::from)
 }
 
 /// What the second process does.

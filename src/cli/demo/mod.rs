@@ -9,7 +9,7 @@ mod disk;
 mod qemu;
 mod workshop;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use clap::Args as Group;
@@ -32,18 +32,14 @@ const COLUMNS: usize = 84;
 /// Needs no arguments, no QEMU and no privileges; takes a few seconds and some 500 MiB in the
 /// directory for temporary files (TMPDIR), which are deleted afterwards.
 #[derive(Debug, Group)]
-pub(crate) struct DemoArgs {
-    /// Be the second process: receive on standard input
-    #[arg(long, hide = true, value_name = "PATH")]
-    destination: Option<PathBuf>,
-}
+pub(crate) struct DemoArgs {}
 
-pub(crate) fn run(args: DemoArgs, output: &Output) -> Outcome {
-    if let Some(target) = args.destination {
+pub(crate) fn run(_args: &DemoArgs, output: &Output) -> Outcome {
+    if let Some(target) = destination::asked_for() {
         return destination::be(&target);
     }
     let started = Instant::now();
-    let watch = Watch::with_events(output)?;
+    let watch = Watch::with_events(output, false)?;
     let result = show(&watch, output, started).map_err(|error| {
         // Ctrl-C on a terminal ends the second process too, and that is not the news.
         if watch.is_cancelled() { Error::Interrupted } else { error }
