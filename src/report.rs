@@ -187,3 +187,63 @@ fn has_lost_something(disk: &DiskReport) -> bool {
         b.is_wanted && matches!(b.outcome, BitmapOutcome::Dropped | BitmapOutcome::Invalidated)
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn report(status: Status, verified: Verified, bitmaps: Vec<BitmapReport>) -> Report {
+        let disk = DiskReport {
+            id: "d".into(),
+            bytes_data: 1,
+            bytes_zero: 2,
+            content_hash: None,
+            verified,
+            not_carried: Vec::new(),
+            bitmaps,
+        };
+        let mut report = Report::failure(&Error::Interrupted, 7);
+        (report.status, report.error, report.disks) = (status, None, vec![disk]);
+        report
+    }
+
+    fn bitmap(outcome: BitmapOutcome, is_wanted: bool) -> BitmapReport {
+        BitmapReport { name: "b".into(), outcome, changed: Vec::new(), reason: None, is_wanted }
+    }
+
+    #[test]
+    fn the_exit_status_follows_the_report() {
+        let done = |bitmaps| report(Status::Completed, Verified::Yes, bitmaps);
+        assert_eq!(exit_status(&done(vec![])), 0);
+        assert_eq!(exit_status(&done(vec![bitmap(BitmapOutcome::Preserved, true)])), 0);
+        assert_eq!(exit_status(&done(vec![bitmap(BitmapOutcome::Dropped, false)])), 0);
+        assert_eq!(exit_status(&done(vec![bitmap(BitmapOutcome::Dropped, true)])), 6);
+        assert_eq!(exit_status(&done(vec![bitmap(BitmapOutcome::Invalidated, true)])), 6);
+        for (status, verified, expected) in [
+            (Status::Failed, Verified::Mismatch, 1),
+            (Status::Failed, Verified::No, 3),
+            (Status::Interrupted, Verified::No, 130),
+            (Status::Unknown, Verified::No, 8),
+            (Status::AlreadyComplete, Verified::Yes, 0),
+        ] {
+            assert_eq!(exit_status(&report(status, verified, vec![])), expected, "{status:?}");
+        }
+    }
+
+    #[test]
+    fn keys_and_values_are_those_of_the_contract() {
+        let report = report(
+            Status::Completed,
+            Verified::Unconfirmed,
+            vec![bitmap(BitmapOutcome::Sent, true)],
+        );
+        let json = serde_json::to_string(&report).unwrap();
+        assert_eq!(
+            json,
+            "{\"status\":\"completed\",\"total-time-ms\":7,\"wire-bytes\":0,\"repeated-bytes\":0,\
+             \"resumed\":false,\"disks\":[{\"id\":\"d\",\"bytes-data\":1,\"bytes-zero\":2,\
+             \"verified\":\"unconfirmed\",\"not-carried\":[],\"bitmaps\":[{\"name\":\"b\",\
+             \"outcome\":\"sent\",\"changed\":[]}]}]}"
+        );
+    }
+}

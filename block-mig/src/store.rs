@@ -1,5 +1,6 @@
 //! The second half of a worker's job: put a unit into a sink, leaving out what need not be written.
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use mig_core::block::{BlockSink, BlockSource, ExtentKind, SECTOR_BYTES, is_zero};
@@ -18,6 +19,25 @@ pub struct Counts {
     pub passed_on: AtomicU64,
     /// Guest bytes of compressed clusters that had to be stored plain.
     pub decompressed: AtomicU64,
+}
+
+/// A unit with its content.
+#[derive(Clone, Copy)]
+pub struct Chunk<'a> {
+    /// Which unit.
+    pub unit: &'a Unit,
+    /// Its content, if it has any.
+    pub bytes: &'a [u8],
+    /// Where it comes from, for what is passed on compressed.
+    pub source: &'a dyn BlockSource,
+}
+
+impl<'a> Chunk<'a> {
+    /// The content from guest offset `start` to `end`.
+    fn part(&self, start: u64, end: u64) -> &'a [u8] {
+        let index = |at: u64| usize::try_from(at - self.unit.offset).unwrap_or(usize::MAX);
+        self.bytes.get(index(start)..index(end)).unwrap_or_default()
+    }
 }
 
 /// Puts units into one sink. Every range is stored once.
@@ -46,23 +66,17 @@ impl<'a> Storer<'a> {
         }
     }
 
-    /// Stores a unit whose content, if it has any, was loaded into `bytes`. `packed` is scratch room
-    /// for a compressed cluster.
-    pub fn store(
-        &self,
-        unit: &Unit,
-        bytes: &[u8],
-        source: &dyn BlockSource,
-        packed: &mut Vec<u8>,
-    ) -> Result<()> {
-        match unit.content {
+    /// Stores a unit. `packed` is scratch room for a compressed cluster.
+    pub fn store(&self, chunk: Chunk<'_>, packed: &mut Vec<u8>) -> Result<()> {
+        let Unit { offset, len, content } = *chunk.unit;
+        match content {
             Content::Untouched => {
-                self.counts.untouched.fetch_add(unit.len, Ordering::Relaxed);
+                self.counts.untouched.fetch_add(len, Ordering::Relaxed);
                 Ok(())
             }
-            Content::Zeroes => self.zeroes(unit.offset, unit.len),
-            Content::Bytes { compressed: true } => self.store_mixed(unit, bytes, source, packed),
-            Content::Bytes { .. } => self.bytes(unit.offset, bytes),
+            Content::Zeroes => self.zeroes(offset, len),
+            Content::Bytes { compressed: true } => self.mixed(chunk, packed),
+            Content::Bytes { .. } => self.bytes(offset, chunk.bytes),
         }
     }
 
@@ -111,44 +125,36 @@ impl<'a> Storer<'a> {
     }
 
     /// Stores a unit of plain and compressed clusters.
-    fn store_mixed(
-        &self,
-        unit: &Unit,
-        bytes: &[u8],
-        source: &dyn BlockSource,
-        packed: &mut Vec<u8>,
-    ) -> Result<()> {
-        let mut at = unit.offset;
-        while at < unit.end() {
-            let extent = source.extent(at, unit.end() - at).map_err(Error::Source)?;
-            let end = at.saturating_add(extent.len).min(unit.end());
+    fn mixed(&self, chunk: Chunk<'_>, packed: &mut Vec<u8>) -> Result<()> {
+        let mut at = chunk.unit.offset;
+        while at < chunk.unit.end() {
+            let max_len = chunk.unit.end() - at;
+            let extent = chunk.source.extent(at, max_len).map_err(Error::Source)?;
+            let end = at.saturating_add(extent.len.min(max_len));
             if extent.kind != ExtentKind::Compressed {
-                self.bytes(at, part(unit, bytes, at, end))?;
+                self.bytes(at, chunk.part(at, end))?;
                 at = end;
             }
             while at < end {
-                at += self.store_cluster(unit, bytes, (at, end), source, packed)?;
+                at += self.cluster(chunk, at..end, packed)?;
             }
         }
         Ok(())
     }
 
-    /// Stores the compressed cluster that starts at `at`, and says how many guest bytes that was.
-    fn store_cluster(
-        &self,
-        unit: &Unit,
-        bytes: &[u8],
-        (at, end): (u64, u64),
-        source: &dyn BlockSource,
-        packed: &mut Vec<u8>,
-    ) -> Result<u64> {
+    /// Stores the compressed cluster at the start of `range`, and says how many guest bytes that
+    /// was.
+    fn cluster(&self, chunk: Chunk<'_>, range: Range<u64>, packed: &mut Vec<u8>) -> Result<u64> {
         packed.clear();
-        let cluster =
-            if self.offers_compressed { source.read_compressed(at, packed) } else { Ok(None) };
-        let cluster = cluster.map_err(Error::Source)?;
+        let at = range.start;
+        let cluster = match self.offers_compressed {
+            true => chunk.source.read_compressed(at, packed).map_err(Error::Source)?,
+            false => None,
+        };
         // The last cluster of a disk may stand for more than the disk has.
-        let len = cluster.map_or(end - at, |c| c.len.min(end - at));
-        let plain = part(unit, bytes, at, at.saturating_add(len));
+        let left = range.end - at;
+        let len = cluster.map_or(left, |c| c.len.min(left));
+        let plain = chunk.part(at, at.saturating_add(len));
         if let Some(cluster) = cluster
             && !(is_zero(plain) && self.starts_zero)
             && self.sink.write_compressed(at, cluster, packed).map_err(Error::Sink)?
@@ -161,10 +167,4 @@ impl<'a> Storer<'a> {
         self.bytes(at, plain)?;
         Ok(len)
     }
-}
-
-/// The part of a unit's content from guest offset `start` to `end`.
-fn part<'b>(unit: &Unit, bytes: &'b [u8], start: u64, end: u64) -> &'b [u8] {
-    let index = |at: u64| usize::try_from(at - unit.offset).unwrap_or(usize::MAX);
-    bytes.get(index(start)..index(end)).unwrap_or_default()
 }

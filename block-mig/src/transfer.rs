@@ -11,7 +11,7 @@ use crate::load::{Loader, SharedTree};
 use crate::monitor::Monitor;
 use crate::plan::{Content, Scope, Unit, Units};
 use crate::pool::Pool;
-use crate::store::Storer;
+use crate::store::{Chunk, Storer};
 
 /// How to move.
 #[derive(Debug, Clone, Copy)]
@@ -74,7 +74,7 @@ pub fn transfer(
     let storer = Storer::new(sink, options.offers_compressed);
     let work = |(buffer, packed): &mut (Vec<u8>, Vec<u8>), unit: Unit| {
         let bytes = loader.load(&unit, buffer)?;
-        storer.store(&unit, bytes, source, packed)?;
+        storer.store(Chunk { unit: &unit, bytes, source }, packed)?;
         if matches!(unit.content, Content::Bytes { .. }) {
             monitor.advance(unit.len);
         }

@@ -83,3 +83,6 @@ fn not_carried(job: &Job<'_>, moved: &Transferred) -> Vec<String> {
     }
     phrases
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,5 +1,6 @@
 //! Making a new destination: temporary files, transfer, bitmaps, seal, proof, publication.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use block_mig::device::{ChainBacking, NewImageSink, RawSink};
@@ -8,7 +9,7 @@ use block_mig::{TransferOptions, Transferred, transfer};
 use mig_core::block::BlockSink;
 use qcow2_file::bitmaps::PersistentBitmap;
 use qcow2_file::create::{Backing, DataFile, NewImage};
-use qcow2_file::{Opener, Storage};
+use qcow2_file::{Access, Guard, HostFile, Opener, Storage, preflight};
 
 use super::options::Existing;
 use super::plan::Job;
@@ -143,8 +144,23 @@ impl Unfinished {
             }
             sync(draft)?;
         }
+        if self.drafts.len() > 1 {
+            retire(&job.options.destination)?;
+        }
         publish(self.drafts, job.options.existing == Existing::Replace)
     }
+}
+
+/// Takes the validity of the bitmaps of an overlay whose data file is about to be replaced: between
+/// the two renames it would stand on data that it does not describe. SPEC 3.2.
+fn retire(overlay: &Path) -> Result<()> {
+    if !overlay.exists() {
+        return Ok(());
+    }
+    let file = HostFile::open(overlay, Access::ReadWrite)?;
+    // What is no qcow2 image has no bitmaps.
+    let has_bitmaps = preflight::read_header(&file).is_ok_and(|h| h.bitmaps().is_some());
+    if has_bitmaps { Ok(Guard::invalidate(&file)?) } else { Ok(()) }
 }
 
 fn set_length(draft: &Draft, size: u64) -> Result<()> {

@@ -11,7 +11,7 @@ use super::in_place;
 use super::options::{BackingChoice, CopyOptions, Format};
 use super::resolve::Source;
 use super::space::{self, Space};
-use super::target::{self, Target};
+use super::target::{self, Places, Target};
 use crate::info::allocated_bytes;
 use crate::publish::directory;
 use crate::report::error_chain;
@@ -73,6 +73,7 @@ pub(super) struct Job<'a> {
     pub(super) not_carried: Vec<String>,
     /// What stands in the way, the most telling first.
     pub(super) refusals: Vec<Error>,
+    _places: Places,
 }
 
 /// Decides what a copy would do. Writes nothing.
@@ -86,7 +87,8 @@ impl<'a> Job<'a> {
         observer.phase(Phase::Plan);
         let source = Source::open(options, observer)?;
         let target = Target::decide(options, &source, observer)?;
-        let mut refusals = target::obstacles(options, &source, &target);
+        let mut places = target::places(options, &source, &target);
+        let mut refusals = std::mem::take(&mut places.refusals);
         let found = in_place::inspect(options, &source, &target)?;
         let mut bitmaps = bitmaps::plan(options, &source, &target, found);
         refusals.append(&mut bitmaps.refusals);
@@ -100,6 +102,7 @@ impl<'a> Job<'a> {
             target,
             bitmaps,
             refusals,
+            _places: places,
         };
         job.check_space()?;
         Ok(job)

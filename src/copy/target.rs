@@ -5,7 +5,8 @@ use std::io;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
-use qcow2_file::{Access, HostFile};
+use qcow2_file::lock::{self, Lock, Mode};
+use qcow2_file::{Access, HostFile, Storage};
 
 use super::in_place;
 use super::options::{CopyOptions, Existing, Format};
@@ -143,35 +144,54 @@ fn data_file(options: &CopyOptions) -> Result<Option<DataFileTarget>> {
     Ok(Some(DataFileTarget { name: name.clone(), path, is_raw }))
 }
 
+/// What stands where files are to be made.
+#[derive(Debug, Default)]
+pub(super) struct Places {
+    /// Why they cannot be made there.
+    pub(super) refusals: Vec<Error>,
+    /// Hold everybody else off what will be replaced.
+    _locks: Vec<Lock>,
+}
+
 /// Looks at the places where files are to be made. What stands in the way is answered, not returned
 /// as a failure.
-pub(super) fn obstacles(options: &CopyOptions, source: &Source, target: &Target) -> Vec<Error> {
+pub(super) fn places(options: &CopyOptions, source: &Source, target: &Target) -> Places {
+    let mut found = Places::default();
     let mut places = vec![options.destination.as_path()];
     if let Target::Qcow2 { data_file: Some(data), .. } = target {
         if data.path == options.destination {
             let reason = "the data file and the image are the same file".to_owned();
-            return vec![Error::Usage { reason }];
+            found.refusals.push(Error::Usage { reason });
+            return found;
         }
         places.push(&data.path);
     }
-    places.into_iter().filter_map(|path| obstacle(path, options, source).err()).collect()
+    for path in places {
+        match look_at(path, options, source) {
+            Ok(lock) => found._locks.extend(lock),
+            Err(refusal) => found.refusals.push(refusal),
+        }
+    }
+    found
 }
 
-fn obstacle(path: &Path, options: &CopyOptions, source: &Source) -> Result<()> {
+/// Looks at one place; what is to be replaced is locked.
+fn look_at(path: &Path, options: &CopyOptions, source: &Source) -> Result<Option<Lock>> {
     let failed = |source| Error::File { action: "look at", path: path.to_owned(), source };
     let found = match fs::metadata(path) {
         Ok(found) => Some(found),
         Err(e) if e.kind() == io::ErrorKind::NotFound => None,
         Err(e) => return Err(failed(e)),
     };
-    let Some(found) = found else { return missing(path, options) };
+    let Some(found) = found else { return missing(path, options).map(|()| None) };
     if found.is_dir() {
         return usage(format!("{} is a directory: name the file in it", path.display()));
     }
     if !found.is_file() && !is_device(&found) {
         return usage(format!("{} is neither a file nor a block device", path.display()));
     }
-    let id = HostFile::open(path, Access::Read)?.id();
+    let file = HostFile::open(path, Access::Read)?;
+    let id = file.id();
     let backing =
         source.kept.as_ref().map(|k| HostFile::open(&k.path, Access::Read)).transpose()?;
     if source.disk.has_file(id) || backing.is_some_and(|b| b.id() == id) {
@@ -185,7 +205,9 @@ fn obstacle(path: &Path, options: &CopyOptions, source: &Source) -> Result<()> {
         Existing::Replace if !found.is_file() => {
             usage(format!("{} is a device: only --in-place writes to it", path.display()))
         }
-        Existing::Replace | Existing::InPlace => Ok(()),
+        Existing::Replace => Ok(Some(lock::acquire(file.file(), &file.name(), Mode::Write)?)),
+        // Whoever writes takes the lock.
+        Existing::InPlace => Ok(None),
     }
 }
 

@@ -1,0 +1,284 @@
+//! Copies of images that the library makes; real images are the `tests` member's business.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use qcow2_file::bitmaps::{Bits, PersistentBitmap};
+use qcow2_file::create::{Backing, CreateOptions, DataFile, NewImage};
+use qcow2_file::{GuestOffset, HostFile};
+use tempfile::TempDir;
+
+use super::*;
+use crate::Phase;
+use crate::compare::{self, CompareOptions};
+use crate::report::BitmapOutcome;
+use crate::{Error, Silent, exit_status};
+
+const SIZE: u64 = 20 << 20;
+
+struct Place(TempDir);
+
+impl Place {
+    fn new() -> Self {
+        Self(tempfile::tempdir().unwrap())
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    /// A qcow2 image with some data, and bitmaps `a` (enabled) and `b` (disabled).
+    fn image(&self, name: &str) -> PathBuf {
+        self.image_with(name, &CreateOptions::new(SIZE))
+    }
+
+    fn image_with(&self, name: &str, options: &CreateOptions) -> PathBuf {
+        let path = self.path(name);
+        let image =
+            NewImage::create(Arc::new(HostFile::create_new(&path).unwrap()), options).unwrap();
+        for (offset, len, byte) in [(0, 70_000, 1), (5 << 20, 3 << 20, 2), (SIZE - 512, 512, 3)] {
+            image.write_at(&vec![byte; len], GuestOffset(offset)).unwrap();
+        }
+        let bitmap = |name: &str, granularity_bits, is_enabled| {
+            let mut bits = Bits::for_disk(SIZE, granularity_bits);
+            bits.set_range(3..9);
+            PersistentBitmap { name: name.into(), granularity_bits, is_enabled, bits }
+        };
+        image.finish(&[bitmap("a", 16, true), bitmap("b", 12, false)]).unwrap();
+        path
+    }
+
+    fn options(&self, source: &str, destination: &str) -> CopyOptions {
+        CopyOptions {
+            source: self.path(source),
+            destination: self.path(destination),
+            ..CopyOptions::default()
+        }
+    }
+
+    fn names(&self) -> Vec<String> {
+        let name = |e: std::io::Result<fs::DirEntry>| e.unwrap().file_name().into_string().unwrap();
+        let mut names: Vec<_> = fs::read_dir(self.0.path()).unwrap().map(name).collect();
+        names.sort();
+        names
+    }
+}
+
+fn outcomes(report: &Report) -> BTreeMap<&str, BitmapOutcome> {
+    report.disks[0].bitmaps.iter().map(|b| (b.name.as_str(), b.outcome)).collect()
+}
+
+fn are_equal(a: &Path, b: &Path, bitmaps: bool) -> bool {
+    let options = CompareOptions {
+        a: a.to_owned(),
+        b: b.to_owned(),
+        allow_backing: true,
+        bitmaps: Some(bitmaps),
+        ..CompareOptions::default()
+    };
+    let found = compare::run(&options, &Silent).unwrap();
+    found.equal
+}
+
+#[test]
+fn a_copy_is_equal_and_says_so() {
+    let place = Place::new();
+    let source = place.image("s.qcow2");
+    let report = run(&place.options("s.qcow2", "d.qcow2"), &Silent).unwrap();
+    assert_eq!((report.status, exit_status(&report)), (Status::Completed, 0));
+    assert_eq!(report.disks[0].verified, Verified::Yes);
+    assert!(outcomes(&report).values().all(|o| *o == BitmapOutcome::Preserved));
+    assert!(are_equal(&source, &place.path("d.qcow2"), true));
+    assert_eq!(place.names(), ["d.qcow2", "s.qcow2"]);
+}
+
+#[test]
+fn an_existing_destination_is_replaced_only_on_request() {
+    let place = Place::new();
+    let source = place.image("s.qcow2");
+    fs::write(place.path("d.qcow2"), b"mine").unwrap();
+    let mut options = place.options("s.qcow2", "d.qcow2");
+    let refused = run(&options, &Silent).unwrap_err();
+    assert!(matches!(refused, Error::Exists { .. }));
+    assert_eq!(fs::read(place.path("d.qcow2")).unwrap(), b"mine");
+    options.existing = Existing::Replace;
+    run(&options, &Silent).unwrap();
+    assert!(are_equal(&source, &place.path("d.qcow2"), true));
+}
+
+#[test]
+fn bitmaps_that_would_be_lost_stop_the_copy_before_it_begins() {
+    let place = Place::new();
+    place.image("s.qcow2");
+    let mut options = place.options("s.qcow2", "d.raw");
+    options.target_format = Some(Format::Raw);
+    assert_eq!(run(&options, &Silent).unwrap_err().exit_status(), 7);
+    let mut old = place.options("s.qcow2", "d.qcow2");
+    old.target.version = Some(2);
+    assert_eq!(run(&old, &Silent).unwrap_err().exit_status(), 7);
+    assert_eq!(place.names(), ["s.qcow2"]);
+    assert_eq!(plan(&options, &Silent).unwrap().refusals.len(), 2);
+    options.bitmaps = BitmapSelection::None;
+    let report = run(&options, &Silent).unwrap();
+    assert_eq!(exit_status(&report), 0);
+    assert!(are_equal(&place.path("s.qcow2"), &place.path("d.raw"), false));
+}
+
+#[test]
+fn some_bitmaps_go_under_new_names() {
+    let place = Place::new();
+    place.image("s.qcow2");
+    let mut options = place.options("s.qcow2", "d.qcow2");
+    options.bitmaps = BitmapSelection::Named(vec!["b".into()]);
+    options.renames = vec!["disk0/b=c".parse().unwrap()];
+    let report = run(&options, &Silent).unwrap();
+    let outcomes = outcomes(&report);
+    assert_eq!(outcomes["a"], BitmapOutcome::Dropped);
+    assert_eq!(report.disks[0].bitmaps[1].changed, ["name: b -> c"]);
+    assert_eq!(exit_status(&report), 0);
+    options.renames = vec!["x=y".parse().unwrap()];
+    options.destination = place.path("e.qcow2");
+    assert_eq!(run(&options, &Silent).unwrap_err().exit_status(), 2);
+}
+
+#[test]
+fn an_overlay_pair_is_replaced_without_a_stale_moment() {
+    let place = Place::new();
+    let source = place.image("s.qcow2");
+    let mut options = place.options("s.qcow2", "o.qcow2");
+    options.target.data_file = Some("o.data".into());
+    options.target.data_file_raw = Some(true);
+    for existing in [Existing::Refuse, Existing::Replace] {
+        options.existing = existing;
+        let report = run(&options, &Silent).unwrap();
+        assert_eq!(exit_status(&report), 0);
+        assert!(are_equal(&source, &place.path("o.qcow2"), true));
+        assert!(are_equal(&source, &place.path("o.data"), false));
+    }
+    options.existing = Existing::Refuse;
+    fs::remove_file(place.path("o.qcow2")).unwrap();
+    assert!(matches!(run(&options, &Silent), Err(Error::Exists { .. })));
+    assert_eq!(place.names(), ["o.data", "s.qcow2"]);
+}
+
+#[test]
+fn an_overlay_is_a_source_where_its_data_file_may_be_opened() {
+    let place = Place::new();
+    let mut create = CreateOptions::new(SIZE);
+    create.data_file = Some(DataFile {
+        name: "s.data".into(),
+        is_raw: true,
+        storage: Arc::new(HostFile::create_new(&place.path("s.data")).unwrap()),
+    });
+    let source = place.image_with("s.qcow2", &create);
+    let mut options = place.options("s.qcow2", "d.qcow2");
+    assert_eq!(run(&options, &Silent).unwrap_err().exit_status(), 2);
+    options.allow_backing = true;
+    let report = run(&options, &Silent).unwrap();
+    assert!(report.disks[0].not_carried.iter().any(|p| p.contains("s.data")));
+    assert!(are_equal(&source, &place.path("d.qcow2"), true));
+    options.destination = place.path("s.data");
+    options.existing = Existing::Replace;
+    assert_eq!(run(&options, &Silent).unwrap_err().exit_status(), 2);
+}
+
+#[test]
+fn a_kept_backing_file_takes_what_stands_above_it() {
+    let place = Place::new();
+    let base = place.image("base.qcow2");
+    let mut create = CreateOptions::new(SIZE);
+    let name = base.to_str().unwrap().to_owned();
+    create.backing = Some(Backing { name, format: Some("qcow2".into()), reader: None });
+    let top = Arc::new(HostFile::create_new(&place.path("top.qcow2")).unwrap());
+    let image = NewImage::create(top, &create).unwrap();
+    image.write_at(&[9; 65536], GuestOffset(10 << 20)).unwrap();
+    image.write_zeroes(GuestOffset(6 << 20), 1 << 20).unwrap();
+    image.finish(&[]).unwrap();
+    for (allow_backing, cluster_size) in [(true, None), (false, None), (true, Some(1 << 20))] {
+        let mut options = place.options("top.qcow2", "d.qcow2");
+        options.backing = BackingChoice::Keep(base.clone());
+        options.allow_backing = allow_backing;
+        options.target.cluster_size = cluster_size;
+        options.existing = Existing::Replace;
+        let report = run(&options, &Silent).unwrap();
+        assert_eq!(report.disks[0].verified, Verified::Yes);
+        assert_eq!(report.disks[0].bytes_data, 65536);
+        assert!(are_equal(&place.path("top.qcow2"), &place.path("d.qcow2"), false));
+        options.destination = base.clone();
+        assert_eq!(run(&options, &Silent).unwrap_err().exit_status(), 2);
+    }
+}
+
+#[test]
+fn in_place_keeps_the_destinations_bitmaps_and_adds_ours() {
+    let place = Place::new();
+    let source = place.image("s.qcow2");
+    let mut shape = CreateOptions::new(SIZE);
+    shape.cluster_bits = 12;
+    place.image_with("d.qcow2", &shape);
+    let mut options = place.options("s.qcow2", "d.qcow2");
+    options.existing = Existing::InPlace;
+    assert_eq!(run(&options, &Silent).unwrap_err().exit_status(), 2, "the names are taken");
+    options.renames = vec!["a=x".parse().unwrap(), "b=y".parse().unwrap()];
+    let report = run(&options, &Silent).unwrap();
+    assert_eq!(exit_status(&report), 0);
+    assert!(are_equal(&source, &place.path("d.qcow2"), false));
+    let info =
+        crate::info::run(&crate::info::InfoOptions { image: place.path("d.qcow2"), format: None });
+    let info = info.unwrap();
+    let names: Vec<_> = info.bitmaps.iter().map(|b| b.name.as_str()).collect();
+    assert_eq!(names, ["a", "b", "x", "y"]);
+    assert!(info.bitmaps.iter().all(|b| !b.inconsistent));
+    assert!(info.notes.is_empty(), "{:?}", info.notes);
+}
+
+#[test]
+fn in_place_never_takes_an_image_for_a_raw_file() {
+    let place = Place::new();
+    fs::write(place.path("s.raw"), vec![7; 1 << 20]).unwrap();
+    place.image("d.qcow2");
+    let mut options = place.options("s.raw", "d.qcow2");
+    options.existing = Existing::InPlace;
+    let before = fs::read(place.path("d.qcow2")).unwrap();
+    assert_eq!(run(&options, &Silent).unwrap_err().exit_status(), 2, "sizes differ");
+    assert_eq!(fs::read(place.path("d.qcow2")).unwrap(), before);
+}
+
+/// Stops when a phase begins.
+struct StopAt(Phase, AtomicU64);
+
+impl Observer for StopAt {
+    fn phase(&self, phase: Phase) {
+        self.1.fetch_or(u64::from(phase == self.0), Ordering::Relaxed);
+    }
+
+    fn is_cancelled(&self) -> bool {
+        self.1.load(Ordering::Relaxed) != 0
+    }
+}
+
+#[test]
+fn cancelling_leaves_nothing_behind() {
+    for phase in [Phase::Transfer, Phase::Bitmaps, Phase::Prove, Phase::Publish] {
+        let place = Place::new();
+        place.image("s.qcow2");
+        let stop = StopAt(phase, AtomicU64::new(0));
+        let error = run(&place.options("s.qcow2", "d.qcow2"), &stop).unwrap_err();
+        assert_eq!(error.exit_status(), 130, "{phase:?}");
+        assert_eq!(place.names(), ["s.qcow2"], "{phase:?}");
+    }
+}
+
+#[test]
+fn a_raw_disk_of_odd_length_is_rounded_up() {
+    let place = Place::new();
+    fs::write(place.path("s.raw"), vec![7; 70_001]).unwrap();
+    let mut options = place.options("s.raw", "d.qcow2");
+    options.target_format = Some(Format::Qcow2);
+    let report = run(&options, &Silent).unwrap();
+    assert_eq!(report.disks[0].verified, Verified::Yes);
+    assert!(are_equal(&place.path("s.raw"), &place.path("d.qcow2"), false));
+}
