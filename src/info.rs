@@ -4,7 +4,8 @@ use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
 use qcow2_file::bitmaps::{Bitmaps, Entry, State};
-use qcow2_file::{HostFile, Opener};
+use qcow2_file::chain::LayerFiles;
+use qcow2_file::{Chain, HostFile, Layer, Opener};
 use serde::Serialize;
 
 use crate::Result;
@@ -14,10 +15,26 @@ use crate::disk::{Stored, is_named_qcow2};
 /// What to look at.
 #[derive(Debug, Clone, Default)]
 pub struct InfoOptions {
-    /// The image. Files that it names are shown, never opened.
+    /// The image.
     pub image: PathBuf,
     /// Its format; probed where `None`.
     pub format: Option<Format>,
+    /// Open the files that it names, to show the chain below it. Without it they are only named.
+    pub allow_backing: bool,
+}
+
+/// One layer of a chain.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct LayerInfo {
+    /// The file.
+    pub filename: String,
+    /// Its format.
+    pub format: Format,
+    /// Bytes that a guest would see of it alone.
+    pub virtual_size: u64,
+    /// Bytes that the file system allocated for it.
+    pub disk_size: u64,
 }
 
 /// One bitmap of an image.
@@ -58,18 +75,21 @@ pub struct ImageInfo {
     /// The external data file as the image names it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub data_file: Option<String>,
+    /// The layers below the image, the nearest first; `None` where they were not to be opened.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub backing_chain: Option<Vec<LayerInfo>>,
     /// Other things worth knowing, one phrase each: snapshots, dirty bit, unfinished copy, …
     pub notes: Vec<String>,
     /// In the image's order.
     pub bitmaps: Vec<BitmapSummary>,
 }
 
-/// Looks at an image. Opens nothing but the file itself, and asks for no lock: what a running VM
-/// uses can be looked at, too.
+/// Looks at an image. Asks for no lock: what a running VM uses can be looked at, too.
 pub fn run(options: &InfoOptions) -> Result<ImageInfo> {
     let opener = Opener::new()
         .format(options.format.map(Into::into))
-        .without_named_files(true)
+        .allow_named_files(options.allow_backing)
+        .without_named_files(!options.allow_backing)
         .accept_unfinished(true);
     let chain = opener.open(&options.image)?;
     let mut notes: Vec<String> = chain.warnings().iter().map(|(_, w)| w.to_string()).collect();
@@ -98,9 +118,20 @@ pub fn run(options: &InfoOptions) -> Result<ImageInfo> {
         cluster_size: header.map_or(0, |h| h.geometry().cluster_size()),
         backing_filename: header.and_then(|h| h.backing_file.clone()),
         data_file: header.and_then(|h| h.data_file()).map(str::to_owned),
+        backing_chain: options.allow_backing.then(|| layers_below(&chain)),
         notes,
         bitmaps,
     })
+}
+
+fn layers_below(chain: &Chain) -> Vec<LayerInfo> {
+    let layer = |(layer, files): (&Layer, &LayerFiles)| LayerInfo {
+        filename: files.file.path().display().to_string(),
+        format: layer.format().into(),
+        virtual_size: layer.virtual_size(),
+        disk_size: allocated_bytes(&files.file),
+    };
+    chain.layers().iter().zip(chain.files()).skip(1).map(layer).collect()
 }
 
 /// Bytes that the file system allocated for a file.

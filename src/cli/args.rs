@@ -147,7 +147,8 @@ pub(crate) struct CopyArgs {
 
 /// Show format, sizes, the files an image names, and its bitmaps
 ///
-/// Nothing but IMAGE is opened.
+/// Nothing but IMAGE is opened, unless --allow-backing is given. An image in use may be looked at; its
+/// numbers may change meanwhile.
 #[derive(Debug, Group)]
 pub(crate) struct InfoArgs {
     /// Image to look at
@@ -155,6 +156,9 @@ pub(crate) struct InfoArgs {
     /// Format of IMAGE, raw or qcow2; probed unless given
     #[arg(short = 'f', long, value_name = "FMT")]
     pub(crate) source_format: Option<Format>,
+    /// Open the backing and data files that IMAGE names, and show the chain
+    #[arg(long)]
+    pub(crate) allow_backing: bool,
 }
 
 /// Compare what a guest reads from two images, and their bitmaps

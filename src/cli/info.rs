@@ -7,7 +7,11 @@ use super::size::{human, human_exact};
 use super::{Outcome, Output, table};
 
 pub(crate) fn run(args: InfoArgs, output: &Output) -> Outcome {
-    let options = InfoOptions { image: args.image, format: args.source_format };
+    let options = InfoOptions {
+        image: args.image,
+        format: args.source_format,
+        allow_backing: args.allow_backing,
+    };
     let info = bitferry::info::run(&options)?;
     output.answer(&info, || text(&info))?;
     Ok(0)
@@ -23,11 +27,17 @@ fn text(info: &ImageInfo) -> String {
     if info.cluster_size > 0 {
         fields.push(("cluster size", human(info.cluster_size)));
     }
+    let opened = if info.backing_chain.is_some() { "" } else { " (not opened)" };
     if let Some(file) = &info.backing_filename {
-        fields.push(("backing file", format!("{} (not opened)", table::name(file))));
+        fields.push(("backing file", format!("{}{opened}", table::name(file))));
+    }
+    for layer in info.backing_chain.iter().flatten() {
+        let (name, format) = (table::name(&layer.filename), layer.format);
+        let (size, on_disk) = (human(layer.virtual_size), human(layer.disk_size));
+        fields.push(("  below", format!("{name}, {format}, {size}, {on_disk} on disk")));
     }
     if let Some(file) = &info.data_file {
-        fields.push(("data file", format!("{} (not opened)", table::name(file))));
+        fields.push(("data file", format!("{}{opened}", table::name(file))));
     }
     fields.extend(info.notes.iter().map(|note| ("note", note.clone())));
     fields.push(("bitmaps", if info.bitmaps.is_empty() { "none" } else { "" }.to_owned()));
@@ -78,6 +88,7 @@ mod tests {
             cluster_size: 65536,
             backing_filename: Some("base image.qcow2".into()),
             data_file: None,
+            backing_chain: None,
             notes: vec![],
             bitmaps: vec![BitmapSummary {
                 name: "daily".into(),

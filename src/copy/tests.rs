@@ -14,6 +14,7 @@ use tempfile::TempDir;
 use super::*;
 use crate::Phase;
 use crate::compare::{self, CompareOptions};
+use crate::info::InfoOptions;
 use crate::report::BitmapOutcome;
 use crate::{Error, Silent, exit_status};
 
@@ -227,7 +228,7 @@ fn in_place_keeps_the_destinations_bitmaps_and_adds_ours() {
     assert_eq!(exit_status(&report), 0);
     assert!(are_equal(&source, &place.path("d.qcow2"), false));
     let info =
-        crate::info::run(&crate::info::InfoOptions { image: place.path("d.qcow2"), format: None });
+        crate::info::run(&InfoOptions { image: place.path("d.qcow2"), ..Default::default() });
     let info = info.unwrap();
     let names: Vec<_> = info.bitmaps.iter().map(|b| b.name.as_str()).collect();
     assert_eq!(names, ["a", "b", "x", "y"]);

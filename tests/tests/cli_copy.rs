@@ -145,3 +145,22 @@ fn ctrl_c_leaves_nothing_behind() {
     assert_eq!(json::summary(&output)["status"], "interrupted");
     assert_eq!(scratch.names(), ["a.qcow2"]);
 }
+
+#[test]
+fn info_shows_the_chain_when_it_may() {
+    let scratch = Scratch::new();
+    if !image(&scratch) {
+        return;
+    }
+    make(&scratch, "over.qcow2", 64 * MIB).backing("a.qcow2", "qcow2").done();
+    let text = run("info over.qcow2", &scratch).expect_exit(Exit::Done).text();
+    assert!(text.contains("backing file: a.qcow2 (not opened)\n"), "{text}");
+    let text = run("info --allow-backing over.qcow2", &scratch).expect_exit(Exit::Done).text();
+    assert!(text.contains("below:      a.qcow2, qcow2, 64 MiB, "), "{text}");
+    let output = run("info --json --allow-backing over.qcow2", &scratch).expect_exit(Exit::Done);
+    let document = json::document(&output.text());
+    assert_eq!(document["backing-chain"][0]["format"], "qcow2");
+    std::fs::remove_file(scratch.path("a.qcow2")).unwrap();
+    run("info --allow-backing over.qcow2", &scratch).expect_exit(Exit::Device);
+    run("info over.qcow2", &scratch).expect_exit(Exit::Done);
+}
