@@ -2,7 +2,8 @@
 
 use bitferry_tests::{Exit, Output, Scratch, bitferry};
 
-const VERBS: [&str; 7] = ["copy", "info", "compare", "hash", "bitmap", "completions", "man"];
+const VERBS: [&str; 8] =
+    ["demo", "copy", "info", "compare", "hash", "bitmap", "completions", "man"];
 
 fn run(line: &str) -> Output {
     bitferry().words(line).output().expect_no_crash()
