@@ -11,7 +11,7 @@ use crate::edit::Allocator;
 use crate::error::{Error, Result};
 use crate::layout::bitmap_directory::LocatedEntry;
 use crate::layout::extension::BitmapsExtension;
-use crate::layout::header::{Header, incompatible};
+use crate::layout::header::{Header, autoclear, incompatible};
 use crate::preflight::read_header;
 use crate::storage::{Storage, StorageExt};
 
@@ -59,7 +59,7 @@ pub fn repair(file: &Arc<dyn Storage>, options: RepairOptions) -> Result<Repaire
     let header = read_writable(&**file)?;
     let Some(extension) = header.bitmaps() else { return Ok(Repaired::default()) };
     if stale_extension(&header).is_some() {
-        set_extension(&**file, None)?;
+        drop_directory(file, &header)?;
         let stale_dropped = extension.count;
         return Ok(Repaired { stale_dropped, has_leaked: true, ..Repaired::default() });
     }
@@ -71,12 +71,12 @@ pub fn repair(file: &Arc<dyn Storage>, options: RepairOptions) -> Result<Repaire
     let image = image_facts(&**file, &header)?;
     let located = match read_directory(&**file, extension, image) {
         Ok(located) => located,
-        Err(Error::Malformed { .. }) => return drop_directory(&**file),
+        Err(Error::Malformed { .. }) => return drop_directory(file, &header),
         Err(other) => return Err(other),
     };
     let is_set_broken = report.findings.iter().any(|f| f.bitmap.is_none()) || report.omitted > 0;
     if is_set_broken {
-        return drop_directory(&**file);
+        return drop_directory(file, &header);
     }
     let mut repaired = Repaired::default();
     let mut change = Change { replaced: Some(extension), ..Change::default() };
@@ -100,8 +100,12 @@ pub fn repair(file: &Arc<dyn Storage>, options: RepairOptions) -> Result<Repaire
         return Ok(repaired);
     }
     repaired.has_leaked = is_broken;
-    commit(file, &header, change)?;
-    Ok(repaired)
+    match commit(file, &header, change) {
+        Ok(()) => Ok(repaired),
+        // What only the walk over all metadata finds: clusters shared with the guest's data.
+        Err(Error::Malformed { .. }) if options.may_drop_broken => drop_directory(file, &header),
+        Err(other) => Err(other),
+    }
 }
 
 /// What happens to one bitmap.
@@ -158,23 +162,23 @@ fn restore(file: &dyn Storage, extension: BitmapsExtension) {
 
 /// Removes all bitmaps and the extension and frees their clusters. Where the bitmaps break the
 /// format, only the extension goes and their clusters are leaked: the answer is whether they were.
+/// Refuses an image that would be corrupt without them too.
 pub fn strip(file: &Arc<dyn Storage>) -> Result<bool> {
     let header = read_writable(&**file)?;
     let Some(extension) = header.bitmaps() else { return Ok(false) };
-    if stale_extension(&header).is_some() {
-        set_extension(&**file, None)?;
-        return Ok(true);
-    }
-    let report = check(file, &header)?;
-    if report.worst() == Some(Severity::Corrupt) {
-        set_extension(&**file, None)?;
+    let is_corrupt = check(file, &header)?.worst() == Some(Severity::Corrupt);
+    if stale_extension(&header).is_some() || is_corrupt {
+        drop_directory(file, &header)?;
         return Ok(true);
     }
     let Some(bitmaps) = Bitmaps::open(file.clone(), &header)? else { return Ok(false) };
     let removed = bitmaps.list().iter().map(|e| e.located.entry.clone()).collect();
     let change = Change { slots: Vec::new(), removed, replaced: Some(extension) };
-    commit(file, &header, change)?;
-    Ok(false)
+    match commit(file, &header, change) {
+        Ok(()) => Ok(false),
+        Err(Error::Malformed { .. }) => drop_directory(file, &header).map(|_| true),
+        Err(other) => Err(other),
+    }
 }
 
 /// Clears, on the user's word, the mark of an in-place copy that was not finished (SPEC 3.3). Answers
@@ -191,7 +195,18 @@ pub fn clear_unfinished(file: &dyn Storage) -> Result<bool> {
     Ok(true)
 }
 
-fn drop_directory(file: &dyn Storage) -> Result<Repaired> {
-    set_extension(file, None)?;
+/// Takes the extension out of the header and leaks everything it led to. Only where the image is
+/// sound without it: a corrupt image is not written to.
+fn drop_directory(file: &Arc<dyn Storage>, header: &Header) -> Result<Repaired> {
+    let mut without = header.clone();
+    without.set_bitmaps(None);
+    without.autoclear_features &= !autoclear::BITMAPS;
+    let report = crate::check::check(file, &without)?;
+    if report.is_corrupt() {
+        let reason = "is corrupt beyond its bitmaps and is not written to; repair it with \
+                      qemu-img check -r all";
+        return Err(Error::Refused { file: file.name(), reason: reason.into() });
+    }
+    set_extension(&**file, None)?;
     Ok(Repaired { is_directory_dropped: true, has_leaked: true, ..Repaired::default() })
 }

@@ -19,6 +19,9 @@ use crate::storage::{Storage, StorageExt};
 /// Bytes of bitmap data gathered for one write.
 const STORE_PIECE_BYTES: usize = 1 << 20;
 
+/// Tables and directories are written in whole sectors, the smallest cluster.
+const SECTOR_BYTES: usize = 512;
+
 /// Stores `bitmaps` of a disk of `size` bytes in clusters taken from `allocator`, valid and
 /// consistent, and answers the extension that makes them so once it stands in the header together
 /// with the autoclear bit; `None` when there are none. Nothing is durable before the caller syncs.
@@ -186,12 +189,10 @@ impl Target<'_> {
         Ok(Some(BitmapsExtension { count, directory_size, directory_offset }))
     }
 
-    /// Stores `bytes` in whole new clusters.
+    /// Stores `bytes` in new clusters. What follows them in the last cluster means nothing.
     fn store_bytes(&mut self, mut bytes: Vec<u8>) -> Result<HostOffset> {
-        let clusters = self.geometry.clusters_for(bytes.len() as u64);
-        let at = self.allocate(clusters)?;
-        let whole = clusters.saturating_mul(self.geometry.cluster_size());
-        bytes.resize(usize::try_from(whole).unwrap_or(usize::MAX), 0);
+        let at = self.allocate(self.geometry.clusters_for(bytes.len() as u64))?;
+        bytes.resize(bytes.len().next_multiple_of(SECTOR_BYTES), 0);
         self.file.write(&bytes, at.0)?;
         Ok(at)
     }

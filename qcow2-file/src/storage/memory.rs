@@ -278,7 +278,8 @@ impl Storage for Memory {
         let last = if is_hole {
             pages.range(first..).next().map_or(u64::MAX / PAGE, |(page, _)| *page)
         } else {
-            let run = pages.range(first..).zip(first..).take_while(|((page, _), n)| *page == n);
+            let wanted = first..=offset.saturating_add(max_len) / PAGE;
+            let run = pages.range(wanted).zip(first..).take_while(|((page, _), n)| *page == n);
             run.last().map_or(first, |((page, _), _)| *page) + 1
         };
         let end =
