@@ -189,7 +189,7 @@ impl Worker<'_> {
         let start = (self.random.below(stripes) * THREADS + self.number) * STRIPE;
         let into = self.random.below(STRIPE);
         let len = 1 + self.random.below(STRIPE - into);
-        (start + into, if into % 3 == 0 { STRIPE - into } else { len })
+        (start + into, if into.is_multiple_of(3) { STRIPE - into } else { len })
     }
 
     /// A range of any length in this thread's share of the second half.

@@ -42,7 +42,7 @@ fn beyond(image: &Bytes) -> u64 {
 
 fn l1_entries() -> Vec<Recipe> {
     vec![
-        l1(Plain, "misaligned", Content("l1_entry"), |i| places(i).l2 + 512 | COPIED),
+        l1(Plain, "misaligned", Content("l1_entry"), |i| (places(i).l2 + 512) | COPIED),
         l1(Plain, "with reserved low bits", Content("l1_entry"), |i| places(i).l2 | 1),
         l1(Plain, "with reserved high bits", Content("l1_entry"), |i| places(i).l2 | 1 << 56),
         l1(Plain, "beyond the end", Content(""), |i| beyond(i) | COPIED),
@@ -52,7 +52,7 @@ fn l1_entries() -> Vec<Recipe> {
         l1(Plain, "that points at the refcounts", Any, |i| places(i).refcount_block | COPIED)
             .untouchable(),
         l1(Plain, "of all ones", Content("l1_entry"), |_| u64::MAX),
-        l1(Old, "misaligned", Content("l1_entry"), |i| places(i).l2 + 512 | COPIED),
+        l1(Old, "misaligned", Content("l1_entry"), |i| (places(i).l2 + 512) | COPIED),
     ]
 }
 

@@ -1,0 +1,77 @@
+//! What the command says of itself, what its manual says and what README says must agree.
+
+use std::collections::BTreeSet;
+
+use bitferry_tests::bitferry::workspace;
+use bitferry_tests::{Exit, Scratch, bitferry};
+
+/// The verbs and options that `--help` shows for `path`.
+fn help(path: &[&str]) -> (Vec<String>, BTreeSet<String>) {
+    let text = bitferry().args(path).arg("--help").output().expect_exit(Exit::Done).text();
+    let verbs = text.split("Commands:\n").nth(1).unwrap_or_default();
+    let verbs = verbs.lines().take_while(|l| l.starts_with("  "));
+    let verbs = verbs.filter_map(|l| l.strip_prefix("  ")?.split(' ').next().map(str::to_owned));
+    let verbs = verbs.filter(|v| !v.is_empty() && v != "help").collect();
+    (verbs, options_in(text.lines().filter(|l| l.trim_start().starts_with('-'))))
+}
+
+fn options_in<'a>(lines: impl Iterator<Item = &'a str>) -> BTreeSet<String> {
+    let is_word = |c: char| c.is_ascii_alphanumeric() || c == '-';
+    let words = lines.flat_map(|l| l.split(move |c| !is_word(c)));
+    words.filter(|w| w.starts_with("--") && w.len() > 2).map(str::to_owned).collect()
+}
+
+/// Every verb with its subcommands, as words.
+fn verbs() -> Vec<Vec<String>> {
+    let (top, _) = help(&[]);
+    let mut all = Vec::new();
+    for verb in top {
+        let (below, _) = help(&[&verb]);
+        all.extend(below.into_iter().map(|b| vec![verb.clone(), b]));
+        all.push(vec![verb]);
+    }
+    all
+}
+
+#[test]
+fn each_verb_has_a_manual_page_with_its_options() {
+    let scratch = Scratch::new();
+    bitferry().arg("man").arg(scratch.dir()).output().expect_exit(Exit::Done);
+    for verb in verbs() {
+        let name = format!("bitferry-{}.1", verb.join("-"));
+        let page = std::fs::read_to_string(scratch.path(&name))
+            .unwrap_or_else(|e| panic!("{name}: {e}"))
+            .replace('\\', "");
+        let words: Vec<&str> = verb.iter().map(String::as_str).collect();
+        for option in help(&words).1 {
+            assert!(page.contains(&option), "{name} does not know {option}");
+        }
+    }
+}
+
+#[test]
+fn readme_names_each_verb_and_no_option_that_is_not() {
+    let readme = std::fs::read_to_string(workspace().join("README.md")).expect("README.md");
+    let mut known = BTreeSet::new();
+    for verb in verbs() {
+        let words: Vec<&str> = verb.iter().map(String::as_str).collect();
+        known.extend(help(&words).1);
+        let named = format!("bitferry {}", verb[0]);
+        let is_there = readme.contains(&named) || readme.contains(&format!("`{}`", verb[0]));
+        assert!(is_there, "README.md does not name `{named}`");
+    }
+    let shown = readme.lines().filter(|l| l.contains("bitferry ") && !l.contains("cargo "));
+    let shown = shown.filter(|l| !l.contains("qemu-img"));
+    let unknown: Vec<_> = options_in(shown).difference(&known).cloned().collect();
+    assert!(unknown.is_empty(), "README.md shows options that do not exist: {unknown:?}");
+}
+
+#[test]
+fn completions_know_each_verb() {
+    for shell in ["bash", "zsh", "fish"] {
+        let script = bitferry().args(["completions", shell]).output().expect_exit(Exit::Done);
+        for verb in verbs() {
+            assert!(script.text().contains(&verb[0]), "{shell} does not complete {}", verb[0]);
+        }
+    }
+}
