@@ -357,6 +357,6 @@ fn a_power_cut_leaks_at_worst() {
         qemu::check_is_clean(&path);
         let mut random = Random::new(seed(), name);
         let story = tell(&path, &mut random, 50);
-        story.cut(&mut random, 90);
+        story.cut(&mut random, 45);
     }
 }

@@ -11,6 +11,7 @@ use bitferry_tests::random::{Random, seed};
 use bitferry_tests::scratch::Scratch;
 use qcow2_file::check::check;
 use qcow2_file::edit::{BitmapPolicy, Editor, EditorOptions, WriteObserver, ZeroMode};
+use qcow2_file::limits;
 use qcow2_file::preflight::read_header;
 use qcow2_file::storage::{Fault, OperationKind};
 use qcow2_file::{Access, Error, GuestOffset, HostFile, LayerKind, Memory, Storage};
@@ -109,6 +110,73 @@ fn a_file_cut_short_is_refused_or_sound() {
             Err(_) => assert!(memory.to_bytes() == whole[..len], "cut at {len}"),
         }
     }
+}
+
+/// Random damage anywhere in the metadata: refused without a change, or sound before and after.
+#[test]
+fn damage_is_refused_or_harmless() {
+    if !has_qemu() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let mut random = Random::new(seed(), "damage");
+    for options in ["cluster_size=4k", "cluster_size=16k,extended_l2=on", "cluster_size=512"] {
+        let maker = image::make(&scratch, "damaged.qcow2", 1 << 20).option(options);
+        let maker = maker.write(1, 0, 300_032).io("write -c -P 2 512k 128k").snapshot("s");
+        let path = maker.bitmap("b", 4096).write(3, 65536, 65536).done();
+        let whole = std::fs::read(&path).unwrap();
+        let (mut refused, mut opened) = (0, 0);
+        for _ in 0..300 {
+            let memory = Arc::new(Memory::from_bytes(&whole));
+            for _ in 0..1 + random.below(3) {
+                damage(&memory, &mut random);
+            }
+            let damaged = memory.to_bytes();
+            let Ok(editor) = Editor::open(memory.clone(), EditorOptions::default()) else {
+                assert!(memory.to_bytes() == damaged, "written to before it was refused");
+                refused += 1;
+                continue;
+            };
+            opened += 1;
+            // What a compressed cluster holds is found out when it is read.
+            let _ = editor.write_at(&[7; 200_000], GuestOffset(10_000));
+            editor.discard(GuestOffset(500_000), 200_000).unwrap();
+            editor.write_at(&[8; 4096], GuestOffset(0)).unwrap();
+            editor.close().unwrap();
+            sound(&memory);
+        }
+        assert!(refused > 50 && opened > 5, "{options}: {refused} refused, {opened} opened");
+    }
+}
+
+fn damage(memory: &Memory, random: &mut Random) {
+    let word = |at: u64| {
+        let mut bytes = [0; 8];
+        memory.read_at(&mut bytes, at).unwrap();
+        u64::from_be_bytes(bytes)
+    };
+    let length = memory.len().unwrap();
+    let pointer = |at: u64| word(at % length) & 0x00ff_ffff_ffff_fe00;
+    let table = match random.below(8) {
+        0 => 0,
+        1 => word(40),
+        2 => pointer(word(40)),
+        3 => word(48),
+        4 => pointer(word(48)),
+        5 => word(64),
+        6 => random.below(length),
+        _ => word(64) & !4095,
+    };
+    let at = (table + random.below(64) * 8) % (length - 8);
+    let old = word(at);
+    let new = match random.below(5) {
+        0 => 0,
+        1 => old ^ (1 << random.below(64)),
+        2 => old.wrapping_add(512 << random.below(8)),
+        3 => random.next() & 0xc000_0000_000f_fe00,
+        _ => random.next(),
+    };
+    memory.write_at(&new.to_be_bytes(), at).unwrap();
 }
 
 #[test]
@@ -393,5 +461,45 @@ fn freed_clusters_are_reused() {
     editor.write_at(&vec![3; 16 << 20], GuestOffset(40 << 20)).unwrap();
     editor.close().unwrap();
     assert_eq!(std::fs::metadata(&path).unwrap().len(), length);
+    qemu::check_is_clean(&path);
+}
+
+/// More L2 tables than are kept in memory, and more freed clusters than may wait.
+#[test]
+fn caches_have_bounds() {
+    if !has_qemu() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let maker = image::make(&scratch, "image.qcow2", 512 << 20).option("cluster_size=512");
+    let path = maker.done();
+    let editor = open(&path).unwrap();
+    let span = editor.geometry().l2_span();
+    let tables = editor.virtual_size() / span;
+    assert!(tables > 3 * limits::MAX_EDITOR_TABLES / 2);
+    let byte_of = |n: u64| (n % 251) as u8 + 1;
+    std::thread::scope(|scope| {
+        for thread in 0..2 {
+            let editor = &editor;
+            scope.spawn(move || {
+                for n in (thread..tables).step_by(2) {
+                    editor.write_at(&[byte_of(n); 700], GuestOffset(n * span + 100)).unwrap();
+                }
+            });
+        }
+    });
+    for n in 0..tables {
+        let mut buf = [0; 800];
+        editor.read_at(&mut buf, GuestOffset(n * span + 50)).unwrap();
+        assert_eq!((buf[49], buf[50], buf[749], buf[750]), (0, byte_of(n), byte_of(n), 0), "{n}");
+    }
+    let many = limits::MAX_PENDING_FREES * 512 * 3 / 2;
+    editor.write_at(&vec![1; many as usize], GuestOffset(0)).unwrap();
+    let length = std::fs::metadata(&path).unwrap().len();
+    editor.discard(GuestOffset(0), many).unwrap();
+    // Nothing asked for a flush, and yet most of the room can be used.
+    editor.write_at(&vec![2; many as usize / 2], GuestOffset(256 << 20)).unwrap();
+    assert_eq!(std::fs::metadata(&path).unwrap().len(), length);
+    editor.close().unwrap();
     qemu::check_is_clean(&path);
 }

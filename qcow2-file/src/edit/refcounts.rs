@@ -4,7 +4,8 @@
 //! What this module does not do: decide what is free, order writes, or sync. See
 //! [`Allocator`](super::Allocator) for that.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
+use std::ops::Range;
 use std::sync::Arc;
 
 use format_spec::{Malformed, Problem};
@@ -18,13 +19,16 @@ use crate::layout::units::HostOffset;
 use crate::limits;
 use crate::storage::{Storage, StorageExt};
 
+/// What a disk writes in one piece.
+const SECTOR: usize = 512;
 /// Bits 9 to 63 of a refcount table entry: the block's host offset.
 const BLOCK_OFFSET_MASK: u64 = !511;
 
 #[derive(Debug)]
 struct Block {
     bytes: Vec<u8>,
-    is_dirty: bool,
+    /// Bytes that are newer than the file.
+    dirty: Option<Range<usize>>,
     is_used: bool,
 }
 
@@ -35,7 +39,8 @@ pub(crate) struct Refcounts {
     geometry: Geometry,
     table: Vec<u64>,
     table_at: HostOffset,
-    blocks: HashMap<u64, Block>,
+    /// By index, as long as the table: a look-up per reference of a whole image must be cheap.
+    blocks: Vec<Option<Box<Block>>>,
     /// Cached block indexes, next to be looked at for eviction first.
     clock: VecDeque<u64>,
 }
@@ -48,9 +53,11 @@ impl Refcounts {
         let mut raw = vec![0; in_memory(bytes.min(limits::MAX_REFCOUNT_TABLE_BYTES))];
         file.read(&mut raw, header.refcount_table_offset)?;
         let (entries, _) = raw.as_chunks::<8>();
-        let table = entries.iter().map(|e| u64::from_be_bytes(*e)).collect();
+        let table: Vec<u64> = entries.iter().map(|e| u64::from_be_bytes(*e)).collect();
+        let mut blocks = Vec::new();
+        blocks.resize_with(table.len(), || None);
         let table_at = HostOffset(header.refcount_table_offset);
-        Ok(Self { file, geometry, table, table_at, blocks: HashMap::new(), clock: VecDeque::new() })
+        Ok(Self { file, geometry, table, table_at, blocks, clock: VecDeque::new() })
     }
 
     /// Where the table stands, or will stand once it is written.
@@ -76,7 +83,9 @@ impl Refcounts {
 
     /// Lengthens the table in memory.
     pub(crate) fn lengthen_table(&mut self, entries: u64) {
-        self.table.resize(self.table.len().max(in_memory(entries)), 0);
+        let entries = self.table.len().max(in_memory(entries));
+        self.table.resize(entries, 0);
+        self.blocks.resize_with(entries, || None);
     }
 
     /// Where block `index` stands; `None` where there is none.
@@ -114,8 +123,8 @@ impl Refcounts {
             *entry = at.0;
         }
         let bytes = vec![0; in_memory(self.geometry.cluster_size())];
-        self.blocks.insert(index, Block { bytes, is_dirty: true, is_used: true });
-        self.clock.push_back(index);
+        let dirty = Some(0..bytes.len());
+        self.keep(index, Block { bytes, dirty, is_used: true });
         Ok(())
     }
 
@@ -133,7 +142,12 @@ impl Refcounts {
         let (index, within) = self.position(cluster);
         let order = self.geometry.refcount_order();
         let Some(block) = self.block(index)? else { return Ok(false) };
-        block.is_dirty = true;
+        let start = in_memory((within << order) >> 3);
+        let end = start.saturating_add((1 << order >> 3).max(1));
+        block.dirty = Some(match block.dirty.take() {
+            Some(dirty) => dirty.start.min(start)..dirty.end.max(end),
+            None => start..end,
+        });
         Ok(set_refcount(&mut block.bytes, within, order, value).is_some())
     }
 
@@ -177,13 +191,13 @@ impl Refcounts {
 
     /// Whether any block is newer than the file.
     pub(crate) fn is_dirty(&self) -> bool {
-        self.blocks.values().any(|b| b.is_dirty)
+        self.clock.iter().any(|index| self.is_dirty_at(*index))
     }
 
     /// Writes every dirty block to its place. Answers whether there was any.
     pub(crate) fn write_blocks(&mut self) -> Result<bool> {
-        let mut dirty: Vec<u64> =
-            self.blocks.iter().filter(|(_, b)| b.is_dirty).map(|(index, _)| *index).collect();
+        let mut dirty: Vec<u64> = self.clock.iter().copied().collect();
+        dirty.retain(|index| self.is_dirty_at(*index));
         dirty.sort_unstable();
         for index in &dirty {
             self.write_block(*index)?;
@@ -193,44 +207,62 @@ impl Refcounts {
 
     fn write_block(&mut self, index: u64) -> Result<()> {
         let at = self.block_in_file(index)?;
-        if let (Some(at), Some(block)) = (at, self.blocks.get_mut(&index)) {
-            self.file.write(&block.bytes, at.0)?;
-            block.is_dirty = false;
+        let block = self.blocks.get_mut(in_memory(index)).and_then(Option::as_mut);
+        let (Some(at), Some(block)) = (at, block) else { return Ok(()) };
+        if let Some(dirty) = &block.dirty {
+            let start = dirty.start - dirty.start % SECTOR;
+            let end = dirty.end.next_multiple_of(SECTOR).min(block.bytes.len());
+            let bytes = block.bytes.get(start..end).unwrap_or_default();
+            self.file.write(bytes, at.0.saturating_add(start as u64))?;
+            block.dirty = None;
         }
         Ok(())
     }
 
+    fn is_dirty_at(&self, index: u64) -> bool {
+        let block = self.blocks.get(in_memory(index)).and_then(Option::as_ref);
+        block.is_some_and(|block| block.dirty.is_some())
+    }
+
     fn block(&mut self, index: u64) -> Result<Option<&mut Block>> {
-        if !self.blocks.contains_key(&index) {
+        if self.blocks.get(in_memory(index)).is_none_or(Option::is_none) {
             let Some(at) = self.block_in_file(index)? else { return Ok(None) };
             self.make_room()?;
             let mut bytes = vec![0; in_memory(self.geometry.cluster_size())];
             self.file.read(&mut bytes, at.0)?;
-            self.blocks.insert(index, Block { bytes, is_dirty: false, is_used: false });
-            self.clock.push_back(index);
+            self.keep(index, Block { bytes, dirty: None, is_used: false });
         }
-        let mut block = self.blocks.get_mut(&index);
+        let mut block = self.blocks.get_mut(in_memory(index)).and_then(Option::as_deref_mut);
         if let Some(block) = &mut block {
             block.is_used = true;
         }
         Ok(block)
     }
 
+    fn keep(&mut self, index: u64, block: Block) {
+        if let Some(slot) = self.blocks.get_mut(in_memory(index)) {
+            *slot = Some(Box::new(block));
+            self.clock.push_back(index);
+        }
+    }
+
     /// Evicts until one more block fits. A dirty block is written first: increments may become
     /// durable at any time, and decrements enter the cache only when what they free is gone.
     fn make_room(&mut self) -> Result<()> {
         let capacity = limits::REFCOUNT_CACHE_BYTES >> self.geometry.cluster_bits();
-        while self.blocks.len() as u64 >= capacity.max(2) {
-            let Some(index) = self.clock.pop_front() else { return Ok(()) };
-            let Some(block) = self.blocks.get_mut(&index) else { continue };
-            if std::mem::take(&mut block.is_used) {
-                self.clock.push_back(index);
+        while self.clock.len() as u64 >= capacity.max(2) {
+            let Some(index) = self.clock.front().copied() else { return Ok(()) };
+            let slot = self.blocks.get_mut(in_memory(index));
+            let block = slot.and_then(Option::as_mut);
+            if block.is_some_and(|block| std::mem::take(&mut block.is_used)) {
+                self.clock.rotate_left(1);
                 continue;
             }
-            if block.is_dirty {
-                self.write_block(index)?;
+            self.write_block(index)?;
+            if let Some(slot) = self.blocks.get_mut(in_memory(index)) {
+                *slot = None;
             }
-            self.blocks.remove(&index);
+            self.clock.pop_front();
         }
         Ok(())
     }
