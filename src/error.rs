@@ -124,7 +124,11 @@ impl Error {
             Self::Interrupted => 130,
             Self::ProofMismatch { .. } => 1,
             // An image that needs what we lack is a local file we cannot use, not a peer.
-            Self::Image(qcow2_file::Error::Unsupported { .. }) => 3,
+            Self::Image(_) | Self::Device(_) | Self::Block(_)
+                if self.blame() == Blame::PeerFeatures =>
+            {
+                3
+            }
             _ => match self.blame() {
                 Blame::Caller => 2,
                 Blame::Device => 3,
@@ -159,8 +163,22 @@ impl Error {
             Self::Image(Image::NoBitmap { file, .. }) => {
                 format!("`bitferry bitmap list {file}` shows those there are")
             }
+            _ if is_full(self) => "free some room or choose another place".into(),
             _ => return None,
         };
         Some(text)
     }
+}
+
+/// Whether a file system that is full is at the root of it.
+fn is_full(error: &(dyn std::error::Error + 'static)) -> bool {
+    let mut cause = Some(error);
+    while let Some(error) = cause {
+        let found = error.downcast_ref::<io::Error>().map(io::Error::kind);
+        if matches!(found, Some(io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)) {
+            return true;
+        }
+        cause = error.source();
+    }
+    false
 }

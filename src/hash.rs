@@ -54,7 +54,7 @@ pub fn run(options: &HashOptions, observer: &dyn Observer) -> Result<Hashes> {
         ..Request::new(&options.image, options.format)
     };
     let disk = Disk::open(&request, observer)?;
-    let content_hash = content_of(&disk, workers(None), Phase::Read, observer)?.to_string();
+    let content_hash = content_of(&disk, workers(None), None, (Phase::Read, observer))?;
     let bitmaps = match disk.bitmaps.directory() {
         Some(directory) => directory
             .list()
@@ -66,18 +66,22 @@ pub fn run(options: &HashOptions, observer: &dyn Observer) -> Result<Hashes> {
     if let Some(why) = disk.bitmaps.unlistable() {
         observer.warning(&why);
     }
-    Ok(Hashes { content_hash, bitmaps })
+    Ok(Hashes { content_hash: content_hash.to_string(), bitmaps })
 }
 
-/// The content hash of an open disk.
+/// The content hash of an open disk, as a phase of its own. `total` is what there is to read, where
+/// that is known already: finding it out means walking all metadata.
 pub(crate) fn content_of(
     disk: &Disk,
     workers: usize,
-    phase: Phase,
-    observer: &dyn Observer,
+    total: Option<u64>,
+    (phase, observer): (Phase, &dyn Observer),
 ) -> Result<ContentHash> {
     let source = ChainSource(&disk.chain);
-    let total = survey(&source, Scope::Whole, UNIT_BYTES)?.content;
+    let total = match total {
+        Some(total) => total,
+        None => survey(&source, Scope::Whole, UNIT_BYTES)?.content,
+    };
     let progress = Progress::begin(observer, phase, total);
     let hash = block_mig::content_hash(&source, workers, &progress)?;
     progress.end();

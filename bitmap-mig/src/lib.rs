@@ -4,8 +4,10 @@
 //! What this crate does not do: read or write guest data, decide what happens to a disk.
 #![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 
+mod image_store;
 mod named;
 pub mod select;
 
+pub use image_store::ImageBitmaps;
 pub use named::{Bitmap, load, summary};
 pub use select::{Choice, Decision, Fate, Holder, Problem, Rename, Wanted, Wish, decide};

@@ -11,10 +11,10 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 #[non_exhaustive]
 pub enum Error {
     /// The disk that is read failed.
-    #[error("source: {0}")]
+    #[error("cannot read the source")]
     Source(#[source] mig_core::Error),
     /// The disk that is written failed.
-    #[error("destination: {0}")]
+    #[error("cannot write the destination")]
     Sink(#[source] mig_core::Error),
     /// Sizes do not fit.
     #[error("a disk of {source_bytes} bytes does not fit one of {sink_bytes} bytes")]

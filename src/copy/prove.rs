@@ -69,9 +69,11 @@ pub(super) fn prove(
     let sent = match moved.content_hash {
         Some(hash) => hash,
         // Only a part was moved: the whole is read on both sides.
-        None => content_of(&job.source.disk, workers, Phase::Prove, observer)?,
+        None => content_of(&job.source.disk, workers, None, (Phase::Prove, observer))?,
     };
-    let read = content_of(&found, workers, Phase::Prove, observer)?;
+    // What was written is what is there to read, but for a backing file below.
+    let total = job.source.kept.is_none().then_some(moved.bytes_data);
+    let read = content_of(&found, workers, total, (Phase::Prove, observer))?;
     let mut mismatch = (sent != read).then(|| format!("sent {sent}, read {read}"));
     if mismatch.is_none() && !matches!(job.target, Target::Raw | Target::RawInPlace) {
         mismatch = bitmaps::difference(stored, &found.bitmaps)?;

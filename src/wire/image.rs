@@ -137,7 +137,7 @@ fn land<R: Read, W: Write>(
 /// Opens what was written as anybody would, and holds it against what arrived.
 fn read_back(path: &Path, arrived: &Arrived, observer: &dyn Observer) -> Result<DiskProof> {
     let disk = Disk::open(&Request::new(path, Some(crate::copy::Format::Qcow2)), &Silent)?;
-    let content = content_of(&disk, workers(None), Phase::Prove, observer)?;
+    let content = content_of(&disk, workers(None), None, (Phase::Prove, observer))?;
     let mismatch = |reason| Error::ProofMismatch { path: path.to_owned(), reason };
     if content != arrived.content {
         return Err(mismatch(format!("{} arrived, {content} was read", arrived.content)));

@@ -1,0 +1,75 @@
+//! How fast and how small is a copy? Holds `bitferry copy` against `qemu-img convert`, `cp` and the
+//! bare loop of the machine, and shows the memory that huge disks take.
+//!
+//! ```text
+//! cargo run --release --example compare_copy -- [--dir DIR] [--mib N] [--rounds N] [--no-huge]
+//! ```
+//!
+//! DIR should be a tmpfs with room for three times the data. Every contender runs in each round, the
+//! order turning, and what is printed are medians over the rounds, of times and of the ratios within
+//! a round. Peers that are not installed are left out, and said to be.
+
+mod contest;
+mod huge;
+mod image;
+mod peak;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
+
+/// What was asked for.
+struct Options {
+    dir: PathBuf,
+    mib: u64,
+    rounds: usize,
+    huge: bool,
+}
+
+fn options(arguments: &[String]) -> Result<Options> {
+    let mut options = Options { dir: "/dev/shm".into(), mib: 2048, rounds: 7, huge: true };
+    let mut arguments = arguments.iter();
+    while let Some(argument) = arguments.next() {
+        let mut value = || arguments.next().ok_or(format!("{argument} needs a value"));
+        match argument.as_str() {
+            "--dir" => options.dir = value()?.into(),
+            "--mib" => options.mib = value()?.parse()?,
+            "--rounds" => options.rounds = value()?.parse()?,
+            "--no-huge" => options.huge = false,
+            _ => return Err(format!("{argument} is not known").into()),
+        }
+    }
+    Ok(options)
+}
+
+fn run(arguments: &[String]) -> Result<()> {
+    // Contenders of ours run as processes, as the others do.
+    match arguments {
+        [child, kind, source, destination] if child == "child" => {
+            return contest::child(kind, source.as_ref(), destination.as_ref());
+        }
+        [child, kind, directory] if child == "child" => {
+            return huge::child(kind, directory.as_ref());
+        }
+        _ => {}
+    }
+    let options = options(arguments)?;
+    let scratch = tempfile::Builder::new().prefix("compare_copy-").tempdir_in(&options.dir)?;
+    contest::run(scratch.path(), options.mib, options.rounds)?;
+    if options.huge {
+        huge::run(scratch.path())?;
+    }
+    Ok(())
+}
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    match run(&arguments) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("compare_copy: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
