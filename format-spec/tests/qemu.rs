@@ -428,6 +428,22 @@ fn packages_hold_elements_and_nothing_else() {
     assert_eq!(refused(&hex("00"), 1), "end of the stream");
     assert_eq!(refused(&package(&[], 0), 9), "package inside a package");
     assert_eq!(refused(&hex("08 0002 0004 00"), 6), "element of a package");
+    // A package that ends inside a device's state is refused at its end, however it is read.
+    let open = package(&device[..device.len() - 1], device.len() as u32 - 1);
+    let all = stream(&[open, hex("03 00")].concat());
+    for part in 1..all.len() {
+        let mut decoder = Decoder::new();
+        let (mut start, mut end) = (0, 0);
+        let error = loop {
+            match decoder.next(&all[start..end], end == all.len()) {
+                Ok(Step::Item(_, len)) => start += len,
+                Ok(Step::Need(_)) => end = (end + part).min(all.len()),
+                Err(error) => break error,
+            }
+        };
+        let at = all.len() as u64 - 2;
+        assert_eq!((error.field, error.offset), ("element of a package", at), "{part}");
+    }
     // Four GiB are announced, nothing comes: no memory is spent on it.
     let error = items(&mut Decoder::new(), &stream(&package(&[], u32::MAX))).unwrap_err();
     assert_eq!(error.field, "next item of the stream");

@@ -1,4 +1,9 @@
 //! See `bitferry_tests::fuzz`.
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| bitferry_tests::fuzz::load_script(data));
+use bitferry_tests::fuzz;
+
+libfuzzer_sys::fuzz_target!(
+    init: fuzz::seed_corpus("load_script"),
+    |data: &[u8]| fuzz::load_script(data)
+);

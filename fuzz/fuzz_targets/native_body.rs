@@ -1,4 +1,9 @@
 //! See `bitferry_tests::fuzz`.
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| bitferry_tests::fuzz::native_body(data));
+use bitferry_tests::fuzz;
+
+libfuzzer_sys::fuzz_target!(
+    init: fuzz::seed_corpus("native_body"),
+    |data: &[u8]| fuzz::native_body(data)
+);

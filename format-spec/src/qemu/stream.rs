@@ -169,7 +169,9 @@ impl Decoder {
         let inside = input.get(..left_len).unwrap_or(input);
         let reaches_end = inside.len() == left_len;
         match self.step(inside, reaches_end || is_whole)? {
-            Step::Need(needed) if needed as u64 > left => {
+            // What the last bytes of a package are is told when all of them are there.
+            Step::Need(needed) if needed > left_len && !reaches_end => Ok(Step::Need(left_len)),
+            Step::Need(needed) if needed > left_len => {
                 let problem = Problem::PastEnd { len: left };
                 Err(Malformed::new(self.offset, "element of a package", problem))
             }

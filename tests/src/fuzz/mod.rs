@@ -39,3 +39,14 @@ pub const TARGETS: &[Target] = &[
     Target { name: "native_records", run: native_records, corpus: streams::records, tries: 50_000 },
     Target { name: "native_body", run: native_body, corpus: streams::bodies, tries: 100_000 },
 ];
+
+/// Puts the corpus of a body where libFuzzer keeps inputs, if that directory is there: a fuzzer
+/// that starts from nothing finds no checksum.
+pub fn seed_corpus(name: &str) {
+    let Some(target) = TARGETS.iter().find(|target| target.name == name) else { return };
+    for directory in ["corpus", "fuzz/corpus"].map(|d| std::path::Path::new(d).join(name)) {
+        for (n, input) in (target.corpus)().iter().enumerate().filter(|_| directory.is_dir()) {
+            std::fs::write(directory.join(format!("seed-{n}")), input).expect("a seed is written");
+        }
+    }
+}
