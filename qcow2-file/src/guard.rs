@@ -18,25 +18,25 @@ use crate::layout::extension::BitmapsExtension;
 use crate::layout::header::{Header, autoclear};
 use crate::storage::{Storage, StorageExt};
 
-/// Keeps the bitmaps of an image from being present and stale while somebody, this crate's editor or
-/// any other qcow2 writer, changes guest data.
+/// Keeps the bitmaps of an image from being present and stale while somebody, this crate's editor
+/// or any other qcow2 writer, changes guest data.
 ///
 /// An enabled bitmap must reflect every write. Once the first guest byte has changed, the copy on
-/// disk does not, so it must not look valid until a newer one is stored, whatever happens: a kill, a
-/// power cut, an error anywhere. That is why
+/// disk does not, so it must not look valid until a newer one is stored, whatever happens: a kill,
+/// a power cut, an error anywhere. That is why
 ///
-/// * [`take`](Self::take) durably sets the `in_use` flag of each enabled bitmap *before* it returns.
-///   One synced write in place suffices, since each flag is one aligned word: any torn mix of old
-///   and new flags is a valid directory, and nothing depends on which flag comes first.
+/// * [`take`](Self::take) durably sets the `in_use` flag of each enabled bitmap *before* it
+///   returns. One synced write in place suffices, since each flag is one aligned word: any torn mix
+///   of old and new flags is a valid directory, and nothing depends on which flag comes first.
 /// * [`record_write`](Self::record_write) marks what is written, in memory.
 /// * [`finish`](Self::finish) stores bits and marks together in new clusters and, when they are
 ///   durable, makes a new directory with clear flags valid by one header write.
 /// * Dropping a guard does nothing at all: the flags stay set, QEMU and this crate see inconsistent
 ///   bitmaps, and nobody copies from them.
 ///
-/// A disabled bitmap does not follow the disk: it stays valid all the time, where QEMU would lose it
-/// in a crash. A bitmap that records writes and uses what is not known here cannot be kept right: it
-/// is marked `in_use` and stays so.
+/// A disabled bitmap does not follow the disk: it stays valid all the time, where QEMU would lose
+/// it in a crash. A bitmap that records writes and uses what is not known here cannot be kept
+/// right: it is marked `in_use` and stays so.
 ///
 /// The guard holds no lock and no other claim to the image: whoever writes holds the image's lock.
 #[derive(Debug)]
@@ -76,8 +76,9 @@ impl Guard {
     ///
     /// Refuses a corrupt or dirty image, and one whose bitmap directory breaks the spec or is not
     /// alone in its clusters by their refcounts; it does not walk the guest's data as
-    /// [`check`](crate::check::check) does. A writer that must go on calls [`invalidate`](Self::invalidate) instead. Autoclear bits that are not
-    /// known here are cleared, as the spec demands of whoever writes.
+    /// [`check`](crate::check::check) does. A writer that must go on calls
+    /// [`invalidate`](Self::invalidate) instead. Autoclear bits that are not known here are
+    /// cleared, as the spec demands of whoever writes.
     pub fn take(file: Arc<dyn Storage>) -> Result<Self> {
         let header = read_writable(&*file)?;
         let image = image_facts(&*file, &header)?;
@@ -111,15 +112,15 @@ impl Guard {
         header::clear_autoclear(file, &header, autoclear::BITMAPS)
     }
 
-    /// Whether no bitmap records writes, so that [`record_write`](Self::record_write) has nothing to
-    /// do until one is added.
+    /// Whether no bitmap records writes, so that [`record_write`](Self::record_write) has nothing
+    /// to do until one is added.
     pub fn is_idle(&self) -> bool {
         self.read().slots.iter().all(|s| s.tracker.is_none())
     }
 
-    /// Marks the granules of a change of guest data: a write, a write of zeroes, a discard. May come
-    /// from any thread. To be called after the change and before it is reported as complete, and
-    /// also when it failed, since part of it may have happened.
+    /// Marks the granules of a change of guest data: a write, a write of zeroes, a discard. May
+    /// come from any thread. To be called after the change and before it is reported as complete,
+    /// and also when it failed, since part of it may have happened.
     pub fn record_write(&self, offset: u64, len: u64) {
         let range = offset..offset.saturating_add(len);
         let slots = self.read();
@@ -172,8 +173,8 @@ impl Guard {
         Ok(())
     }
 
-    /// Sets bits of a bitmap that was added since the guard was taken: `bits` are little-endian bytes
-    /// from byte `offset` on and replace what was there. Writes recorded since stay recorded.
+    /// Sets bits of a bitmap that was added since the guard was taken: `bits` are little-endian
+    /// bytes from byte `offset` on and replace what was there. Writes recorded since stay recorded.
     pub fn put_bits(&self, name: &str, offset: u64, bytes: &[u8]) -> Result<()> {
         let mut slots = self.write();
         let found = slots.slots.iter_mut().find(|s| s.entry.name == name);
@@ -200,9 +201,10 @@ impl Guard {
     /// stopped, and their metadata is written. An error leaves the bitmaps as [`take`](Self::take)
     /// left them.
     ///
-    /// `allocator` hands out clusters of this image and is trusted; the image's header is read anew.
-    /// A writer that cleared the autoclear bit meanwhile, as the spec asks of those who do not know
-    /// it, does no harm: the bit is set again. One that replaced the bitmaps themselves is an error.
+    /// `allocator` hands out clusters of this image and is trusted; the image's header is read
+    /// anew. A writer that cleared the autoclear bit meanwhile, as the spec asks of those who do
+    /// not know it, does no harm: the bit is set again. One that replaced the bitmaps themselves is
+    /// an error.
     pub fn finish(self, allocator: &mut dyn Allocate) -> Result<()> {
         let slots = std::mem::take(&mut *self.write());
         let records = slots.slots.iter().any(|s| s.tracker.is_some());

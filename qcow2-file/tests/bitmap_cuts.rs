@@ -2,7 +2,7 @@
 //! invariant 1: a bitmap is never present and stale, and the image is never corrupt.
 //!
 //! What was synced is on disk. Of what came after, any part may be, down to the sector.
-#![allow(clippy::cast_possible_truncation)]
+#![allow(clippy::cast_possible_truncation, clippy::unwrap_used)]
 
 use std::sync::Arc;
 
@@ -156,10 +156,12 @@ fn edit_of_is_atomic(base: &Memory, edit: impl Fn(&mut BitmapEditor)) {
     });
 }
 
+type Edit = Box<dyn Fn(&mut BitmapEditor)>;
+
 #[test]
 fn every_edit_is_old_or_new_at_every_cut() {
     let more = bits(9, &[(77, 8000)]);
-    let edits: Vec<Box<dyn Fn(&mut BitmapEditor)>> = vec![
+    let edits: Vec<Edit> = vec![
         Box::new(|e| e.add_empty("added", 12, true).unwrap()),
         Box::new(|e| e.add(bitmap("added", 10, false, bits(10, &[(5, 4000)]))).unwrap()),
         Box::new(|e| e.remove("fine").unwrap()),

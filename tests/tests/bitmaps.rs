@@ -1,4 +1,5 @@
 //! Persistent bitmaps held against QEMU: what it wrote is read, what we write it reads.
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
 use std::ops::Range;
 use std::path::Path;

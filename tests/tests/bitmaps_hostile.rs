@@ -1,5 +1,6 @@
 //! Bitmaps extensions, directories and tables that lie: a typed error with offset and field, in
 //! bounded time and memory, and nothing is written. QEMU's verdict stands beside ours.
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -326,7 +327,8 @@ fn a_check_reports_everything_and_repair_keeps_what_is_sound() {
             continue;
         }
         let found = findings(&s.path);
-        let is_it = |f: &Finding| matches!(&f.defect, Defect::Malformed(m) if (m.field, m.offset) == (*field, at(&s)));
+        let expected = (*field, at(&s));
+        let is_it = |f: &Finding| matches!(&f.defect, Defect::Malformed(m) if (m.field, m.offset) == expected);
         assert!(found.iter().any(is_it), "{what}: {found:?}");
         let file = file(&s.path);
         assert!(repair(&file, RepairOptions::default()).unwrap().is_nothing(), "{what}");
@@ -400,13 +402,15 @@ fn refcounts_overlaps_and_tails_are_found() {
     assert_eq!(qemu::check(&s.path).corruptions, 0);
 }
 
+type Change = (&'static str, fn(&Sample));
+
 #[test]
 fn what_the_spec_allows_is_kept_as_it_is() {
     if !require_all(&[Peer::QemuImg, Peer::QemuIo]) {
         return;
     }
     let scratch = Scratch::new();
-    let changes: [(&str, fn(&Sample)); 3] = [
+    let changes: [Change; 3] = [
         ("type", |s| put(s, s.second + 16, &[7])),
         ("flags", |s| put(s, s.second + 12, &[0x80, 0, 0, 0])),
         ("granularity", |s| put(s, s.second + 17, &[40])),

@@ -1,4 +1,5 @@
 //! Locks held against QEMU, in both directions.
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
 use std::fs::{self, File};
 use std::path::Path;

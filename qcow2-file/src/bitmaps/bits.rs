@@ -1,8 +1,8 @@
 //! The bits of one bitmap in memory.
 //!
 //! Bit `n` stands for granule `n` and lives in word `n / 64`, least significant first; written as
-//! little-endian bytes that is the layout of QEMU, of the qcow2 file and of the wire. Bits behind the
-//! last granule are always clear.
+//! little-endian bytes that is the layout of QEMU, of the qcow2 file and of the wire. Bits behind
+//! the last granule are always clear.
 
 use std::ops::Range;
 
@@ -105,7 +105,8 @@ impl Bits {
         Runs { bits: self, from: 0 }
     }
 
-    /// Sets every bit that is set in `other`. `false`, and nothing changed, when the lengths differ.
+    /// Sets every bit that is set in `other`. `false`, and nothing changed, when the lengths
+    /// differ.
     #[must_use]
     pub fn merge(&mut self, other: &Self) -> bool {
         if self.len != other.len {
@@ -344,7 +345,9 @@ mod tests {
         }
 
         #[test]
-        fn bytes_go_in_and_out_by_any_piece(len in 0u64..1500, ops in ranges(), piece in 1usize..40) {
+        fn bytes_go_in_and_out_by_any_piece(
+            len in 0u64..1500, ops in ranges(), piece in 1usize..40,
+        ) {
             let (bits, plain) = model(len, &ops);
             let total = bits.byte_len() as usize;
             let mut all = vec![0xaa; total + 9];

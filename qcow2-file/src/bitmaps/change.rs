@@ -1,9 +1,9 @@
 //! Changing the bitmaps of an image in one atomic step.
 //!
-//! Nothing that is valid in the file is overwritten. Data, tables and a whole new directory go to new
-//! clusters; when they and their refcounts are durable, the header switches; when that is durable,
-//! the old clusters are freed. A kill before the switch leaves the old bitmaps, a kill after it the
-//! new ones, and leaked clusters at worst.
+//! Nothing that is valid in the file is overwritten. Data, tables and a whole new directory go to
+//! new clusters; when they and their refcounts are durable, the header switches; when that is
+//! durable, the old clusters are freed. A kill before the switch leaves the old bitmaps, a kill
+//! after it the new ones, and leaked clusters at worst.
 
 use std::sync::Arc;
 

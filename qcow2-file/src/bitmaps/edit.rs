@@ -47,8 +47,8 @@ pub enum MergeSource<'a> {
 }
 
 impl BitmapEditor {
-    /// Reads the bitmaps of an image. Refuses what must not be written: a corrupt or dirty image, or
-    /// one whose bitmap directory breaks the spec. Invalidated bitmaps
+    /// Reads the bitmaps of an image. Refuses what must not be written: a corrupt or dirty image,
+    /// or one whose bitmap directory breaks the spec. Invalidated bitmaps
     /// ([`stale_extension`](super::stale_extension)) are not among those to change; a commit drops
     /// them, and their clusters are leaked, as QEMU does.
     pub fn open(file: Arc<dyn Storage>) -> Result<Self> {

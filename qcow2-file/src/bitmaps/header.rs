@@ -181,8 +181,8 @@ fn move_name(now: &[u8], name: Range<usize>, list_end: usize) -> Option<[Vec<u8>
 }
 
 /// Adds the extension where the cluster has no room for two copies of the backing file's name, all
-/// in one step. With 512-byte clusters that is one sector all the same; a name that long in clusters
-/// of 1 or 2 KiB is what a cut could tear.
+/// in one step. With 512-byte clusters that is one sector all the same; a name that long in
+/// clusters of 1 or 2 KiB is what a cut could tear.
 fn shift_name(
     now: &[u8],
     name: Range<usize>,

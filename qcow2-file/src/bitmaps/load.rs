@@ -24,8 +24,8 @@ const LOAD_PIECE_BYTES: u64 = 1 << 20;
 pub enum State {
     /// Its content is right.
     Consistent,
-    /// It was not saved, or is being changed by whoever has the image open: its content is not to be
-    /// trusted. It can only be removed.
+    /// It was not saved, or is being changed by whoever has the image open: its content is not to
+    /// be trusted. It can only be removed.
     Inconsistent,
     /// It uses something that is not known here, as the phrase says. It is kept as it is, and can
     /// only be removed.
@@ -118,9 +118,9 @@ pub(crate) fn image_facts(file: &dyn Storage, header: &Header) -> Result<ImageFa
 }
 
 impl Bitmaps {
-    /// Reads the directory of an image. `None` when it has no bitmaps, or only invalidated ones (see
-    /// [`stale_extension`]). A directory that breaks the spec is [`Error::Malformed`]; the disk can
-    /// be read all the same, [`check`](super::check) tells everything that is wrong.
+    /// Reads the directory of an image. `None` when it has no bitmaps, or only invalidated ones
+    /// (see [`stale_extension`]). A directory that breaks the spec is [`Error::Malformed`]; the
+    /// disk can be read all the same, [`check`](super::check) tells everything that is wrong.
     pub fn open(file: Arc<dyn Storage>, header: &Header) -> Result<Option<Self>> {
         let Some(extension) = header.bitmaps() else { return Ok(None) };
         if stale_extension(header).is_some() {
@@ -156,8 +156,8 @@ impl Bitmaps {
         load_bits(&table)
     }
 
-    /// Fills `buf` with the little-endian bytes of a consistent bitmap from byte `offset` on, without
-    /// loading it; zeroes behind its end.
+    /// Fills `buf` with the little-endian bytes of a consistent bitmap from byte `offset` on,
+    /// without loading it; zeroes behind its end.
     pub fn read_bits(&self, name: &str, offset: u64, buf: &mut [u8]) -> Result<()> {
         self.usable(name)?.read_bits(offset, buf)
     }

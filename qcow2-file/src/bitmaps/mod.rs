@@ -1,7 +1,7 @@
 //! Persistent dirty bitmaps in a qcow2 file. qcow2 spec, "Bitmaps extension".
 //!
-//! * [`Bitmaps`] lists and loads them, [`write()`] stores new ones, [`BitmapEditor`] changes those of an
-//!   existing image in one atomic step, [`check`] reports everything that is wrong with them.
+//! * [`Bitmaps`] lists and loads them, [`write()`] stores new ones, [`BitmapEditor`] changes those
+//!   of an existing image in one atomic step, [`check`] reports everything that is wrong with them.
 //! * [`Guard`](crate::guard::Guard) keeps them right while guest data is being written.
 //!
 //! A bitmap may be used when the autoclear bit is set and its own `in_use` flag is clear. What the

@@ -181,9 +181,9 @@ pub fn strip(file: &Arc<dyn Storage>) -> Result<bool> {
     }
 }
 
-/// Clears, on the user's word, the mark of an in-place copy that was not finished (SPEC 3.3). Answers
-/// whether it was there. The content may be partly old and partly new; bitmaps that recorded writes
-/// stay invalid.
+/// Clears, on the user's word, the mark of an in-place copy that was not finished (SPEC 3.3).
+/// Answers whether it was there. The content may be partly old and partly new; bitmaps that
+/// recorded writes stay invalid.
 pub fn clear_unfinished(file: &dyn Storage) -> Result<bool> {
     let header = read_header(file)?;
     if header.incompatible_features & incompatible::UNFINISHED_COPY == 0 {

@@ -96,7 +96,7 @@ pub(crate) fn check_new(
     }
     if shape.table_entries.saturating_mul(geometry.cluster_size()) > limits::MAX_BITMAP_BYTES {
         let reason = format!(
-            "would take {} bytes, more than the {} that the format allows: use a larger granularity",
+            "would take {} bytes where the format allows {}: use a larger granularity",
             shape.bytes,
             limits::MAX_BITMAP_BYTES
         );
@@ -129,7 +129,7 @@ impl Target<'_> {
     pub(crate) fn give_back(&mut self) {
         for (at, clusters) in self.taken.drain(..) {
             if let Err(error) = self.allocator.free(at, clusters) {
-                tracing::warn!(%error, %at, clusters, "clusters of an unfinished bitmap are leaked");
+                tracing::warn!(%error, %at, clusters, "clusters of a bitmap are leaked");
             }
         }
     }

@@ -38,8 +38,8 @@ impl Table<'_> {
     }
 
     /// Calls `each` with position, file offset and raw value of the table's entries in `range`, in
-    /// order. Entries in holes of the file, which are zero, are passed over: a table may be long and
-    /// cost nothing.
+    /// order. Entries in holes of the file, which are zero, are passed over: a table may be long
+    /// and cost nothing.
     pub(crate) fn raw_entries(
         &self,
         range: Range<u64>,

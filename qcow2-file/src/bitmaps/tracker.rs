@@ -60,8 +60,8 @@ impl Tracker {
         self.chunks.iter().all(|chunk| chunk.get().is_none())
     }
 
-    /// Adds the marks, as little-endian bytes from byte `offset` of the bitmap on, to `buf`; answers
-    /// whether there were any. `offset` and the length are multiples of 8.
+    /// Adds the marks, as little-endian bytes from byte `offset` of the bitmap on, to `buf`;
+    /// answers whether there were any. `offset` and the length are multiples of 8.
     pub(crate) fn add_to(&self, offset: u64, buf: &mut [u8]) -> bool {
         let mut any = false;
         let mut index = usize::try_from(offset / 8).unwrap_or(usize::MAX);

@@ -105,8 +105,9 @@ impl DirectoryEntry {
         self.flags & flags::AUTO != 0
     }
 
-    /// Why this bitmap must be left as it is, if it must: it is well formed, but uses something that
-    /// is not known here. The spec forbids using it; QEMU 10.0 does not open such an image at all.
+    /// Why this bitmap must be left as it is, if it must: it is well formed, but uses something
+    /// that is not known here. The spec forbids using it; QEMU 10.0 does not open such an image at
+    /// all.
     pub fn unknown_to_us(&self) -> Option<&'static str> {
         if self.kind != DIRTY_TRACKING {
             Some("has a type that is not known")
@@ -272,8 +273,8 @@ fn clusters_end(start: u64, len: u64, geometry: Geometry) -> u64 {
     start.saturating_add(geometry.clusters_for(len).saturating_mul(geometry.cluster_size()))
 }
 
-/// Whether the extension, whose body stands at file offset `at`, names a place where a directory can
-/// be.
+/// Whether the extension, whose body stands at file offset `at`, names a place where a directory
+/// can be.
 pub fn check_place(e: BitmapsExtension, at: u64, image: ImageFacts) -> Result<(), Malformed> {
     let g = image.geometry;
     let start = e.directory_offset;
@@ -461,7 +462,9 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_bytes_decode_or_name_a_field(bytes in proptest::collection::vec(any::<u8>(), 0..256), count in 0u32..5) {
+        fn any_bytes_decode_or_name_a_field(
+            bytes in proptest::collection::vec(any::<u8>(), 0..256), count in 0u32..5,
+        ) {
             if let Ok(entries) = decode_directory(&bytes, 0, count) {
                 let again = encode_directory(entries.iter().map(|l| &l.entry));
                 prop_assert_eq!(again.len(), bytes.len());
