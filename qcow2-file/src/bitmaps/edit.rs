@@ -21,6 +21,9 @@ use crate::storage::Storage;
 /// all changes in one atomic step: after a kill at any moment the image has its old bitmaps or its
 /// new ones.
 ///
+/// An image whose header has the bitmaps extension across two sectors, as neither QEMU nor this
+/// crate lays it out, is the exception: there a kill between two syncs may leave no bitmaps at all.
+///
 /// The caller holds the image's lock for writing, and nobody changes the image meanwhile. To change
 /// bitmaps while guest data is written, use [`Guard`](crate::guard::Guard).
 #[derive(Debug)]
