@@ -66,6 +66,6 @@ macro_rules! targets {
 }
 
 targets! {
-    qcow2_image qcow2_bitmaps qcow2_check qemu_stream load_script reply_stream native_hello
-    native_records native_body
+    qcow2_image qcow2_bitmaps qcow2_check qcow2_edit qemu_stream load_script reply_stream
+    native_hello native_records native_body
 }

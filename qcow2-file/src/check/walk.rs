@@ -120,6 +120,10 @@ impl TableWalk<'_, '_> {
     }
 
     fn standard(&mut self, entry: StandardEntry, table: Table, by: Referrer) -> Result<()> {
+        if self.is_first && self.image.header.version < 3 && entry.subclusters.zero != 0 {
+            let problem = Problem::Other("reads as zero, which version 2 does not know");
+            self.image.find(FindingKind::Structure, by, problem);
+        }
         let Some(host) = entry.cluster else { return Ok(()) };
         let cluster = host.0 >> self.image.geometry.cluster_bits();
         if self.image.is_inside(host.0, 1) {

@@ -4,10 +4,12 @@
 //! them for libFuzzer, and `tests/tests/fuzz.rs` runs them as plain tests over mutations of the
 //! [`corpus`](Target::corpus), with a fixed seed and with the commit's.
 
+mod edits;
 mod images;
 mod mutate;
 mod streams;
 
+pub use edits::qcow2_edit;
 pub use images::{qcow2_bitmaps, qcow2_check, qcow2_image};
 pub use mutate::mutate;
 pub use streams::{
@@ -32,6 +34,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "qcow2_image", run: qcow2_image, corpus: images::corpus, tries: 15_000 },
     Target { name: "qcow2_bitmaps", run: qcow2_bitmaps, corpus: images::corpus, tries: 15_000 },
     Target { name: "qcow2_check", run: qcow2_check, corpus: images::corpus, tries: 2000 },
+    Target { name: "qcow2_edit", run: qcow2_edit, corpus: edits::corpus, tries: 10_000 },
     Target { name: "qemu_stream", run: qemu_stream, corpus: streams::streams, tries: 50_000 },
     Target { name: "load_script", run: load_script, corpus: streams::scripts, tries: 30_000 },
     Target { name: "reply_stream", run: reply_stream, corpus: streams::replies, tries: 50_000 },
