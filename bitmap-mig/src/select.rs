@@ -45,8 +45,6 @@ pub struct Holder {
     pub size: u64,
     /// Largest bitmap it takes, in bytes.
     pub max_bytes: u64,
-    /// Names that are taken by bitmaps which stay.
-    pub taken: Vec<String>,
 }
 
 /// What is to become of a bitmap.
@@ -102,16 +100,16 @@ pub fn decide(bitmaps: &[BitmapInfo], wish: &Wish, holder: &Holder) -> Decision 
             decision.problems.push(Problem::Wrong(format!("the source has no bitmap {name:?}")));
         }
     }
-    let mut taken: BTreeSet<&str> = holder.taken.iter().map(String::as_str).collect();
+    let mut taken = BTreeSet::new();
     for bitmap in bitmaps {
         let fate = fate_of(bitmap, wish, holder, &mut decision.problems);
         decision.choices.push(Choice { bitmap: bitmap.clone(), fate });
     }
     for choice in &decision.choices {
         if let Fate::Carried(name) = &choice.fate {
-            let problem = bad_name(name)
-                .map(str::to_owned)
-                .or_else(|| (!taken.insert(name)).then(|| "is taken by another bitmap".to_owned()));
+            let problem = bad_name(name).map(str::to_owned).or_else(|| {
+                (!taken.insert(name.as_str())).then(|| "is taken by another bitmap".to_owned())
+            });
             if let Some(problem) = problem {
                 let text = format!("the bitmap name {name:?} {problem}");
                 decision.problems.push(Problem::Wrong(text));
@@ -199,7 +197,7 @@ mod tests {
     }
 
     fn holder() -> Holder {
-        Holder { cannot: None, size: 1 << 30, max_bytes: 512 << 20, taken: Vec::new() }
+        Holder { cannot: None, size: 1 << 30, max_bytes: 512 << 20 }
     }
 
     fn rename(old: &str, new: &str) -> Rename {
@@ -267,7 +265,5 @@ mod tests {
         ));
         let huge = Holder { size: 1 << 50, max_bytes: 512 << 20, ..holder() };
         assert_eq!(decide(&list, &Wish::default(), &huge).problems.len(), 1);
-        let taken = Holder { taken: vec!["a".into()], ..holder() };
-        assert_eq!(decide(&list, &Wish::default(), &taken).problems.len(), 1);
     }
 }

@@ -24,6 +24,8 @@ pub(super) struct BitmapPlan {
     pub(super) decision: Decision,
     /// Bitmaps that are there and cannot even be listed: why.
     pub(super) unlistable: Option<String>,
+    /// Bitmaps of a destination that is written in place. Those of the same name are replaced.
+    pub(super) found: Vec<String>,
     /// Whether any bitmap was asked for.
     pub(super) wants_any: bool,
     /// What stands in the way.
@@ -46,7 +48,6 @@ pub(super) fn plan(
         cannot: cannot_hold(target, &found),
         size: source.disk.chain.virtual_size(),
         max_bytes: MAX_BITMAP_BYTES,
-        taken: found.bitmaps,
     };
     let decision = decide(&listed, &wish(options), &holder);
     let mut refusals: Vec<Error> = decision.problems.iter().map(refusal).collect();
@@ -57,7 +58,7 @@ pub(super) fn plan(
         refusals.push(Error::WouldLose { reason, hint: hint.into() });
     }
     let wants_any = options.bitmaps != BitmapSelection::None;
-    BitmapPlan { decision, unlistable, wants_any, refusals }
+    BitmapPlan { decision, unlistable, found: found.bitmaps, wants_any, refusals }
 }
 
 fn wish(options: &CopyOptions) -> Wish {
@@ -141,10 +142,10 @@ pub(super) fn reports(plan: &BitmapPlan) -> Vec<BitmapReport> {
         reason: Some(reason.clone()),
         is_wanted: plan.wants_any,
     });
-    plan.decision.choices.iter().map(report).chain(nameless).collect()
+    plan.decision.choices.iter().map(|c| report(c, &plan.found)).chain(nameless).collect()
 }
 
-fn report(choice: &Choice) -> BitmapReport {
+fn report(choice: &Choice, found: &[String]) -> BitmapReport {
     let name = choice.bitmap.name.clone();
     let dropped = |reason: String, is_wanted| BitmapReport {
         name: name.clone(),
@@ -159,9 +160,16 @@ fn report(choice: &Choice) -> BitmapReport {
         Fate::Carried(new) => BitmapReport {
             name: name.clone(),
             outcome: BitmapOutcome::Preserved,
-            changed: if *new == name { Vec::new() } else { vec![format!("name: {name} -> {new}")] },
+            changed: changes(&name, new, found),
             reason: None,
             is_wanted: true,
         },
     }
+}
+
+fn changes(name: &str, new: &str, found: &[String]) -> Vec<String> {
+    let renamed = (name != new).then(|| format!("name: {name} -> {new}"));
+    let is_replaced = found.iter().any(|f| f == new);
+    let replaced = is_replaced.then(|| "replaces the destination's bitmap of that name".to_owned());
+    renamed.into_iter().chain(replaced).collect()
 }

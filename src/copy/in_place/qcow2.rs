@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use block_mig::device::EditorSink;
-use qcow2_file::bitmaps::PersistentBitmap;
+use qcow2_file::bitmaps::{Bitmaps, Entry, PersistentBitmap, State};
 use qcow2_file::edit::{Backing, Editor, EditorOptions};
 use qcow2_file::{Access, Chain, Opener, Storage};
 
@@ -13,7 +13,7 @@ use super::super::prove::Proof;
 use super::super::{Done, bitmaps, new, prove};
 use super::own;
 use crate::disk::Disk;
-use crate::report::Verified;
+use crate::report::{BitmapOutcome, BitmapReport, Verified};
 use crate::{Observer, Phase, Result, Silent};
 
 /// Copies into a qcow2 image. It refuses to open elsewhere from the first write on until its
@@ -49,8 +49,9 @@ pub(super) fn copy(job: &Job<'_>, observer: &dyn Observer) -> Result<Done> {
     add(&editor, &stored)?;
     observer.phase(Phase::Publish);
     editor.close()?;
-    prove_bitmaps(job, &stored, &mut proof)?;
-    Ok(Done { moved, proof, invalidated: Vec::new() })
+    let found = Disk::open(&own(job), &Silent)?;
+    prove_bitmaps(&found, &stored, &mut proof)?;
+    Ok(Done { moved, proof, invalidated: invalidated(&found) })
 }
 
 fn open(job: &Job<'_>, chain: &Chain) -> Result<Editor> {
@@ -81,20 +82,37 @@ fn backing(job: &Job<'_>, chain: &Chain) -> Result<Option<Arc<dyn Backing>>> {
 fn add(editor: &Editor, stored: &[PersistentBitmap]) -> Result<()> {
     if let Some(guard) = editor.guard() {
         for bitmap in stored {
+            if guard.list().iter().any(|found| found.name == bitmap.name) {
+                guard.remove(&bitmap.name)?;
+            }
             guard.add(bitmap.clone())?;
         }
     }
     Ok(())
 }
 
-fn prove_bitmaps(job: &Job<'_>, stored: &[PersistentBitmap], proof: &mut Proof) -> Result<()> {
+fn prove_bitmaps(found: &Disk, stored: &[PersistentBitmap], proof: &mut Proof) -> Result<()> {
     if proof.verified != Verified::Yes {
         return Ok(());
     }
-    let found = Disk::open(&own(job), &Silent)?;
     proof.mismatch = bitmaps::difference(stored, &found.bitmaps)?;
     if proof.mismatch.is_some() {
         proof.verified = Verified::Mismatch;
     }
     Ok(())
+}
+
+/// Bitmaps of the destination that cannot be trusted. They were so before, if only since an earlier
+/// try was interrupted: this copy has kept the others right.
+fn invalidated(found: &Disk) -> Vec<BitmapReport> {
+    let listed = found.bitmaps.directory().map(Bitmaps::list).unwrap_or_default();
+    let broken = listed.iter().filter(|entry| entry.state != State::Consistent);
+    let report = |entry: &Entry| BitmapReport {
+        name: entry.name().to_owned(),
+        outcome: BitmapOutcome::Invalidated,
+        changed: Vec::new(),
+        reason: Some("it is the destination's own, and was inconsistent before".to_owned()),
+        is_wanted: false,
+    };
+    broken.map(report).collect()
 }
