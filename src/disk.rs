@@ -77,8 +77,8 @@ impl Stored {
         match self {
             Self::None | Self::Some(_) => None,
             Self::Stale(count) => Some(format!(
-                "its {count} bitmaps were made invalid by a program that wrote to the image without \
-                 knowing them"
+                "its {count} bitmaps were made invalid by a program that wrote to the image \
+                 without knowing them"
             )),
             Self::Damaged(error) => {
                 let why = crate::report::error_chain(error);

@@ -14,8 +14,8 @@ use qcow2_file::preflight::read_header;
 use crate::summary;
 
 /// The bitmaps of an image whose guest data nobody writes, and whose lock the caller holds. A new
-/// bitmap is kept in memory until [`store`](BitmapStore::store) writes all sealed ones in one atomic
-/// step, so that the image never has a half of one.
+/// bitmap is kept in memory until [`store`](BitmapStore::store) writes all sealed ones in one
+/// atomic step, so that the image never has a half of one.
 #[derive(Debug)]
 pub struct ImageBitmaps {
     file: Arc<dyn Storage>,

@@ -327,8 +327,12 @@ mod tests {
             for (len, k) in extents {
                 for unit in units.iter().filter(|u| u.offset < at + len && u.end() > at) {
                     match (k, unit.content) {
-                        (ExtentKind::Compressed, c) => prop_assert_eq!(c, Content::Bytes { compressed: true }),
-                        (ExtentKind::Data, c) => prop_assert!(matches!(c, Content::Bytes { .. }), "{:?}", c),
+                        (ExtentKind::Compressed, c) => {
+                            prop_assert_eq!(c, Content::Bytes { compressed: true });
+                        }
+                        (ExtentKind::Data, c) => {
+                            prop_assert!(matches!(c, Content::Bytes { .. }), "{:?}", c);
+                        }
                         (_, c) => prop_assert!(c != Content::Untouched || k == ExtentKind::Hole),
                     }
                 }

@@ -24,8 +24,8 @@ pub struct TransferOptions {
     pub offers_compressed: bool,
     /// Worker threads.
     pub workers: usize,
-    /// Largest unit, see [`limits::UNIT_BYTES`]; at least the source's cluster size where compressed
-    /// clusters are offered.
+    /// Largest unit, see [`limits::UNIT_BYTES`]; at least the source's cluster size where
+    /// compressed clusters are offered.
     pub unit_bytes: u64,
 }
 

@@ -5,9 +5,9 @@
 //! cargo run --release --example compare_copy -- [--dir DIR] [--mib N] [--rounds N] [--no-huge]
 //! ```
 //!
-//! DIR should be a tmpfs with room for three times the data. Every contender runs in each round, the
-//! order turning, and what is printed are medians over the rounds, of times and of the ratios within
-//! a round. Peers that are not installed are left out, and said to be.
+//! DIR should be a tmpfs with room for three times the data. Every contender runs in each round,
+//! the order turning, and what is printed are medians over the rounds, of times and of the ratios
+//! within a round. Peers that are not installed are left out, and said to be.
 
 mod contest;
 mod huge;

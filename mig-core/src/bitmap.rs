@@ -27,9 +27,9 @@ pub trait BitmapStore: Send + Sync {
     /// granule's word are zero. Fails for an inconsistent bitmap.
     fn read_bits(&self, name: &str, offset: u64, buf: &mut [u8]) -> Result<()>;
 
-    /// Creates a bitmap with all bits clear, in the state *loading*: it records what the guest writes
-    /// from now on if it is enabled, and is not valid on disk until [`store`](BitmapStore::store).
-    /// Fails if the name exists.
+    /// Creates a bitmap with all bits clear, in the state *loading*: it records what the guest
+    /// writes from now on if it is enabled, and is not valid on disk until
+    /// [`store`](BitmapStore::store). Fails if the name exists.
     fn create(&self, info: &BitmapInfo) -> Result<()>;
 
     /// Replaces bytes of a loading bitmap's transferred content. May come in any order and again.

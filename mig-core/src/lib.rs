@@ -1,8 +1,8 @@
 //! What every migration handler stands on: the contracts of block devices and bitmap stores, the
 //! zero test, the meter.
 //!
-//! The traits belong to whoever *moves* data: they ask for what a move needs and say nothing of how a
-//! device keeps its bytes. No disk format, socket or runtime is known here.
+//! The traits belong to whoever *moves* data: they ask for what a move needs and say nothing of how
+//! a device keeps its bytes. No disk format, socket or runtime is known here.
 #![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 
 pub mod bitmap;

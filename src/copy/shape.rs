@@ -87,7 +87,8 @@ impl Shape {
             || wish.data_file.is_some()
     }
 
-    /// Drops what only the source had; what was asked for stays and is refused when it does not fit.
+    /// Drops what only the source had; what was asked for stays, and is refused where it does not
+    /// fit.
     fn forget_version_3(&mut self, wish: &TargetOptions) {
         self.lazy_refcounts = false;
         if wish.extended_l2.is_none() {

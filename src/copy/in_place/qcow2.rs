@@ -1,5 +1,5 @@
-//! Writing into an existing qcow2 image. Its own bitmaps follow what is written; those of the source
-//! come beside them.
+//! Writing into an existing qcow2 image. Its own bitmaps follow what is written; those of the
+//! source come beside them.
 
 use std::sync::Arc;
 
