@@ -136,11 +136,29 @@ fn still_whole(file: &Arc<dyn Storage>, written: &[Range<u64>]) {
 
 /// Images behind scripts.
 pub(super) fn corpus() -> Vec<Vec<u8>> {
-    let scripts: [[u8; SCRIPT_BYTES]; 3] = [
-        *b"\x01\x00\x00\x50\x02\x40\x01\x60\x04\x20\x00\x40\x03\xf0\x00\xff\x05\x10\x00\x60\x06\x00\x00\x60\x07\0\0\0\x01\x00\x10\x20\x00",
-        *b"\x01\x00\x00\xff\x01\x40\x00\xff\x01\x80\x00\xff\x04\x00\x00\xff\x07\x00\x00\x00\x01\x00\x00\xff\x01\xc0\x00\xff\x06\x80\x00\xff\x01",
-        [9; SCRIPT_BYTES],
+    // Kind, place in 65536ths of the disk, length; last, whether it is closed.
+    let mixed: [[u8; 4]; 8] = [
+        [1, 0x00, 0x00, 0x50],
+        [2, 0x40, 0x01, 0x60],
+        [4, 0x20, 0x00, 0x40],
+        [3, 0xf0, 0x00, 0xff],
+        [5, 0x10, 0x00, 0x60],
+        [6, 0x00, 0x00, 0x60],
+        [7, 0x00, 0x00, 0x00],
+        [1, 0x00, 0x10, 0x20],
     ];
+    let large: [[u8; 4]; 8] = [
+        [1, 0x00, 0x00, 0xff],
+        [1, 0x40, 0x00, 0xff],
+        [1, 0x80, 0x00, 0xff],
+        [4, 0x00, 0x00, 0xff],
+        [7, 0x00, 0x00, 0x00],
+        [1, 0x00, 0x00, 0xff],
+        [1, 0xc0, 0x00, 0xff],
+        [6, 0x80, 0x00, 0xff],
+    ];
+    let scripts = [(mixed, 0), (large, 1), ([[9; 4]; 8], 0)];
+    let scripts = scripts.map(|(operations, last)| [operations.as_flattened(), &[last]].concat());
     let images = super::images::corpus();
-    images.iter().flat_map(|image| scripts.map(|script| [&script[..], image].concat())).collect()
+    images.iter().flat_map(|image| scripts.iter().map(|s| [&s[..], image].concat())).collect()
 }
