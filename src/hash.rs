@@ -6,6 +6,7 @@ use block_mig::device::ChainSource;
 use block_mig::limits::{UNIT_BYTES, workers};
 use block_mig::plan::{Scope, survey};
 use format_spec::content_hash::ContentHash;
+use mig_core::block::BlockSource;
 use qcow2_file::bitmaps::{Bitmaps, Entry, State};
 use serde::Serialize;
 
@@ -75,15 +76,24 @@ pub(crate) fn content_of(
     disk: &Disk,
     workers: usize,
     total: Option<u64>,
+    watch: (Phase, &dyn Observer),
+) -> Result<ContentHash> {
+    content(&ChainSource(&disk.chain), workers, total, watch)
+}
+
+/// [`content_of`] any source.
+pub(crate) fn content(
+    source: &dyn BlockSource,
+    workers: usize,
+    total: Option<u64>,
     (phase, observer): (Phase, &dyn Observer),
 ) -> Result<ContentHash> {
-    let source = ChainSource(&disk.chain);
     let total = match total {
         Some(total) => total,
-        None => survey(&source, Scope::Whole, UNIT_BYTES)?.content,
+        None => survey(source, Scope::Whole, UNIT_BYTES)?.content,
     };
     let progress = Progress::begin(observer, phase, total);
-    let hash = block_mig::content_hash(&source, workers, &progress)?;
+    let hash = block_mig::content_hash(source, workers, &progress)?;
     progress.end();
     Ok(hash)
 }

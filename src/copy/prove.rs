@@ -2,6 +2,8 @@
 //! against what was sent.
 
 use block_mig::Transferred;
+use block_mig::device::{ChainSource, StartOf};
+use mig_core::block::BlockSource;
 use qcow2_file::bitmaps::PersistentBitmap;
 use qcow2_file::chain::Backing;
 
@@ -10,7 +12,7 @@ use super::new::Unfinished;
 use super::plan::Job;
 use super::target::Target;
 use crate::disk::{Disk, Request};
-use crate::hash::content_of;
+use crate::hash::{content, content_of};
 use crate::report::Verified;
 use crate::{Observer, Phase, Result, Silent};
 
@@ -73,7 +75,14 @@ pub(super) fn prove(
     };
     // What was written is what is there to read, but for a backing file below.
     let total = job.source.kept.is_none().then_some(moved.bytes_data);
-    let read = content_of(&found, workers, total, (Phase::Prove, observer))?;
+    let whole = ChainSource(&found.chain);
+    let size = match job.target {
+        // A device may be longer than the disk on it.
+        Target::RawInPlace => moved.bytes_data.saturating_add(moved.bytes_zero).min(whole.size()),
+        _ => whole.size(),
+    };
+    let copied = StartOf { disk: &whole, size };
+    let read = content(&copied, workers, total, (Phase::Prove, observer))?;
     let mut mismatch = (sent != read).then(|| format!("sent {sent}, read {read}"));
     if mismatch.is_none() && !matches!(job.target, Target::Raw | Target::RawInPlace) {
         mismatch = bitmaps::difference(stored, &found.bitmaps)?;

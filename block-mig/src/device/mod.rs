@@ -4,6 +4,7 @@ mod chain;
 mod editor;
 mod new_image;
 mod raw;
+mod start;
 
 use format_spec::Blame;
 use mig_core::Error;
@@ -14,6 +15,7 @@ pub use chain::{AboveSource, ChainBacking, ChainSource};
 pub use editor::EditorSink;
 pub use new_image::NewImageSink;
 pub use raw::RawSink;
+pub use start::StartOf;
 
 /// Names the guest range at which an image failed.
 fn failed(operation: &'static str, offset: u64) -> impl Fn(qcow2_file::Error) -> Error {

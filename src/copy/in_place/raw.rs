@@ -16,7 +16,7 @@ pub(super) fn copy(job: &Job<'_>, observer: &dyn Observer) -> Result<Done> {
     let path = &job.options.destination;
     let file = Arc::new(HostFile::open(path, Access::ReadWrite)?);
     let _lock = lock::acquire(file.file(), &file.name(), Mode::Write)?;
-    let size = fit(job, &file)?;
+    let size = fit(job, &file, observer)?;
     observer.warning(&format!(
         "{} is written in place: until the copy is complete it holds neither the old nor the new \
          content, and nothing in it says so",
@@ -29,14 +29,23 @@ pub(super) fn copy(job: &Job<'_>, observer: &dyn Observer) -> Result<Done> {
     Ok(Done { moved, proof, invalidated: Vec::new() })
 }
 
-/// Makes the destination as long as the disk, where it can be, and answers that size.
-fn fit(job: &Job<'_>, file: &HostFile) -> Result<u64> {
+/// Makes the destination as long as the disk, where it can be, and answers the disk's size. Devices
+/// come in sizes of their own: one that is longer will do.
+fn fit(job: &Job<'_>, file: &HostFile, observer: &dyn Observer) -> Result<u64> {
     let size = job.source.disk.chain.virtual_size();
     let failed = |action| {
         move |source| Error::File { action, path: job.options.destination.clone(), source }
     };
     let len = file.len().map_err(failed("find the size of"))?;
     if len == size {
+        return Ok(size);
+    }
+    if file.is_device() && len > size {
+        let rest = len - size;
+        observer.warning(&format!(
+            "{} is {rest} bytes longer than the source; they stay as they are",
+            job.options.destination.display()
+        ));
         return Ok(size);
     }
     if file.is_device() || len > size {
