@@ -83,6 +83,7 @@ impl Guard {
         let header = read_writable(&*file)?;
         let image = image_facts(&*file, &header)?;
         let bitmaps = Bitmaps::open(file.clone(), &header)?;
+        bitmaps.iter().try_for_each(|found| check_tables(&*file, image, found))?;
         header::clear_autoclear(&*file, &header, !KNOWN_AUTOCLEAR)?;
         let mut slots = Slots::default();
         if let Some(bitmaps) = &bitmaps {
@@ -336,6 +337,17 @@ impl Live {
         };
         Slot { entry: self.entry, stored: self.stored, content }
     }
+}
+
+/// Reads the tables of the bitmaps that can be used. One that is broken would only be found when
+/// the bitmaps are stored, when guest data has long been changed.
+fn check_tables(file: &dyn Storage, image: ImageFacts, bitmaps: &Bitmaps) -> Result<()> {
+    for found in bitmaps.list().iter().filter(|e| e.state == State::Consistent) {
+        let entry = &found.located.entry;
+        let all = 0..u64::from(entry.table_entries);
+        Table { file, image, entry }.entries(all, |_, _| Ok(()))?;
+    }
+    Ok(())
 }
 
 /// Durably sets the `in_use` flag of every bitmap that records writes.
