@@ -1,8 +1,8 @@
 //! The qcow2 file as a whole: header and extensions, map, allocator and refcounts, writers and
 //! persistent bitmaps, with locks that QEMU respects. Panic-free on any input.
 //!
-//! What this crate does not do: format probing by content on its own account, encryption, growing or
-//! shrinking a disk, reading internal snapshots. It opens no file whose name it found inside an
+//! What this crate does not do: format probing by content on its own account, encryption, growing
+//! or shrinking a disk, reading internal snapshots. It opens no file whose name it found inside an
 //! image unless its caller allowed that.
 //!
 //! Layout questions are answered by the published qcow2 specification; doc comments cite it as

@@ -147,7 +147,7 @@ pub(crate) struct CopyArgs {
 
 /// Show format, sizes, the files an image names, and its bitmaps
 ///
-/// Nothing but IMAGE is opened, unless --allow-backing is given. An image in use may be looked at; its
+/// Nothing but IMAGE is opened, unless --allow-backing is given. An image in use may be shown; its
 /// numbers may change meanwhile.
 #[derive(Debug, Group)]
 pub(crate) struct InfoArgs {

@@ -96,7 +96,7 @@ pub fn skip(reason: &str) {
     cannot(reason);
 }
 
-/// Says that the calling test is skipped because this machine does not let it run: said and counted,
+/// Says that the calling test is skipped as this machine does not let it run: said and counted,
 /// and no failure anywhere.
 pub fn cannot(reason: &str) {
     let test = std::thread::current().name().unwrap_or("unnamed").to_owned();

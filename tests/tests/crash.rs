@@ -15,7 +15,8 @@ use bitferry_tests::{Exit, Output, Peer, Run, Scratch, bitferry, require_all};
 const MIB: u64 = 1 << 20;
 
 /// What changes a file or makes it last.
-const CHANGES: &str = "pwrite64,pwritev,pwritev2,write,writev,fallocate,ftruncate,copy_file_range,fsync,fdatasync,\
+const CHANGES: &str = "pwrite64,pwritev,pwritev2,write,writev,fallocate,ftruncate,copy_file_range,\
+    fsync,fdatasync,\
      sync_file_range,rename,renameat,renameat2,linkat,unlink,unlinkat";
 
 const SYNCS: &str = "fsync,fdatasync";

@@ -62,8 +62,8 @@ pub struct StandardEntry {
     pub subclusters: Subclusters,
 }
 
-/// How the parts of a cluster read: bit `n` of each mask stands for subcluster `n`. Without extended
-/// entries all 32 bits are equal.
+/// How the parts of a cluster read: bit `n` of each mask stands for subcluster `n`. Where entries
+/// are not extended all 32 bits are equal.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Subclusters {
     /// Subclusters whose content is in the host cluster.

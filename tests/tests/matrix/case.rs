@@ -1,4 +1,4 @@
-//! What a source may look like and what may be asked for, and a sample of it that meets every pair of
+//! What a source may look like and what may be asked for, and a sample that meets each pair of
 //! choices.
 
 use std::collections::HashSet;
@@ -133,7 +133,7 @@ impl Case {
         }
     }
 
-    /// Makes a choice one that `qemu-img` can create, by giving up what the layout has no place for.
+    /// Makes a choice one that `qemu-img` can create: gives up what the layout has no place for.
     fn mend(choice: &mut [usize]) {
         let case = Self::of(choice);
         if case.layout == Layout::Raw {

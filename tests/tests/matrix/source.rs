@@ -1,4 +1,4 @@
-//! Makes the source of a case with QEMU's tools, with random content and bitmaps, and keeps what the
+//! Makes the source of a case with QEMU's tools, of random content and bitmaps, and keeps what the
 //! disk held when each bitmap began to record.
 
 use std::path::{Path, PathBuf};
