@@ -8,6 +8,7 @@
 pub mod bitmap;
 pub mod block;
 mod error;
+pub mod transport;
 
 pub use error::{Error, Result};
 pub use format_spec::Blame;
