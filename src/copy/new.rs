@@ -93,7 +93,7 @@ impl Unfinished {
         if let Some(data) = data_file {
             let draft = Draft::create(&data.path)?;
             options.data_file = Some(DataFile {
-                name: data.name.clone(),
+                name: data.name.clone().into(),
                 is_raw: data.is_raw,
                 storage: draft.storage(),
             });
