@@ -12,6 +12,7 @@
 mod compare;
 pub mod device;
 mod error;
+pub mod fingerprint;
 pub mod limits;
 pub mod load;
 #[cfg(test)]
@@ -20,11 +21,13 @@ pub mod monitor;
 pub mod plan;
 pub mod pool;
 pub mod proof;
+pub mod recorded;
 pub mod store;
 mod transfer;
 
 pub use compare::{Difference, first_difference};
 pub use error::{Error, Result};
+pub use fingerprint::Fingerprint;
 pub use monitor::{Monitor, Unwatched};
-pub use proof::content_hash;
+pub use proof::{content_hash, fingerprint_of};
 pub use transfer::{TransferOptions, Transferred, transfer};

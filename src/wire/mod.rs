@@ -50,6 +50,6 @@ pub fn random_id() -> std::io::Result<[u8; 16]> {
     Ok(id)
 }
 
-fn no_random(source: std::io::Error) -> crate::Error {
+pub(crate) fn no_random(source: std::io::Error) -> crate::Error {
     crate::Error::File { action: "read", path: "/dev/urandom".into(), source }
 }
