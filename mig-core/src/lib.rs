@@ -7,7 +7,9 @@
 
 pub mod bitmap;
 pub mod block;
+pub mod dirty;
 mod error;
+pub mod guest;
 pub mod transport;
 
 pub use error::{Error, Result};
