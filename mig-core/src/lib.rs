@@ -8,8 +8,10 @@
 pub mod bitmap;
 pub mod block;
 pub mod channels;
+pub mod dirty;
 mod error;
 pub mod gate;
+pub mod guest;
 pub mod heart;
 pub mod jobs;
 pub mod limits;
