@@ -27,6 +27,14 @@ pub enum Error {
     /// The content hash could not be computed.
     #[error(transparent)]
     Hash(#[from] HashError),
+    /// The temporary file of a ledger failed.
+    #[error("cannot {action} the temporary file that holds the hashes of a disk")]
+    Ledger {
+        /// "create", "read", "write".
+        action: &'static str,
+        /// The system's answer.
+        source: std::io::Error,
+    },
     /// The monitor asked to stop.
     #[error("cancelled")]
     Cancelled,
@@ -43,6 +51,7 @@ impl Error {
     pub fn blame(&self) -> Blame {
         match self {
             Self::Source(e) | Self::Sink(e) => e.blame(),
+            Self::Ledger { .. } => Blame::Device,
             Self::Size { .. } | Self::Hash(_) | Self::Cancelled => Blame::Caller,
         }
     }
