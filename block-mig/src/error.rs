@@ -35,6 +35,14 @@ pub enum Error {
         /// The system's answer.
         source: std::io::Error,
     },
+    /// The journal of a destination failed.
+    #[error("cannot {action} the journal")]
+    Journal {
+        /// "read", "write", "sync", …
+        action: &'static str,
+        /// The system's answer.
+        source: std::io::Error,
+    },
     /// The monitor asked to stop.
     #[error("cancelled")]
     Cancelled,
@@ -51,7 +59,7 @@ impl Error {
     pub fn blame(&self) -> Blame {
         match self {
             Self::Source(e) | Self::Sink(e) => e.blame(),
-            Self::Ledger { .. } => Blame::Device,
+            Self::Ledger { .. } | Self::Journal { .. } => Blame::Device,
             Self::Size { .. } | Self::Hash(_) | Self::Cancelled => Blame::Caller,
         }
     }

@@ -12,6 +12,7 @@
 mod compare;
 pub mod device;
 mod error;
+pub mod journal;
 pub mod ledger;
 pub mod limits;
 pub mod load;
@@ -26,6 +27,7 @@ mod transfer;
 
 pub use compare::{Difference, first_difference};
 pub use error::{Error, Result};
+pub use journal::Journal;
 pub use ledger::Ledger;
 pub use monitor::{Monitor, Unwatched};
 pub use proof::content_hash;
