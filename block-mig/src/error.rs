@@ -27,6 +27,22 @@ pub enum Error {
     /// The content hash could not be computed.
     #[error(transparent)]
     Hash(#[from] HashError),
+    /// The temporary file of a ledger failed.
+    #[error("cannot {action} the temporary file that holds the hashes of a disk")]
+    Ledger {
+        /// "create", "read", "write".
+        action: &'static str,
+        /// The system's answer.
+        source: std::io::Error,
+    },
+    /// The journal of a destination failed.
+    #[error("cannot {action} the journal")]
+    Journal {
+        /// "read", "write", "sync", …
+        action: &'static str,
+        /// The system's answer.
+        source: std::io::Error,
+    },
     /// The monitor asked to stop.
     #[error("cancelled")]
     Cancelled,
@@ -43,6 +59,7 @@ impl Error {
     pub fn blame(&self) -> Blame {
         match self {
             Self::Source(e) | Self::Sink(e) => e.blame(),
+            Self::Ledger { .. } | Self::Journal { .. } => Blame::Device,
             Self::Size { .. } | Self::Hash(_) | Self::Cancelled => Blame::Caller,
         }
     }

@@ -12,7 +12,9 @@
 mod compare;
 pub mod device;
 mod error;
+pub mod journal;
 mod landing;
+pub mod ledger;
 pub mod limits;
 pub mod load;
 #[cfg(test)]
@@ -26,7 +28,9 @@ mod transfer;
 
 pub use compare::{Difference, first_difference};
 pub use error::{Error, Result};
+pub use journal::Journal;
 pub use landing::Landing;
+pub use ledger::Ledger;
 pub use monitor::{Monitor, Unwatched};
 pub use proof::content_hash;
 pub use transfer::{TransferOptions, Transferred, transfer};
