@@ -78,6 +78,20 @@ pub enum Error {
     /// A transfer over a connection stopped.
     #[error(transparent)]
     Wire(crate::wire::Error),
+    /// A migration from or to QEMU stopped.
+    #[error(transparent)]
+    Qemu(crate::qemu::Error),
+}
+
+impl From<crate::qemu::Error> for Error {
+    fn from(error: crate::qemu::Error) -> Self {
+        use crate::qemu::Error as Qemu;
+        match error {
+            Qemu::Interrupted => Self::Interrupted,
+            Qemu::Local(error) => *error,
+            other => Self::Qemu(other),
+        }
+    }
 }
 
 impl From<crate::wire::Error> for Error {
@@ -115,6 +129,7 @@ impl Error {
             Self::Block(e) => e.blame(),
             Self::Hash(_) => Blame::Caller,
             Self::Wire(e) => e.blame(),
+            Self::Qemu(e) => e.blame(),
         }
     }
 

@@ -16,6 +16,7 @@ pub mod hash;
 pub mod info;
 mod observe;
 mod publish;
+pub mod qemu;
 pub mod report;
 pub mod wire;
 

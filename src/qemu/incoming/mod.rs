@@ -1,0 +1,1 @@
+//! A migration destination for a stock QEMU.
