@@ -73,10 +73,8 @@ fn backing(chain: &Chain, allow_named_files: bool) -> Result<Option<Arc<dyn Back
     let (Some(files), Some(layer)) = (chain.files().get(1), chain.layers().get(1)) else {
         return Ok(None);
     };
-    let opener = Opener::new()
-        .format(Some(layer.format()))
-        .allow_named_files(allow_named_files)
-        .lock(true);
+    let opener =
+        Opener::new().format(Some(layer.format())).allow_named_files(allow_named_files).lock(true);
     Ok(Some(Arc::new(opener.open(files.file.path())?)))
 }
 

@@ -156,7 +156,9 @@ impl<'o> Bitmaps<'o> {
                 ));
             }
             Some(Taken::Arriving) => {
-                return misfit(format!("its name {name:?} is that of another bitmap of the stream"));
+                return misfit(format!(
+                    "its name {name:?} is that of another bitmap of the stream"
+                ));
             }
             Some(Taken::Broken) | None => {}
         }
@@ -190,7 +192,8 @@ impl<'o> Bitmaps<'o> {
         let mut homeless = Vec::new();
         for (disk, bitmaps) in &self.fates {
             let these = bitmaps.iter().filter(|(_, fate)| matches!(fate, Fate::Homeless));
-            homeless.extend(these.take(MAX_LISTED).map(|(name, _)| format!("{name:?} of {disk:?}")));
+            homeless
+                .extend(these.take(MAX_LISTED).map(|(name, _)| format!("{name:?} of {disk:?}")));
             if homeless.len() >= MAX_LISTED {
                 break;
             }
@@ -233,8 +236,7 @@ struct Named<'a> {
 
 impl Named<'_> {
     fn misfit(self, blame: Blame, reason: String) -> Error {
-        let subject =
-            Subject { disk: self.disk.to_owned(), bitmap: Some(self.bitmap.to_owned()) };
+        let subject = Subject { disk: self.disk.to_owned(), bitmap: Some(self.bitmap.to_owned()) };
         Error::Misfit { subject, offset: self.at, reason, blame }
     }
 }

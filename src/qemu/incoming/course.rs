@@ -35,7 +35,8 @@ impl Course {
 
     /// Takes a command that stands at byte `at`.
     pub(super) fn command(&mut self, command: &Command<'_>, at: u64) -> Result<Reaction> {
-        let protocol = |reason: &str| Err(Error::Protocol { offset: at, reason: reason.to_owned() });
+        let protocol =
+            |reason: &str| Err(Error::Protocol { offset: at, reason: reason.to_owned() });
         let unsupported =
             |reason: &str| Err(Error::Unsupported { offset: at, reason: reason.to_owned() });
         match command {

@@ -213,7 +213,11 @@ fn put(
     while !rest.is_empty() {
         let (run, is_zero) = run(sink.allocation_unit(), at, rest);
         let (bytes, behind) = rest.split_at(run);
-        if is_zero { zeroes(at, run)? } else { sink.write_at(bytes, at)? }
+        if is_zero {
+            zeroes(at, run)?
+        } else {
+            sink.write_at(bytes, at)?
+        }
         at = at.saturating_add(run as u64);
         rest = behind;
     }

@@ -83,7 +83,9 @@ impl Loading {
                     .map_err(|problem| format!("the length of the buffer {problem}"))?;
                 self.bits.write_bytes(range.start, bytes);
             }
-            None => self.bits.clear_range(range.start.saturating_mul(8)..range.end.saturating_mul(8)),
+            None => {
+                self.bits.clear_range(range.start.saturating_mul(8)..range.end.saturating_mul(8))
+            }
         }
         self.arrived.set_range(range.start / WORD_BYTES..range.end / WORD_BYTES);
         Ok(())

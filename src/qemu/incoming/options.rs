@@ -28,6 +28,9 @@ pub struct IncomingOptions {
     pub renames: Vec<Rename>,
     /// Open backing and data files that images name.
     pub allow_backing: bool,
+    /// What is not sent is there already: the source migrates with `inc` (`migrate -i`), which the
+    /// stream does not say. Without this each disk must come whole.
+    pub shared_base: bool,
     /// Nothing can be answered: the stream comes from a file or a pipe.
     pub is_one_way: bool,
 }
@@ -48,7 +51,9 @@ impl IncomingOptions {
         let nodes = self.renames.iter().filter_map(|rename| rename.node.as_ref());
         let mut unknown = nodes.filter(|node| self.disks.iter().all(|disk| disk.id != **node));
         match unknown.next() {
-            Some(node) => usage(format!("a bitmap of disk {node:?} is renamed, which is not named")),
+            Some(node) => {
+                usage(format!("a bitmap of disk {node:?} is renamed, which is not named"))
+            }
             None => Ok(()),
         }
     }
