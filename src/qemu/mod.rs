@@ -7,4 +7,5 @@ mod buffer;
 mod error;
 pub mod incoming;
 
+pub(crate) use buffer::Buffer;
 pub use error::{Error, Result, Subject};
