@@ -123,7 +123,7 @@ fn bitmaps_that_break_the_rules_are_refused() {
     let zeroes = [0; 41];
     let long = vec![0x40; 9];
     let over = Record::new(None, None, Body::Bits { first_sector: 0, sectors: 8192, buffer: None });
-    let nameless = [0x30, 0x01];
+    let nameless = [0x20, 0x01];
     let cases: Vec<(&str, Vec<u8>, &[u8], &[&str])> = vec![
         ("granularity 0", raw_start(0, 1), &[5], &["granularity", "is 0"]),
         ("granularity 1000", raw_start(1000, 1), &[5], &["1000", "power of two"]),
