@@ -78,6 +78,29 @@ pub enum Error {
     /// A migration over a connection stopped.
     #[error(transparent)]
     Stream(mig_core::stream::Error),
+    /// A captured stream is not well formed.
+    #[error("{} is no well-formed stream", .path.display())]
+    Capture {
+        /// The capture.
+        path: PathBuf,
+        /// Where and what.
+        #[source]
+        error: format_spec::Malformed,
+    },
+    /// A migration from or to QEMU stopped.
+    #[error(transparent)]
+    Qemu(crate::qemu::Error),
+}
+
+impl From<crate::qemu::Error> for Error {
+    fn from(error: crate::qemu::Error) -> Self {
+        use crate::qemu::Error as Qemu;
+        match error {
+            Qemu::Interrupted => Self::Interrupted,
+            Qemu::Local(error) => *error,
+            other => Self::Qemu(other),
+        }
+    }
 }
 
 impl From<mig_core::stream::Error> for Error {
@@ -137,6 +160,8 @@ impl Error {
             Self::Block(e) => e.blame(),
             Self::Hash(_) => Blame::Caller,
             Self::Stream(e) => e.blame(),
+            Self::Qemu(e) => e.blame(),
+            Self::Capture { .. } => Blame::Bytes,
         }
     }
 
@@ -185,6 +210,11 @@ impl Error {
             }
             Self::Image(Image::NoBitmap { file, .. }) => {
                 format!("`bitferry bitmap list {file}` shows those there are")
+            }
+            Self::Capture { .. } => {
+                "what stands before that offset was shown; --as says what the stream is where its \
+                 first bytes mislead"
+                    .into()
             }
             _ if is_full(self) => "free some room or choose another place".into(),
             _ => return None,

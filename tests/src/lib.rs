@@ -8,6 +8,7 @@
 pub mod bitferry;
 pub mod fuzz;
 pub mod image;
+pub mod incoming;
 pub mod json;
 pub mod peer;
 pub mod process;
