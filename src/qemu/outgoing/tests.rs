@@ -109,7 +109,7 @@ fn bitmaps_of_one_name_on_two_disks_are_told_apart() {
     let (mut decoder, bytes) = (Decoder::new(), tape.bytes());
     let (mut at, mut names) = (0, Vec::new());
     while let Some(rest) = bytes.get(at..).filter(|rest| !rest.is_empty()) {
-        let Step::Item(item, len) = decoder.next(rest).unwrap() else { panic!("cut") };
+        let Step::Item(item, len) = decoder.next(rest, true).unwrap() else { panic!("cut") };
         at += len;
         if let Item::DirtyBitmap(record) = item
             && !record.ends_body()
@@ -167,7 +167,9 @@ fn replay(stream: &[u8], disk: &mut [u8]) -> (usize, Vec<u8>) {
     let (mut decoder, mut at) = (Decoder::new(), 0);
     let (mut records, mut percents) = (0, Vec::new());
     while at < stream.len() {
-        let Step::Item(item, len) = decoder.next(&stream[at..]).unwrap() else { panic!("cut") };
+        let Step::Item(item, len) = decoder.next(&stream[at..], true).unwrap() else {
+            panic!("cut")
+        };
         at += len;
         let Item::Block(Record { word, body }) = item else { continue };
         let start = usize::try_from(word & !511).unwrap();
