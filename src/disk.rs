@@ -160,7 +160,7 @@ fn opener(request: &Request<'_>) -> Opener {
 
 /// A guest can write a qcow2 header to the start of its raw disk: who has only looked at the
 /// content does not take it for qcow2 without a word.
-fn check_probe(path: &Path, chain: &Chain, observer: &dyn Observer) -> Result<()> {
+pub(crate) fn check_probe(path: &Path, chain: &Chain, observer: &dyn Observer) -> Result<()> {
     if !chain.is_probed() || matches!(chain.top(), Layer::Raw(_)) {
         return Ok(());
     }

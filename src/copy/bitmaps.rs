@@ -117,7 +117,7 @@ pub(super) fn load(source: &Source, plan: &BitmapPlan) -> Result<Vec<PersistentB
 }
 
 /// Whether a destination holds exactly what was stored: `None`, or the first difference.
-pub(super) fn difference(stored: &[PersistentBitmap], found: &Stored) -> Result<Option<String>> {
+pub(crate) fn difference(stored: &[PersistentBitmap], found: &Stored) -> Result<Option<String>> {
     let Some(directory) = found.directory() else {
         let lost = stored.first().map(|b| format!("bitmap {:?} is not there", b.name));
         return Ok(lost);

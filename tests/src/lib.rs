@@ -9,6 +9,7 @@ pub mod bitferry;
 pub mod destination;
 pub mod fuzz;
 pub mod image;
+pub mod incoming;
 pub mod json;
 pub mod peer;
 pub mod process;

@@ -141,6 +141,11 @@ impl Decoder {
         matches!(self.expected, Expected::AfterEof | Expected::Nothing)
     }
 
+    /// Whether nothing more may come, not even a VM description.
+    pub fn has_ended(&self) -> bool {
+        self.expected == Expected::Nothing
+    }
+
     /// The names that `dirty-bitmap` records leave out.
     pub fn dirty_bitmap(&self) -> &dirty_bitmap::Decoder {
         &self.dirty_bitmap
