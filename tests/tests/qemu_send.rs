@@ -271,7 +271,8 @@ fn job(qemu: &mut Qemu, command: &str, arguments: Value) {
 fn allocated(image: &Path) -> Vec<Range<u64>> {
     let mut ranges: Vec<Range<u64>> = Vec::new();
     for part in qemu::map(image, "qcow2") {
-        if part["data"] == false && part["zero"] == true && part["offset"].is_null() {
+        // A cluster of zeroes that was copied is there, too.
+        if part["present"] == false {
             continue;
         }
         let number = |key: &str| part[key].as_u64().unwrap();

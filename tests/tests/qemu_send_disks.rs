@@ -10,11 +10,12 @@ use bitferry::qemu::Version;
 use bitferry::qemu::outgoing::{self, Options, SourceDisk};
 use bitferry::report::{BitmapOutcome, Report, Status, Verified};
 use bitferry::{Error, Silent, exit_status};
+use bitferry_tests::bitferry::bitferry as program;
 use bitferry_tests::destination::{Destination, connection, connection_with};
 use bitferry_tests::image::make;
 use bitferry_tests::qmp::Qemu;
 use bitferry_tests::random::{Random, seed};
-use bitferry_tests::{Peer, Scratch, bitferry, qemu, require_all};
+use bitferry_tests::{Peer, Scratch, qemu, require_all};
 use mig_core::transport::Connection;
 use serde_json::json;
 
@@ -108,7 +109,7 @@ fn disks_of_all_sizes_arrive_whole() {
         assert_eq!(disk.id, *name);
         assert_eq!(disk.bytes_data + disk.bytes_zero, *size);
         assert_eq!(disk.verified, Verified::Unconfirmed);
-        let hash = bitferry().args(["hash", "-f", format]).arg(target).ok();
+        let hash = program().args(["hash", "-f", format]).arg(target).ok();
         assert!(hash.contains(disk.content_hash.as_ref().unwrap()), "{hash}");
     }
 }
@@ -237,10 +238,11 @@ fn what_would_kill_the_destination_is_found_first() {
     }
     let scratch = Scratch::new();
     let source = make(&scratch, "s.qcow2", 2 * MIB).bitmap("b", 65536).done();
-    let target = make(&scratch, "t.qcow2", 2 * MIB).bitmap("b", 65536).done();
+    let target = make(&scratch, "t.qcow2", 2 * MIB).done();
     let small = make(&scratch, "small.qcow2", MIB).done();
     let mut destination =
         Destination::of_bitmaps(Peer::Qemu72, &[("bare", &target), ("small", &small)]);
+    destination.qemu.ok("block-dirty-bitmap-add", json!({ "node": "bare", "name": "b" }));
     let monitor = destination.monitor();
     let refused = |options: Options| {
         let options = Options { peer_qmp: Some(monitor.clone()), ..options };
