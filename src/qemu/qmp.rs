@@ -223,7 +223,11 @@ mod tests {
     #[test]
     fn answers_find_their_command_and_events_do_not_disturb() {
         let ready = "{\"return\":{},\"id\":1}\n";
-        let answer = "{\"event\":\"STOP\"}\n{\"return\":{\"old\":1},\"id\":1}\n{\"return\":{\"n\":5},\"id\":2}\n";
+        let answer = concat!(
+            "{\"event\":\"STOP\"}\n",
+            "{\"return\":{\"old\":1},\"id\":1}\n",
+            "{\"return\":{\"n\":5},\"id\":2}\n"
+        );
         let refusal =
             "{\"id\":3,\"error\":{\"class\":\"GenericError\",\"desc\":\"no such node\"}}\n";
         let mut client = monitor(&greeting(), &[ready, answer, refusal]).unwrap();

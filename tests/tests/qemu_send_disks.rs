@@ -297,22 +297,18 @@ fn a_destination_that_dies_is_a_failure() {
     // Killed in the middle.
     let mut destination = Destination::of_disks(Peer::Qemu72, &[("d", &target)]);
     let connection = destination.connect();
-    let killed = KillAt::new(connection, 20 << 20, move || drop(destination.qemu.kill()));
+    let killed = kill_at(connection, 20 << 20, move || drop(destination.qemu.kill()));
     assert_eq!(failure(killed, &contents_of(&[("d", &source)])).exit_status(), 4);
 }
 
 /// A connection that runs something once so many bytes were written to it.
-struct KillAt;
-
-impl KillAt {
-    fn new(
-        connection: Connection,
-        bytes: usize,
-        then: impl FnOnce() + Send + 'static,
-    ) -> Connection {
-        let writer = Counted { writer: connection.writer, left: bytes, then: Some(then) };
-        Connection { writer: Box::new(writer), ..connection }
-    }
+fn kill_at(
+    connection: Connection,
+    bytes: usize,
+    then: impl FnOnce() + Send + 'static,
+) -> Connection {
+    let writer = Counted { writer: connection.writer, left: bytes, then: Some(then) };
+    Connection { writer: Box::new(writer), ..connection }
 }
 
 struct Counted<F> {
@@ -446,4 +442,41 @@ fn a_stream_without_a_way_back_is_the_same_to_qemu() {
         oracle.open("d", &source, false).unwrap();
         assert_eq!(destination.qemu.bitmap_hash("d", "b"), oracle.bitmap_hash("d", "b"));
     }
+}
+
+/// Kills the destination once it has said how the migration ended.
+struct LastWord<F> {
+    reader: Box<dyn Read + Send>,
+    then: Option<F>,
+}
+
+impl<F: FnOnce()> Read for LastWord<F> {
+    fn read(&mut self, bytes: &mut [u8]) -> std::io::Result<usize> {
+        let len = self.reader.read(bytes)?;
+        if let Some(then) = self.then.take() {
+            then();
+        }
+        Ok(len)
+    }
+}
+
+#[test]
+fn a_monitor_that_is_gone_leaves_the_outcome_unknown() {
+    if !peers() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let source = make(&scratch, "s.qcow2", 2 * MIB).bitmap("b", 65536).done();
+    let target = make(&scratch, "t.qcow2", 2 * MIB).done();
+    let mut destination = Destination::of_bitmaps(Peer::Qemu10, &[("d", &target)]);
+    let mut options = bitmaps_of(&[("d", &source)]);
+    options.peer_qmp = Some(destination.monitor());
+    let connection = destination.connect();
+    let prepared = outgoing::prepare(&options, &Silent).unwrap();
+    let then = Some(move || drop(destination.qemu.kill()));
+    let reader = Box::new(LastWord { reader: connection.reader, then });
+    let report = prepared.send(Connection { reader, ..connection }, &Silent).unwrap();
+    assert_eq!((report.status, exit_status(&report)), (Status::Unknown, 8));
+    assert_eq!(report.disks[0].bitmaps[0].outcome, BitmapOutcome::Sent);
+    assert!(report.error.unwrap().contains("monitor"));
 }

@@ -72,6 +72,26 @@ enum Heard {
     Silence(String),
 }
 
+/// What is known in the end.
+struct Outcome {
+    status: Status,
+    error: Option<String>,
+    /// Of each bitmap that was sent; or why there are none.
+    verdicts: Result<Vec<Verdict>, String>,
+}
+
+impl Outcome {
+    /// Nobody can tell, for this reason.
+    fn unknown(why: String) -> Self {
+        Self { status: Status::Unknown, error: Some(why.clone()), verdicts: Err(why) }
+    }
+
+    /// It ended well, and this is known of the bitmaps.
+    fn completed(verdicts: Result<Vec<Verdict>, String>) -> Self {
+        Self { status: Status::Completed, error: None, verdicts }
+    }
+}
+
 impl Prepared<'_> {
     /// Sends everything on a fresh connection and finds out what became of it. An error means that
     /// the destination does not have the disks; a status `unknown` that nobody could tell.
@@ -87,16 +107,16 @@ impl Prepared<'_> {
         let (disks, sent) = streamed.map_err(|error| self.explain(&mut session, error))?;
         observer.phase(Phase::Prove);
         let heard = self.heard(&mut session)?;
-        let (status, error, verdicts) = self.confirm(&sent, heard, observer)?;
+        let outcome = self.confirm(&sent, heard, observer)?;
         Ok(Report {
-            status,
-            error,
+            status: outcome.status,
+            error: outcome.error,
             total_time_ms: u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX),
             downtime_ms: None,
             wire_bytes: session.wire_bytes(),
             repeated_bytes: 0,
             resumed: false,
-            disks: report::disks(&self, &disks, &verdicts),
+            disks: report::disks(&self, &disks, &outcome.verdicts),
             ram: None,
         })
     }
@@ -220,24 +240,22 @@ impl Prepared<'_> {
         sent: &[Fingerprint],
         heard: Heard,
         observer: &dyn Observer,
-    ) -> Result<(Status, Option<String>, Result<Vec<Verdict>, String>)> {
+    ) -> Result<Outcome> {
         let bitmaps = self.bitmaps();
         let Some(peer) = &mut self.peer else {
             return Ok(match heard {
-                Heard::Ended => (Status::Completed, None, Err(report::unasked())),
-                Heard::Silence(why) => (Status::Unknown, Some(why.clone()), Err(why)),
+                Heard::Ended => Outcome::completed(Err(report::unasked())),
+                Heard::Silence(why) => Outcome::unknown(why),
             });
         };
         let asked = confirm::wait(peer, observer)
             .and_then(|()| confirm::verdicts(peer, &bitmaps, sent, observer));
         match asked {
-            Ok(verdicts) => Ok((Status::Completed, None, Ok(verdicts))),
+            Ok(verdicts) => Ok(Outcome::completed(Ok(verdicts))),
             Err(qemu::Error::Monitor(error)) => {
-                let why = format!(
-                    "the destination's monitor does not answer any more: {}",
-                    crate::report::error_chain(&error)
-                );
-                Ok((Status::Unknown, Some(why.clone()), Err(why)))
+                let said = crate::report::error_chain(&error);
+                let why = format!("the destination's monitor does not answer any more: {said}");
+                Ok(Outcome::unknown(why))
             }
             Err(error) => Err(error.into()),
         }

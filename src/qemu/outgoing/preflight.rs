@@ -81,7 +81,7 @@ fn check_bitmap(bitmap: &PlannedBitmap, inventory: &Inventory) -> Result<Option<
         Ok(place) => place,
         Err(why) => {
             return Ok(Some(format!(
-                "{why}: it will drop bitmap {:?} of disk {:?}, perhaps all bitmaps, and say nothing",
+                "{why}: it will drop bitmap {:?} of disk {:?}, and perhaps all, and not fail",
                 wire.name, wire.device
             )));
         }
