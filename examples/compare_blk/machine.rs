@@ -37,7 +37,7 @@ impl Machine {
         if waits {
             command.args(["-incoming", "defer"]);
         }
-        let mut child = command.stdin(Stdio::null()).spawn()?;
+        let mut child = command.stdin(Stdio::null()).stdout(Stdio::null()).spawn()?;
         let end = Instant::now() + PATIENCE;
         let monitor = loop {
             match qmp::Client::connect(&socket, PATIENCE) {
