@@ -78,6 +78,15 @@ pub enum Error {
     /// A transfer over a connection stopped.
     #[error(transparent)]
     Wire(crate::wire::Error),
+    /// A captured stream is not well formed.
+    #[error("{} is no well-formed stream", .path.display())]
+    Stream {
+        /// The capture.
+        path: PathBuf,
+        /// Where and what.
+        #[source]
+        error: format_spec::Malformed,
+    },
     /// A migration from or to QEMU stopped.
     #[error(transparent)]
     Qemu(crate::qemu::Error),
@@ -130,6 +139,7 @@ impl Error {
             Self::Hash(_) => Blame::Caller,
             Self::Wire(e) => e.blame(),
             Self::Qemu(e) => e.blame(),
+            Self::Stream { .. } => Blame::Bytes,
         }
     }
 
@@ -177,6 +187,11 @@ impl Error {
             }
             Self::Image(Image::NoBitmap { file, .. }) => {
                 format!("`bitferry bitmap list {file}` shows those there are")
+            }
+            Self::Stream { .. } => {
+                "what stands before that offset was shown; --as says what the stream is where its \
+                 first bytes mislead"
+                    .into()
             }
             _ if is_full(self) => "free some room or choose another place".into(),
             _ => return None,

@@ -1,7 +1,8 @@
 //! Move VM disk images with their backup bitmaps: copy them, prove the copy, report honestly.
 //!
 //! The verbs of the command line are functions here: [`copy::run`] and [`copy::plan`],
-//! [`compare::run`], [`hash::run`], [`info::run`]. Each takes a plain options struct and, where it
+//! [`compare::run`], [`hash::run`], [`info::run`], [`inspect::run`], and
+//! [`qemu::incoming::run`]. Each takes a plain options struct and, where it
 //! takes a while, an [`Observer`]; each returns a value that serialises to the documented JSON.
 //! [`report::exit_status`] maps a report to the process's exit status, and [`Error::exit_status`]
 //! does it for failures.
@@ -14,6 +15,7 @@ mod disk;
 mod error;
 pub mod hash;
 pub mod info;
+pub mod inspect;
 mod observe;
 mod publish;
 pub mod qemu;

@@ -85,6 +85,7 @@ pub(crate) enum Verb {
     Compare(CompareArgs),
     Hash(HashArgs),
     Bitmap(super::bitmap::BitmapArgs),
+    Inspect(super::inspect::InspectArgs),
     Completions(CompletionsArgs),
     Man(ManArgs),
 }

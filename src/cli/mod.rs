@@ -12,6 +12,7 @@ mod demo;
 mod failure;
 mod hash;
 mod info;
+mod inspect;
 mod interrupt;
 mod man;
 mod output;
@@ -53,6 +54,7 @@ fn run(verb: Verb, output: &Output) -> Outcome {
         Verb::Demo(args) => demo::run(&args, output),
         Verb::Copy(args) => copy::run(args, output),
         Verb::Info(args) => info::run(args, output),
+        Verb::Inspect(args) => inspect::run(&args, output),
         Verb::Compare(args) => compare::run(args, output),
         Verb::Hash(args) => hash::run(args, output),
         Verb::Bitmap(args) => bitmap::run(args, output),

@@ -14,5 +14,6 @@ pub mod qmp;
 mod version;
 
 pub use bitmap_hash::bitmap_sha256;
+pub(crate) use buffer::Buffer;
 pub use error::{Error, Result, Subject};
 pub use version::Version;

@@ -210,6 +210,7 @@ impl Decoder {
                 let bitmaps = &mut self.dirty_bitmap;
                 attempt(input, at, |reader| bitmaps.decode(reader))?.map(Item::DirtyBitmap)
             }
+            Expected::Nothing if input.is_empty() => Step::Need(1),
             Expected::Nothing => {
                 let problem = Problem::Other("is followed by unexpected bytes");
                 return Err(Malformed::new(at, "end of the stream", problem));
