@@ -13,6 +13,7 @@ use bitferry::{Error, Silent, exit_status};
 use bitferry_tests::bitferry::bitferry as program;
 use bitferry_tests::destination::{Destination, connection, connection_with};
 use bitferry_tests::image::make;
+use bitferry_tests::incoming::{Receiver, places};
 use bitferry_tests::qmp::Qemu;
 use bitferry_tests::random::{Random, seed};
 use bitferry_tests::{Peer, Scratch, qemu, require_all};
@@ -479,4 +480,27 @@ fn a_monitor_that_is_gone_leaves_the_outcome_unknown() {
     assert_eq!((report.status, exit_status(&report)), (Status::Unknown, 8));
     assert_eq!(report.disks[0].bitmaps[0].outcome, BitmapOutcome::Sent);
     assert!(report.error.unwrap().contains("monitor"));
+}
+
+#[test]
+fn our_own_destination_takes_it_too() {
+    if !require_all(&[Peer::QemuImg, Peer::QemuIo, Peer::QemuNbd]) {
+        return;
+    }
+    let scratch = Scratch::new();
+    let size = 5 * MIB + 512;
+    let source = make(&scratch, "s.qcow2", size)
+        .write(1, 0, 2 * MIB)
+        .bitmap("b", 64 * KIB)
+        .write(2, size - 512, 512)
+        .done();
+    let target = filled(&scratch, "t.qcow2", "qcow2", size);
+    let receiver = Receiver::listen(places(&[("d", &target)]));
+    let stream = receiver.connect();
+    let report = outgoing::run(connection(stream), &contents_of(&[("d", &source)]), &Silent);
+    assert_eq!(exit_status(&report.unwrap()), 0);
+    assert_eq!(exit_status(receiver.wait().report()), 0);
+    qemu::same_content((&source, "qcow2"), (&target, "qcow2"));
+    let ranges = |image: &Path| qemu::dirty_ranges(image, "b").unwrap();
+    assert_eq!(ranges(&target), ranges(&source));
 }
