@@ -6,6 +6,7 @@
 #![allow(clippy::missing_panics_doc)]
 
 pub mod bitferry;
+pub mod destination;
 pub mod fuzz;
 pub mod image;
 pub mod incoming;
