@@ -9,12 +9,15 @@
 
 pub mod bitmap;
 pub mod compare;
+#[cfg(feature = "net")]
+pub mod connect;
 pub mod copy;
 mod disk;
 mod error;
 pub mod hash;
 pub mod info;
 mod observe;
+pub mod options;
 mod publish;
 pub mod report;
 pub mod wire;

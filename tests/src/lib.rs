@@ -10,6 +10,7 @@ pub mod fuzz;
 pub mod image;
 pub mod json;
 pub mod peer;
+pub mod pki;
 pub mod process;
 pub mod qemu;
 pub mod qmp;
