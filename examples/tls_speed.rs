@@ -138,8 +138,7 @@ fn read(mut connection: Connection, mib: usize) -> Result<f64> {
 
 /// Rates of sealing and of opening records, each on one core by itself.
 fn cipher(mib: usize) -> Result<(f64, f64)> {
-    let SupportedCipherSuite::Tls13(suite) =
-        aws_lc_rs::cipher_suite::TLS13_AES_256_GCM_SHA384;
+    let SupportedCipherSuite::Tls13(suite) = aws_lc_rs::cipher_suite::TLS13_AES_256_GCM_SHA384;
     let key = || AeadKey::from([7; 32]);
     let iv = || Iv::from([9; 12]);
     let (mut sealer, mut opener) =

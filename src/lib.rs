@@ -8,6 +8,7 @@
 #![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 
 pub mod bitmap;
+mod carry;
 pub mod compare;
 #[cfg(feature = "net")]
 pub mod connect;
@@ -22,7 +23,9 @@ pub mod options;
 pub mod outgoing;
 mod proof;
 mod publish;
+pub mod receive;
 pub mod report;
+pub mod send;
 mod session;
 
 pub use error::{Error, Result};

@@ -137,7 +137,7 @@ fn every_address_of_this_host_is_listened_at() {
 fn a_hang_up_wakes_reads_and_writes() {
     let scratch = Scratch::new();
     for place in places(&scratch) {
-        let (_listener, mut source, destination) = connected(&place, &options());
+        let (listener, mut source, destination) = connected(&place, &options());
         let line = source.line.clone();
         let mut reader = source.reader;
         let read = move || reader.read(&mut [0; 10]).unwrap_err();
@@ -146,7 +146,7 @@ fn a_hang_up_wakes_reads_and_writes() {
         assert!(took < Duration::from_secs(5), "{took:?}");
         assert!(matches!(reason(&source.writer.write(b"x").unwrap_err()), Error::HungUp));
         line.hang_up();
-        drop(destination);
+        drop((destination, listener));
 
         let (_other, mut source, _destination) = connected(&place, &options());
         let line = source.line.clone();
