@@ -90,6 +90,10 @@ pub enum Error {
     /// A migration from or to QEMU stopped.
     #[error(transparent)]
     Qemu(crate::qemu::Error),
+    /// There is no connection, or none that could be used.
+    #[cfg(feature = "net")]
+    #[error(transparent)]
+    Connect(#[from] crate::connect::Error),
 }
 
 impl From<crate::qemu::Error> for Error {
@@ -159,9 +163,11 @@ impl Error {
             Self::Device(e) => e.blame(),
             Self::Block(e) => e.blame(),
             Self::Hash(_) => Blame::Caller,
-            Self::Stream(e) => e.blame(),
+            Self::Stream(e) => self.transport().map_or(e.blame(), |found| found.1),
             Self::Qemu(e) => e.blame(),
             Self::Capture { .. } => Blame::Bytes,
+            #[cfg(feature = "net")]
+            Self::Connect(e) => e.blame(),
         }
     }
 
@@ -217,9 +223,28 @@ impl Error {
                     .into()
             }
             _ if is_full(self) => "free some room or choose another place".into(),
-            _ => return None,
+            _ => return self.transport()?.0,
         };
         Some(text)
+    }
+
+    /// What a transport says of its failure: what to do, and whose fault it is.
+    #[cfg(feature = "net")]
+    fn transport(&self) -> Option<(Option<String>, Blame)> {
+        use mig_core::stream::Error as Stream;
+        let found = match self {
+            Self::Connect(error) => error,
+            Self::Stream(Stream::Connect(e) | Stream::Connection { source: e, .. }) => {
+                crate::connect::Error::find(e)?
+            }
+            _ => return None,
+        };
+        Some((found.hint(), found.blame()))
+    }
+
+    #[cfg(not(feature = "net"))]
+    fn transport(&self) -> Option<(Option<String>, Blame)> {
+        None
     }
 }
 

@@ -9,7 +9,10 @@
 #![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 
 pub mod bitmap;
+mod carry;
 pub mod compare;
+#[cfg(feature = "net")]
+pub mod connect;
 pub mod copy;
 mod disk;
 mod error;
@@ -18,11 +21,14 @@ pub mod incoming;
 pub mod info;
 pub mod inspect;
 mod observe;
+pub mod options;
 pub mod outgoing;
 mod proof;
 mod publish;
 pub mod qemu;
+pub mod receive;
 pub mod report;
+pub mod send;
 mod session;
 
 pub use error::{Error, Result};

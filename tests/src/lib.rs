@@ -12,6 +12,7 @@ pub mod image;
 pub mod incoming;
 pub mod json;
 pub mod peer;
+pub mod pki;
 pub mod process;
 pub mod qemu;
 pub mod qmp;
