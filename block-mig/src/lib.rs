@@ -21,10 +21,12 @@ pub mod plan;
 pub mod pool;
 pub mod proof;
 pub mod store;
+pub mod tracked;
 mod transfer;
 
 pub use compare::{Difference, first_difference};
 pub use error::{Error, Result};
 pub use monitor::{Monitor, Unwatched};
 pub use proof::content_hash;
+pub use tracked::TrackedDisk;
 pub use transfer::{TransferOptions, Transferred, transfer};
