@@ -5,9 +5,11 @@
 #![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 
 mod image_store;
+pub mod live;
 mod named;
 pub mod select;
 
 pub use image_store::ImageBitmaps;
+pub use live::LiveBitmaps;
 pub use named::{Bitmap, load, summary};
 pub use select::{Choice, Decision, Fate, Holder, Problem, Rename, Wanted, Wish, decide};

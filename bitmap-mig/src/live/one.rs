@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use format_spec::native::block::{BitmapShape, PIECE_BYTES};
 use mig_core::bitmap::BitmapInfo;
-use mig_core::dirty::AtomicBits;
+use mig_core::dirty::{AtomicBits, CHUNK_BYTES};
 use qcow2_file::bitmaps::Bits;
 
 /// Granules of one piece.
@@ -49,12 +49,20 @@ impl Life {
     /// A copy of the bits.
     pub(super) fn snapshot(&self) -> Bits {
         let mut bits = Bits::new(self.bits.len());
-        let mut from = 0;
-        while let Some(run) = self.bits.next_run(from, u64::MAX) {
-            from = run.end;
-            bits.set_range(run);
+        let mut bytes = Vec::new();
+        for chunk in self.bits.chunks() {
+            let offset = chunk.saturating_mul(CHUNK_BYTES);
+            self.read_chunk(offset, &mut bytes);
+            bits.write_bytes(offset, &bytes);
         }
         bits
+    }
+
+    /// The bytes from `offset` on, up to [`CHUNK_BYTES`] or the end.
+    pub(super) fn read_chunk(&self, offset: u64, bytes: &mut Vec<u8>) {
+        let len = self.bits.byte_len().saturating_sub(offset).min(CHUNK_BYTES);
+        bytes.resize(usize::try_from(len).unwrap_or(0), 0);
+        self.bits.read_bytes(offset, bytes);
     }
 }
 
@@ -92,13 +100,15 @@ impl Slot {
         }
     }
 
-    /// Clears all granules.
+    /// Clears all granules, piece by piece.
     pub(super) fn clear(&self) {
         let mut from = 0;
-        while let Some(run) = self.life.bits.next_run(from, u64::MAX) {
-            from = run.end;
-            self.life.bits.clear_range(run.clone());
-            self.note(run);
+        while let Some(set) = self.life.bits.next_run(from, 1) {
+            let piece = set.start / PIECE_BITS;
+            let granules = piece * PIECE_BITS..(piece + 1) * PIECE_BITS;
+            from = granules.end;
+            self.life.bits.clear_range(granules.clone());
+            self.note(granules);
         }
     }
 
