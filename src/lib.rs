@@ -9,14 +9,17 @@
 
 pub mod bitmap;
 pub mod compare;
+pub mod control;
 pub mod copy;
 mod disk;
 mod error;
 pub mod hash;
 pub mod info;
 mod observe;
+pub mod policy;
 mod publish;
 pub mod report;
+pub mod status;
 pub mod wire;
 
 pub use error::{Error, Result};

@@ -85,6 +85,7 @@ pub(crate) enum Verb {
     Compare(CompareArgs),
     Hash(HashArgs),
     Bitmap(super::bitmap::BitmapArgs),
+    Control(super::control::ControlArgs),
     Completions(CompletionsArgs),
     Man(ManArgs),
 }
