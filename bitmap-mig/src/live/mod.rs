@@ -7,6 +7,7 @@
 
 mod jobs;
 mod one;
+mod save;
 mod sender;
 mod store;
 #[cfg(test)]
@@ -22,6 +23,7 @@ use mig_core::dirty::Recorder;
 use qcow2_file::bitmaps::Bits;
 
 use self::one::Slot;
+pub use self::save::SaveLive;
 pub use self::sender::{Carry, Numbers, PieceCounts, Sender};
 
 /// Result of a backup job.

@@ -3,13 +3,15 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use format_spec::Blame;
 use format_spec::content_hash::{BitmapDigest, DigestBuilder, HashError};
 use format_spec::native::block::{
     BitmapCreate, BitmapSeal, BitmapUpdate, BitmapVersion, BlockRecord, DiskId, PIECE_BYTES,
     PIECE_HEAD_BYTES, Piece,
 };
 use mig_core::bitmap::BitmapInfo;
-use mig_core::dirty::{AtomicBits, CHUNK_BYTES, InFlight};
+use mig_core::dirty::{AtomicBits, CHUNK_BYTES};
+use mig_core::stream::{Error, Result};
 
 use super::LiveBitmaps;
 use super::one::Life;
@@ -66,7 +68,7 @@ struct Told {
     life: Option<Arc<Life>>,
     is_enabled: bool,
     changed: Arc<AtomicBits>,
-    in_flight: InFlight,
+    in_flight: AtomicBits,
     /// Pieces that the destination may hold bits of: a zero piece that was never sent is not sent.
     sent: AtomicBits,
     digest: DigestBuilder,
@@ -99,6 +101,11 @@ impl Sender {
         self.counts
     }
 
+    /// The disk whose bitmaps they are.
+    pub fn disk(&self) -> DiskId {
+        self.disk
+    }
+
     /// Names of the bitmaps that go along now: at the source, at the destination.
     pub fn names(&self) -> impl Iterator<Item = (&str, &str)> {
         let alive = self.told.iter().filter(|told| told.life.is_some());
@@ -107,12 +114,9 @@ impl Sender {
 
     /// Begins a pass: tells what was created, changed its flags or is gone. These records go on
     /// main.
-    pub fn announce<E: From<HashError>>(
-        &mut self,
-        emit: &mut dyn FnMut(&BlockRecord<'_>) -> Result<(), E>,
-    ) -> Result<(), E> {
+    pub fn announce(&mut self, emit: &mut dyn FnMut(&BlockRecord<'_>) -> Result<()>) -> Result<()> {
         self.at = (0, 0);
-        for news in self.look()? {
+        for news in self.look().map_err(unhashable)? {
             match news {
                 News::Removed(version) => emit(&BlockRecord::BitmapRemove(version))?,
                 News::Created(at) => self.told.get(at).map_or(Ok(()), |told| {
@@ -141,7 +145,7 @@ impl Sender {
     /// Appends changed pieces to `packed`, up to `max_bytes` and at least one, as
     /// [`Pieces`](format_spec::native::block::Pieces) has them. Nothing is appended once the pass
     /// is done.
-    pub fn pieces(&mut self, max_bytes: usize, packed: &mut Vec<u8>) -> Result<(), HashError> {
+    pub fn pieces(&mut self, max_bytes: usize, packed: &mut Vec<u8>) -> Result<()> {
         let begin = packed.len();
         let room = max_bytes.saturating_sub(PIECE_HEAD_BYTES + PIECE_BYTES);
         while let Some(told) = self.told.get_mut(self.at.0) {
@@ -150,7 +154,7 @@ impl Sender {
                 Some(next) => self.at.1 = next,
                 None => {
                     // Hashed while the guest runs, so that sealing has little left to do.
-                    told.hash()?;
+                    told.hash().map_err(unhashable)?;
                     self.at = (self.at.0 + 1, 0);
                 }
             }
@@ -170,33 +174,37 @@ impl Sender {
         pieces.saturating_mul((PIECE_HEAD_BYTES + PIECE_BYTES) as u64)
     }
 
-    /// A barrier was placed.
-    pub fn barrier(&mut self) {
-        self.told.iter().for_each(|told| told.in_flight.barrier());
-    }
-
-    /// What was sent before the last barrier has arrived.
+    /// What was sent has arrived: a barrier behind the pass was acknowledged.
     pub fn acknowledged(&mut self) {
-        self.told.iter().for_each(|told| told.in_flight.acknowledged());
+        for told in &self.told {
+            told.in_flight.clear_range(0..u64::MAX);
+        }
     }
 
     /// What was sent and not acknowledged will be sent again.
     pub fn give_back(&mut self) {
-        self.told.iter().for_each(|told| told.in_flight.give_back(&told.changed));
+        self.told.iter().for_each(|told| told.in_flight.move_to(&told.changed));
     }
 
     /// Says of each bitmap that it was all, on main. The last pass is done, the guest paused and
-    /// jobs are frozen. Answers what READY must say of them.
-    pub fn seal<E: From<HashError>>(
+    /// jobs are frozen. With `hashes`, answers
+    /// what READY must say of them.
+    pub fn seal(
         &mut self,
-        emit: &mut dyn FnMut(&BlockRecord<'_>) -> Result<(), E>,
-    ) -> Result<Vec<(BitmapVersion, BitmapDigest)>, E> {
+        hashes: bool,
+        emit: &mut dyn FnMut(&BlockRecord<'_>) -> Result<()>,
+    ) -> Result<Vec<(BitmapVersion, BitmapDigest)>> {
         let mut sealed = Vec::new();
         for told in self.told.iter_mut().filter(|told| told.life.is_some()) {
-            told.hash()?;
-            let (version, digest) = (told.version, told.digest.digest());
-            emit(&BlockRecord::BitmapSeal(BitmapSeal { version, digest: Some(digest) }))?;
-            sealed.push((version, digest));
+            let version = told.version;
+            let digest = if hashes {
+                told.hash().map_err(unhashable)?;
+                Some(told.digest.digest())
+            } else {
+                None
+            };
+            emit(&BlockRecord::BitmapSeal(BitmapSeal { version, digest }))?;
+            sealed.extend(digest.map(|digest| (version, digest)));
         }
         Ok(sealed)
     }
@@ -253,6 +261,10 @@ impl Sender {
     }
 }
 
+fn unhashable(error: HashError) -> Error {
+    Error::handler(Blame::Caller, error)
+}
+
 impl Drop for Sender {
     fn drop(&mut self) {
         let _jobs = self.bitmaps.lock_jobs();
@@ -276,7 +288,7 @@ impl Told {
             name,
             is_enabled,
             changed,
-            in_flight: InFlight::new(pieces),
+            in_flight: AtomicBits::new(pieces),
             sent: AtomicBits::new(pieces),
             digest: DigestBuilder::replaceable(shape.granularity.into(), shape.bits)?,
             stale: AtomicBits::new(pieces.div_ceil(PIECES_PER_LEAF)),
@@ -289,7 +301,7 @@ impl Told {
     fn next_piece(&mut self, from: u64, packed: &mut Vec<u8>) -> Option<u64> {
         let life = self.life.as_ref()?;
         let index = self.changed.next_run(from, 1)?.start;
-        self.in_flight.add(index..index + 1);
+        self.in_flight.set_range(index..index + 1);
         // Taken before it is read: what changes afterwards marks it again.
         self.changed.take_run(index, 1).filter(|taken| taken.start == index)?;
         self.stale.set_range(index / PIECES_PER_LEAF..index / PIECES_PER_LEAF + 1);

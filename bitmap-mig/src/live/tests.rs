@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use format_spec::Reader;
-use format_spec::content_hash::{BitmapDigest, HashError};
+use format_spec::content_hash::BitmapDigest;
 use format_spec::native::block::{BitmapVersion, BlockRecord, DiskId, PIECE_BYTES, Pieces};
 use mig_core::bitmap::BitmapStore as _;
 use proptest::prelude::*;
@@ -103,7 +103,7 @@ fn digest(bitmaps: &LiveBitmaps, name: &str) -> BitmapDigest {
 
 /// One pass. Pieces are lost on the way if `is_lost`.
 fn pass(sender: &mut Sender, mirror: &mut Mirror, is_lost: bool) -> usize {
-    sender.announce::<HashError>(&mut |record| Ok(mirror.apply(record))).unwrap();
+    sender.announce(&mut |record| Ok(mirror.apply(record))).unwrap();
     let mut total = 0;
     loop {
         let mut packed = Vec::new();
@@ -117,7 +117,6 @@ fn pass(sender: &mut Sender, mirror: &mut Mirror, is_lost: bool) -> usize {
             mirror.put(&packed);
         }
     }
-    sender.barrier();
     if is_lost {
         sender.give_back()
     } else {
@@ -130,7 +129,7 @@ fn pass(sender: &mut Sender, mirror: &mut Mirror, is_lost: bool) -> usize {
 fn hand_over(mut sender: Sender, source: &LiveBitmaps, mirror: &mut Mirror) {
     source.freeze();
     pass(&mut sender, mirror, false);
-    let sealed = sender.seal::<HashError>(&mut |record| Ok(mirror.apply(record))).unwrap();
+    let sealed = sender.seal(true, &mut |record| Ok(mirror.apply(record))).unwrap();
     assert_eq!(sealed, mirror.sealed);
     let carried: Vec<_> = source.all().into_iter().filter(|b| b.name != "private").collect();
     let mut there = mirror.store.all();
@@ -301,7 +300,7 @@ fn many_giant_bitmaps_cost_what_their_bits_cost() {
     source.freeze();
     let begun = Instant::now();
     let last = pass(&mut sender, &mut mirror, false);
-    let sealed = sender.seal::<HashError>(&mut |_| Ok(())).unwrap();
+    let sealed = sender.seal(true, &mut |_| Ok(())).unwrap();
     let took = begun.elapsed();
     // A loaded machine and an unoptimised build: the order of magnitude is what can be held here.
     assert!(took < Duration::from_millis(100), "{took:?}");

@@ -153,6 +153,42 @@ impl<D: BlockSource + BlockSink> TrackedDisk<D> {
     }
 }
 
+/// A disk that can be migrated while a guest writes to it, whatever it keeps its bytes in.
+pub trait LiveSource: BlockSource {
+    /// See [`TrackedDisk::start_tracking`].
+    fn start_tracking(&self) -> Arc<DirtySet>;
+    /// See [`TrackedDisk::stop_tracking`].
+    fn stop_tracking(&self);
+    /// See [`TrackedDisk::pause`].
+    fn pause(&self);
+    /// See [`TrackedDisk::resume`].
+    fn resume(&self);
+    /// See [`TrackedDisk::retire`].
+    fn retire(&self);
+}
+
+impl<D: BlockSource + BlockSink> LiveSource for TrackedDisk<D> {
+    fn start_tracking(&self) -> Arc<DirtySet> {
+        TrackedDisk::start_tracking(self)
+    }
+
+    fn stop_tracking(&self) {
+        TrackedDisk::stop_tracking(self);
+    }
+
+    fn pause(&self) {
+        TrackedDisk::pause(self);
+    }
+
+    fn resume(&self) {
+        TrackedDisk::resume(self);
+    }
+
+    fn retire(&self) {
+        TrackedDisk::retire(self);
+    }
+}
+
 /// A change under way. However it ends, a panic of the disk included, it is marked and then leaves.
 struct Change<'a, D: BlockSource + BlockSink> {
     disk: &'a TrackedDisk<D>,

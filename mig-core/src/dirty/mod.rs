@@ -1,12 +1,10 @@
 //! What changed since it was sent, and what was sent and is not yet known to have arrived.
 
 mod bits;
-mod flight;
 
 use std::ops::Range;
 
 pub use bits::{AtomicBits, CHUNK_BYTES};
-pub use flight::InFlight;
 
 /// Who wants to know of changes of guest data. Called by guest threads, from many at once, on every
 /// write.
@@ -31,7 +29,7 @@ pub struct DirtySet {
     size: u64,
     unit_bits: u32,
     dirty: AtomicBits,
-    in_flight: InFlight,
+    in_flight: AtomicBits,
 }
 
 impl DirtySet {
@@ -40,7 +38,7 @@ impl DirtySet {
     pub fn new(size: u64, unit_bits: u8) -> Self {
         let unit_bits = u32::from(unit_bits).min(63);
         let units = size.div_ceil(1 << unit_bits);
-        let (dirty, in_flight) = (AtomicBits::new(units), InFlight::new(units));
+        let (dirty, in_flight) = (AtomicBits::new(units), AtomicBits::new(units));
         Self { size, unit_bits, dirty, in_flight }
     }
 
@@ -77,7 +75,7 @@ impl DirtySet {
         let mut from = from.div_ceil(self.unit_bytes());
         loop {
             let found = self.dirty.next_run(from, max)?;
-            self.in_flight.add(found.clone());
+            self.in_flight.set_range(found.clone());
             if let Some(run) = self.dirty.take_run(found.start, found.end - found.start) {
                 // What others took of it meanwhile is in flight as well, so nothing is to be undone.
                 return Some(self.bytes(run));
@@ -89,23 +87,19 @@ impl DirtySet {
     /// Takes the units of `range` whether they are dirty or not, for a sweep over everything.
     pub fn take_range(&self, range: Range<u64>) {
         let units = self.touched(range);
-        self.in_flight.add(units.clone());
+        self.in_flight.set_range(units.clone());
         self.dirty.clear_range(units);
     }
 
-    /// A barrier was placed. Not to be called while others take.
-    pub fn barrier(&self) {
-        self.in_flight.barrier();
-    }
-
-    /// All that was taken before the last barrier has arrived.
+    /// All that was taken so far has arrived: a barrier behind it was acknowledged, and nothing was
+    /// taken since that barrier.
     pub fn acknowledged(&self) {
-        self.in_flight.acknowledged();
+        self.in_flight.clear_range(0..u64::MAX);
     }
 
     /// All that is in flight is dirty again. Not to be called while others take.
     pub fn give_back(&self) {
-        self.in_flight.give_back(&self.dirty);
+        self.in_flight.move_to(&self.dirty);
     }
 
     fn touched(&self, range: Range<u64>) -> Range<u64> {
@@ -145,10 +139,6 @@ mod tests {
         set.give_back();
         assert_eq!((set.dirty_bytes(), set.in_flight_bytes()), (3 << 16, 0));
         assert_eq!(set.take(0, 1 << 20), Some(0..131_072));
-        set.acknowledged();
-        assert_eq!(set.in_flight_bytes(), 2 << 16);
-        set.barrier();
-        assert_eq!(set.in_flight_bytes(), 2 << 16);
         set.acknowledged();
         set.take_range(0..1 << 20);
         assert_eq!((set.dirty_bytes(), set.in_flight_bytes()), (0, 11 << 16));
