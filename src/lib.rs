@@ -17,15 +17,17 @@ pub mod hash;
 pub mod incoming;
 pub mod info;
 mod observe;
+pub mod outgoing;
 pub mod policy;
 mod proof;
 mod publish;
 pub mod report;
+mod session;
 pub mod status;
-pub mod wire;
 
 pub use error::{Error, Result};
 pub use format_spec::Blame;
 pub use observe::{Observer, Phase, Silent};
 pub use proof::DiskProof;
 pub use report::{Report, exit_status};
+pub use session::{Timing, random_id};

@@ -5,9 +5,9 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
+use mig_core::stream::Error as Stream;
 use serde_json::{Map, Value, json};
 
-use crate::wire::Error as Wire;
 use crate::{Blame, Error, Result};
 
 /// How long an answer may take.
@@ -34,14 +34,14 @@ pub fn ask(socket: &Path, command: &str, arguments: Map<String, Value>) -> Resul
         }
         let Ok(Value::Object(mut answer)) = serde_json::from_str(&line) else {
             let reason = "its answer is not a JSON object".to_owned();
-            return Err(Wire::Protocol { offset: 0, reason }.into());
+            return Err(Stream::protocol(0, 0, reason).into());
         };
         if let Some(value) = answer.remove("return") {
             return Ok(value);
         }
         if let Some(error) = answer.get("error") {
             let text = error.get("desc").and_then(Value::as_str).unwrap_or("no reason given");
-            return Err(Wire::Peer { blame: Blame::Caller, text: text.to_owned() }.into());
+            return Err(Stream::Peer { blame: Blame::Caller, text: text.to_owned() }.into());
         }
         // A greeting or an event.
     }
