@@ -16,6 +16,7 @@ mod error;
 pub mod hash;
 pub mod incoming;
 pub mod info;
+pub mod live;
 mod observe;
 pub mod outgoing;
 pub mod policy;

@@ -46,7 +46,7 @@ impl Status {
 }
 
 /// What there is of one kind of state, and how much of it was sent.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Amounts {
     /// Bytes sent, resent ones included.
@@ -66,8 +66,6 @@ pub struct Amounts {
     /// Megabits per second on the wire.
     pub mbps: f64,
 }
-
-impl Eq for Info {}
 
 /// The answer to `query-migrate`. What is not known yet is left out.
 #[derive(Debug, Clone, PartialEq, Default, Serialize)]
@@ -166,6 +164,9 @@ impl Migration {
         }
         let before = timed.info.status;
         change(&mut timed.info);
+        if before == Status::Cancelling && !timed.info.status.is_final() {
+            timed.info.status = before;
+        }
         let after = timed.info.status;
         let now = Instant::now();
         if after != Status::None && timed.begun.is_none() {
@@ -263,6 +264,8 @@ mod tests {
         assert_eq!(migration.info().status, Status::None);
         migration.enter(Status::Active);
         assert!(migration.cancel() && migration.is_cancelled());
+        assert_eq!(migration.info().status, Status::Cancelling);
+        migration.enter(Status::Device);
         assert_eq!(migration.info().status, Status::Cancelling);
         migration.enter(Status::Cancelled);
         let ended = migration.info().total_time;
