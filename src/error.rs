@@ -63,6 +63,9 @@ pub enum Error {
     /// The user asked to stop.
     #[error("interrupted")]
     Interrupted,
+    /// A live migration did not come to its end. The guest goes on at the source.
+    #[error(transparent)]
+    NotConverged(crate::policy::Reason),
     /// An image could not be opened, read or written.
     #[error(transparent)]
     Image(#[from] qcow2_file::Error),
@@ -159,6 +162,7 @@ impl Error {
             Self::Exists { .. } | Self::NoSpace { .. } | Self::File { .. } => Blame::Device,
             Self::ProofMismatch { .. } => Blame::Device,
             Self::Interrupted => Blame::Caller,
+            Self::NotConverged(_) => Blame::Transport,
             Self::Image(e) => e.blame(),
             Self::Device(e) => e.blame(),
             Self::Block(e) => e.blame(),

@@ -13,6 +13,7 @@ mod carry;
 pub mod compare;
 #[cfg(feature = "net")]
 pub mod connect;
+pub mod control;
 pub mod copy;
 mod disk;
 mod error;
@@ -20,9 +21,11 @@ pub mod hash;
 pub mod incoming;
 pub mod info;
 pub mod inspect;
+pub mod live;
 mod observe;
 pub mod options;
 pub mod outgoing;
+pub mod policy;
 mod proof;
 mod publish;
 pub mod qemu;
@@ -30,6 +33,7 @@ pub mod receive;
 pub mod report;
 pub mod send;
 mod session;
+pub mod status;
 
 pub use error::{Error, Result};
 pub use format_spec::Blame;

@@ -26,6 +26,7 @@ pub mod pool;
 pub mod proof;
 pub mod save;
 pub mod store;
+pub mod tracked;
 mod transfer;
 
 pub use arrive::LoadBlocks;
@@ -37,4 +38,5 @@ pub use ledger::Ledger;
 pub use monitor::{Monitor, Unwatched};
 pub use proof::content_hash;
 pub use save::{SaveBlocks, SaveDisk, SaveOptions};
+pub use tracked::TrackedDisk;
 pub use transfer::{TransferOptions, Transferred, transfer};

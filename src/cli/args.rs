@@ -88,6 +88,7 @@ pub(crate) enum Verb {
     Hash(HashArgs),
     Bitmap(super::bitmap::BitmapArgs),
     Inspect(super::inspect::InspectArgs),
+    Control(super::control::ControlArgs),
     Completions(CompletionsArgs),
     Man(ManArgs),
 }

@@ -7,6 +7,7 @@ mod args;
 mod bitmap;
 mod compare;
 mod completions;
+mod control;
 mod copy;
 mod demo;
 mod failure;
@@ -67,6 +68,7 @@ fn run(verb: Verb, output: &Output) -> Outcome {
         Verb::Compare(args) => compare::run(args, output),
         Verb::Hash(args) => hash::run(args, output),
         Verb::Bitmap(args) => bitmap::run(args, output),
+        Verb::Control(args) => control::run(&args, output),
         Verb::Completions(args) => completions::run(&args, output),
         Verb::Man(args) => man::run(&args, output),
     }

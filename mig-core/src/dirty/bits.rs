@@ -130,14 +130,36 @@ impl AtomicBits {
         }
     }
 
+    /// Sets every set bit in `other`, then clears it here. Not to be called while bits are set here.
+    pub fn move_to(&self, other: &Self) {
+        let mut from = 0;
+        while let Some(run) = self.next_run(from, u64::MAX) {
+            from = run.end;
+            other.set_range(run.clone());
+            self.clear_range(run);
+        }
+    }
+
     /// Fills `buf` with the little-endian bytes from byte `offset` on, a multiple of 8; zeroes
     /// behind the end. Answers whether any is not zero.
     pub fn read_bytes(&self, offset: u64, buf: &mut [u8]) -> bool {
         let mut any = 0;
-        for (index, bytes) in (offset / 8..).zip(buf.chunks_mut(8)) {
-            let word = self.word(index);
-            any |= word;
-            bytes.iter_mut().zip(word.to_le_bytes()).for_each(|(to, from)| *to = from);
+        let mut index = offset / 8;
+        let mut rest = buf;
+        while !rest.is_empty() {
+            let within = usize::try_from(index % CHUNK_WORDS as u64).unwrap_or(CHUNK_WORDS);
+            let len = ((CHUNK_WORDS - within) * 8).min(rest.len());
+            let (head, tail) = rest.split_at_mut(len);
+            let words =
+                self.chunk(index / CHUNK_WORDS as u64).and_then(|words| words.get(within..));
+            let mut words = words.unwrap_or_default().iter().map(|w| w.load(Ordering::Acquire));
+            for bytes in head.chunks_mut(8) {
+                let word = words.next().unwrap_or(0);
+                any |= word;
+                bytes.iter_mut().zip(word.to_le_bytes()).for_each(|(to, from)| *to = from);
+            }
+            index += (len / 8) as u64;
+            rest = tail;
         }
         any != 0
     }
