@@ -9,10 +9,14 @@
 //! What this crate does not do: decide what may be opened or overwritten, bitmaps, publication.
 #![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 
+pub mod arrive;
 mod compare;
 pub mod device;
 mod error;
 pub mod fingerprint;
+pub mod journal;
+mod landing;
+pub mod ledger;
 pub mod limits;
 pub mod load;
 #[cfg(test)]
@@ -22,12 +26,20 @@ pub mod plan;
 pub mod pool;
 pub mod proof;
 pub mod recorded;
+pub mod save;
 pub mod store;
+pub mod tracked;
 mod transfer;
 
+pub use arrive::LoadBlocks;
 pub use compare::{Difference, first_difference};
 pub use error::{Error, Result};
 pub use fingerprint::Fingerprint;
+pub use journal::Journal;
+pub use landing::Landing;
+pub use ledger::Ledger;
 pub use monitor::{Monitor, Unwatched};
 pub use proof::{content_hash, fingerprint_of};
+pub use save::{SaveBlocks, SaveDisk, SaveOptions};
+pub use tracked::TrackedDisk;
 pub use transfer::{TransferOptions, Transferred, transfer};

@@ -17,7 +17,7 @@ use crate::disk::{Disk, Request};
 use crate::hash::{content as content_hash, content_of};
 use crate::observe::Progress;
 use crate::report::Verified;
-use crate::{Observer, Phase, Result, Silent};
+use crate::{Error, Observer, Phase, Result, Silent};
 
 /// What the proof found.
 #[derive(Debug)]
@@ -35,7 +35,11 @@ pub(super) fn seed(job: &Job<'_>) -> Result<Option<Seed>> {
     if job.options.no_verify {
         return Ok(None);
     }
-    Ok(Some(crate::wire::random_id().map_err(crate::wire::no_random)?))
+    Ok(Some(crate::session::random_id().map_err(|source| Error::File {
+        action: "read",
+        path: "/dev/urandom".into(),
+        source,
+    })?))
 }
 
 /// Proves a new destination that still has its temporary names.
