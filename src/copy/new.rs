@@ -67,6 +67,7 @@ pub(super) fn move_data(
     let blocks = job.source.blocks();
     let source = Recorded { source: &*blocks, runs: &job.runs };
     let moved = transfer(&source, sink, &options, &progress)?;
+    job.source.check_unchanged(observer)?;
     progress.end();
     Ok(moved)
 }
