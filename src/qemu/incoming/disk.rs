@@ -254,7 +254,7 @@ mod tests {
         assert_eq!(run(1024, 1024, &bytes), (1024, true));
         assert_eq!(run(1024, 2048, &bytes[1024..]), (1024, false));
         assert_eq!(run(1024, 3072, &bytes[2048..]), (952, true));
-        assert_eq!(run(1024, 1000, &bytes), (1048, true).min((24, true)));
+        assert_eq!(run(1024, 1000, &bytes), (24, true));
         assert_eq!(run(4096, 0, &bytes), (3000, false));
         assert_eq!(run(512, 0, &[]), (0, false));
     }
