@@ -63,6 +63,9 @@ pub enum Error {
     /// The user asked to stop.
     #[error("interrupted")]
     Interrupted,
+    /// A live migration did not come to its end. The guest goes on at the source.
+    #[error(transparent)]
+    NotConverged(crate::policy::Reason),
     /// An image could not be opened, read or written.
     #[error(transparent)]
     Image(#[from] qcow2_file::Error),
@@ -75,12 +78,12 @@ pub enum Error {
     /// A hash could not be computed.
     #[error(transparent)]
     Hash(#[from] format_spec::content_hash::HashError),
-    /// A transfer over a connection stopped.
+    /// A migration over a connection stopped.
     #[error(transparent)]
-    Wire(crate::wire::Error),
+    Stream(mig_core::stream::Error),
     /// A captured stream is not well formed.
     #[error("{} is no well-formed stream", .path.display())]
-    Stream {
+    Capture {
         /// The capture.
         path: PathBuf,
         /// Where and what.
@@ -90,6 +93,10 @@ pub enum Error {
     /// A migration from or to QEMU stopped.
     #[error(transparent)]
     Qemu(crate::qemu::Error),
+    /// There is no connection, or none that could be used.
+    #[cfg(feature = "net")]
+    #[error(transparent)]
+    Connect(#[from] crate::connect::Error),
 }
 
 impl From<crate::qemu::Error> for Error {
@@ -103,14 +110,23 @@ impl From<crate::qemu::Error> for Error {
     }
 }
 
-impl From<crate::wire::Error> for Error {
-    fn from(error: crate::wire::Error) -> Self {
-        use crate::wire::Error as Wire;
+impl From<mig_core::stream::Error> for Error {
+    fn from(error: mig_core::stream::Error) -> Self {
+        use mig_core::stream::Error as Stream;
         match error {
-            Wire::Interrupted => Self::Interrupted,
-            Wire::Disk(error) => error.into(),
-            Wire::Place(error) => *error,
-            other => Self::Wire(other),
+            Stream::Interrupted => Self::Interrupted,
+            Stream::Handler(handler) => Self::from_handler(handler),
+            other => Self::Stream(other),
+        }
+    }
+}
+
+impl From<Error> for mig_core::stream::Error {
+    fn from(error: Error) -> Self {
+        match error {
+            Error::Stream(error) => error,
+            Error::Interrupted => Self::Interrupted,
+            other => Self::handler(other.blame(), other),
         }
     }
 }
@@ -125,6 +141,19 @@ impl From<block_mig::Error> for Error {
 }
 
 impl Error {
+    /// What a handler of ours failed with, as it was before it travelled through the engine.
+    fn from_handler(error: mig_core::stream::HandlerError) -> Self {
+        let mig_core::stream::HandlerError { blame, cause } = error;
+        let cause = match cause.downcast::<Self>() {
+            Ok(ours) => return *ours,
+            Err(cause) => cause,
+        };
+        match cause.downcast::<block_mig::Error>() {
+            Ok(error) => (*error).into(),
+            Err(cause) => Self::Stream(mig_core::stream::Error::handler(blame, cause)),
+        }
+    }
+
     /// Whose fault it is.
     pub fn blame(&self) -> Blame {
         match self {
@@ -133,13 +162,16 @@ impl Error {
             Self::Exists { .. } | Self::NoSpace { .. } | Self::File { .. } => Blame::Device,
             Self::ProofMismatch { .. } => Blame::Device,
             Self::Interrupted => Blame::Caller,
+            Self::NotConverged(_) => Blame::Transport,
             Self::Image(e) => e.blame(),
             Self::Device(e) => e.blame(),
             Self::Block(e) => e.blame(),
             Self::Hash(_) => Blame::Caller,
-            Self::Wire(e) => e.blame(),
+            Self::Stream(e) => self.transport().map_or(e.blame(), |found| found.1),
             Self::Qemu(e) => e.blame(),
-            Self::Stream { .. } => Blame::Bytes,
+            Self::Capture { .. } => Blame::Bytes,
+            #[cfg(feature = "net")]
+            Self::Connect(e) => e.blame(),
         }
     }
 
@@ -148,6 +180,7 @@ impl Error {
         match self {
             Self::Interrupted => 130,
             Self::ProofMismatch { .. } => 1,
+            Self::Stream(mig_core::stream::Error::Mismatch { .. }) => 1,
             // An image that needs what we lack is a local file we cannot use, not a peer.
             Self::Image(_) | Self::Device(_) | Self::Block(_)
                 if self.blame() == Blame::PeerFeatures =>
@@ -188,15 +221,34 @@ impl Error {
             Self::Image(Image::NoBitmap { file, .. }) => {
                 format!("`bitferry bitmap list {file}` shows those there are")
             }
-            Self::Stream { .. } => {
+            Self::Capture { .. } => {
                 "what stands before that offset was shown; --as says what the stream is where its \
                  first bytes mislead"
                     .into()
             }
             _ if is_full(self) => "free some room or choose another place".into(),
-            _ => return None,
+            _ => return self.transport()?.0,
         };
         Some(text)
+    }
+
+    /// What a transport says of its failure: what to do, and whose fault it is.
+    #[cfg(feature = "net")]
+    fn transport(&self) -> Option<(Option<String>, Blame)> {
+        use mig_core::stream::Error as Stream;
+        let found = match self {
+            Self::Connect(error) => error,
+            Self::Stream(Stream::Connect(e) | Stream::Connection { source: e, .. }) => {
+                crate::connect::Error::find(e)?
+            }
+            _ => return None,
+        };
+        Some((found.hint(), found.blame()))
+    }
+
+    #[cfg(not(feature = "net"))]
+    fn transport(&self) -> Option<(Option<String>, Blame)> {
+        None
     }
 }
 

@@ -9,20 +9,35 @@
 #![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 
 pub mod bitmap;
+mod carry;
 pub mod compare;
+#[cfg(feature = "net")]
+pub mod connect;
+pub mod control;
 pub mod copy;
 mod disk;
 mod error;
 pub mod hash;
+pub mod incoming;
 pub mod info;
 pub mod inspect;
+pub mod live;
 mod observe;
+pub mod options;
+pub mod outgoing;
+pub mod policy;
+mod proof;
 mod publish;
 pub mod qemu;
+pub mod receive;
 pub mod report;
-pub mod wire;
+pub mod send;
+mod session;
+pub mod status;
 
 pub use error::{Error, Result};
 pub use format_spec::Blame;
 pub use observe::{Observer, Phase, Silent};
+pub use proof::DiskProof;
 pub use report::{Report, exit_status};
+pub use session::{Timing, random_id};

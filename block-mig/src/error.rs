@@ -27,9 +27,38 @@ pub enum Error {
     /// The content hash could not be computed.
     #[error(transparent)]
     Hash(#[from] HashError),
+    /// The temporary file of a ledger failed.
+    #[error("cannot {action} the temporary file that holds the hashes of a disk")]
+    Ledger {
+        /// "create", "read", "write".
+        action: &'static str,
+        /// The system's answer.
+        source: std::io::Error,
+    },
+    /// The journal of a destination failed.
+    #[error("cannot {action} the journal")]
+    Journal {
+        /// "read", "write", "sync", …
+        action: &'static str,
+        /// The system's answer.
+        source: std::io::Error,
+    },
+    /// The stream to or from the other side stopped.
+    #[error(transparent)]
+    Stream(#[from] mig_core::stream::Error),
     /// The monitor asked to stop.
     #[error("cancelled")]
     Cancelled,
+}
+
+impl From<Error> for mig_core::stream::Error {
+    fn from(error: Error) -> Self {
+        match error {
+            Error::Stream(error) => error,
+            Error::Cancelled => Self::Interrupted,
+            other => Self::handler(other.blame(), other),
+        }
+    }
 }
 
 impl From<Missing> for Error {
@@ -43,6 +72,8 @@ impl Error {
     pub fn blame(&self) -> Blame {
         match self {
             Self::Source(e) | Self::Sink(e) => e.blame(),
+            Self::Ledger { .. } | Self::Journal { .. } => Blame::Device,
+            Self::Stream(e) => e.blame(),
             Self::Size { .. } | Self::Hash(_) | Self::Cancelled => Blame::Caller,
         }
     }

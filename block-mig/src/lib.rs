@@ -9,9 +9,13 @@
 //! What this crate does not do: decide what may be opened or overwritten, bitmaps, publication.
 #![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 
+pub mod arrive;
 mod compare;
 pub mod device;
 mod error;
+pub mod journal;
+mod landing;
+pub mod ledger;
 pub mod limits;
 pub mod load;
 #[cfg(test)]
@@ -20,11 +24,19 @@ pub mod monitor;
 pub mod plan;
 pub mod pool;
 pub mod proof;
+pub mod save;
 pub mod store;
+pub mod tracked;
 mod transfer;
 
+pub use arrive::LoadBlocks;
 pub use compare::{Difference, first_difference};
 pub use error::{Error, Result};
+pub use journal::Journal;
+pub use landing::Landing;
+pub use ledger::Ledger;
 pub use monitor::{Monitor, Unwatched};
 pub use proof::content_hash;
+pub use save::{SaveBlocks, SaveDisk, SaveOptions};
+pub use tracked::TrackedDisk;
 pub use transfer::{TransferOptions, Transferred, transfer};

@@ -13,6 +13,14 @@ pub const MAX_DEFAULT_WORKERS: usize = 4;
 /// Most workers on request. Each holds one unit and a compressed cluster.
 pub const MAX_WORKERS: usize = 16;
 
+/// Pages of 32 KiB that a [`Ledger`](crate::Ledger) holds in memory: the nodes of 128 GiB of data.
+pub const LEDGER_PAGES: usize = 128;
+
+/// Nodes in one record of a journal.
+pub const JOURNAL_RECORD_NODES: usize = 4096;
+/// What a journal may hold beside twice what it claims before it is written anew.
+pub const JOURNAL_SLACK_BYTES: u64 = 1 << 20;
+
 /// The number of workers for a wish: by the number of cores where there is none.
 pub fn workers(wish: Option<std::num::NonZeroUsize>) -> usize {
     match wish {

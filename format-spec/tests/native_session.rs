@@ -122,6 +122,7 @@ fn journal_records_survive() {
     check_record!(JournalRecord, JournalRecord::Zeroes(ZeroUnits { first: 3, count: 9 }));
     check_record!(JournalRecord, JournalRecord::Image(b"whatever"));
     check_record!(JournalRecord, JournalRecord::Prepared(ContentHash([8; 32])));
+    check_record!(JournalRecord, JournalRecord::Commit([4; 16]));
     check_record!(JournalRecord, JournalRecord::Bitmap(BlockRecord::Run(run)));
     check_record!(JournalRecord, JournalRecord::Bitmap(BlockRecord::BitmapRemove(version)));
     let hash = ContentHash([2; 32]);

@@ -49,7 +49,7 @@ pub(crate) fn run(args: &InspectArgs, output: &Output) -> Outcome {
     })?;
     match found.and_then(|inspection| inspection.stopped) {
         None => Ok(0),
-        Some(Stop::Malformed(error)) => Err(Error::Stream { path: args.stream.clone(), error }),
+        Some(Stop::Malformed(error)) => Err(Error::Capture { path: args.stream.clone(), error }),
         Some(Stop::Input(source)) => Err(failed("read", source)),
     }
 }

@@ -55,6 +55,18 @@ pub enum Error {
     /// The peer said that it failed.
     #[error("the peer says that the migration failed: {0}")]
     Peer(String),
+    /// The destination, as its monitor describes it, would fail or die of what is to be sent.
+    /// Nothing was sent.
+    #[error("nothing was sent: {subject}: {reason}")]
+    Unfit {
+        /// The disk, and the bitmap if it is about one.
+        subject: Subject,
+        /// What does not fit, and what to do.
+        reason: String,
+    },
+    /// The peer's monitor could not be asked.
+    #[error(transparent)]
+    Monitor(#[from] super::qmp::Error),
     /// Something on this side failed: an image, a device, the user's wish.
     #[error(transparent)]
     Local(Box<crate::Error>),
@@ -88,7 +100,8 @@ impl Error {
             Self::Connection { .. } => Blame::Transport,
             Self::Malformed(_) => Blame::Bytes,
             Self::Protocol { .. } | Self::Peer(_) => Blame::PeerBehaviour,
-            Self::Unsupported { .. } => Blame::PeerFeatures,
+            Self::Unsupported { .. } | Self::Unfit { .. } => Blame::PeerFeatures,
+            Self::Monitor(error) => error.blame(),
             Self::Misfit { blame, .. } => *blame,
             Self::Local(error) => error.blame(),
             Self::Interrupted => Blame::Caller,

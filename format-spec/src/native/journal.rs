@@ -29,6 +29,8 @@ pub const PREPARED: u16 = 0x105;
 pub const RECEIPT: u16 = 0x106;
 /// Type of [`JournalRecord::ReceiptBitmap`].
 pub const RECEIPT_BITMAP: u16 = 0x107;
+/// Type of [`JournalRecord::Commit`].
+pub const COMMIT: u16 = 0x108;
 /// Bytes of a disk below one node of a journal.
 pub const UNIT_BYTES: u64 = 1 << 20;
 /// Longest description of a destination, in bytes.
@@ -52,8 +54,11 @@ pub enum JournalRecord<'a> {
     Zeroes(ZeroUnits),
     /// What the image's writer needs to reopen it unfinished.
     Image(&'a [u8]),
-    /// The disk was proved, this is its root, and READY was or will be sent.
+    /// The disk was proved, this is its root, and READY was or will be sent. All bytes zero: no
+    /// longer.
     Prepared(ContentHash),
+    /// The source has let go of this session: publication has begun and must be finished.
+    Commit([u8; 16]),
     /// A bitmap's life and pieces, as they were received.
     Bitmap(BlockRecord<'a>),
     /// The disk was published.
@@ -106,7 +111,7 @@ impl<'a> JournalRecord<'a> {
         if matches!(record.header.kind, RUN | BITMAP_CREATE | BITMAP_UPDATE | BITMAP_REMOVE) {
             return bitmap(record);
         }
-        if !(SESSION..=RECEIPT_BITMAP).contains(&record.header.kind) {
+        if !(SESSION..=COMMIT).contains(&record.header.kind) {
             return record.skip_unknown().map(|()| None);
         }
         let mut body = record.plain_body()?;
@@ -119,6 +124,7 @@ impl<'a> JournalRecord<'a> {
             ZEROES => Self::Zeroes(ZeroUnits::decode(&mut body)?),
             IMAGE => Self::Image(body.take_rest()),
             PREPARED => Self::Prepared(ContentHash(*body.array("content hash")?)),
+            COMMIT => Self::Commit(*body.array("session")?),
             RECEIPT => {
                 let (session, size) = (*body.array("session")?, body.be64("disk size")?);
                 Self::Receipt { session, size, hash: ContentHash(*body.array("content hash")?) }
@@ -163,6 +169,10 @@ impl<'a> JournalRecord<'a> {
             Self::Prepared(hash) => {
                 body.bytes(&hash.0);
                 PREPARED
+            }
+            Self::Commit(session) => {
+                body.bytes(session);
+                COMMIT
             }
             Self::Receipt { session, size, hash } => {
                 body.bytes(session).be64(*size).bytes(&hash.0);
