@@ -220,7 +220,7 @@ impl State<'_, '_> {
                 "the stream ends, and {missing} of {all} MiB did not come. QEMU 7.2 ends too early \
                  where its bandwidth times downtime-limit is more than 1 MiB: set downtime-limit \
                  to 0 until `info migrate` shows at most 1 MiB of each disk as remaining. With \
-                 `migrate -i` say that the rest is there already (shared base)"
+                 `migrate -i` say --shared-base: that the rest is there already"
             ),
             blame: Blame::PeerBehaviour,
         })
