@@ -351,7 +351,8 @@ fn strangers_and_floods_do_not_keep_the_source_out() {
 
 #[test]
 fn a_source_that_does_not_open_all_connections_is_given_up() {
-    let quick = Timing { join: Duration::from_millis(300), ..timing() };
+    let limit = Duration::from_millis(300);
+    let quick = Timing { join: limit, linger: limit, ..timing() };
     let net = Net::new(None);
     std::thread::scope(|scope| {
         let destination = scope.spawn(|| {
