@@ -170,7 +170,8 @@ mod tests {
             let mut nodes = BTreeMap::new();
             for ((start, end), is_zero) in pieces {
                 let range = start..*end;
-                let bytes = &mut disk[start as usize..*end as usize];
+                let span = |at: u64| usize::try_from(at).unwrap();
+                let bytes = &mut disk[span(start)..span(*end)];
                 if *is_zero {
                     for (unit, node) in units.zeroes(&range, size) {
                         prop_assert!(nodes.insert(unit, node).is_none());
@@ -187,7 +188,7 @@ mod tests {
                     }
                 }
             }
-            for (unit, bytes) in (0u64..).zip(disk.chunks(UNIT_BYTES as usize)) {
+            for (unit, bytes) in (0u64..).zip(disk.chunks(16 * LEAF_BYTES)) {
                 let expected = subtree(LEDGER_HEIGHT, bytes, &is_zero);
                 prop_assert_eq!(nodes.get(&unit), Some(&expected));
             }
