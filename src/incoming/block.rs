@@ -135,6 +135,7 @@ impl LoadHandler for BlockSection {
     }
 
     fn barrier(&self, is_durable: bool) -> Result<()> {
+        self.bitmaps.hash()?;
         if is_durable { self.blocks.durable() } else { Ok(()) }
     }
 
