@@ -1,7 +1,6 @@
 //! What a copy would do, before anything is written: everything is decided here, and what stands in
 //! the way is collected, not met halfway.
 
-use block_mig::device::ChainSource;
 use block_mig::limits::UNIT_BYTES;
 use block_mig::plan::{Survey, survey};
 use serde::Serialize;
@@ -204,20 +203,15 @@ fn not_carried(
     target: &Target,
     survey: &Survey,
 ) -> Vec<String> {
-    let mut phrases = Vec::new();
-    let chain = ChainSource(&source.disk.chain).0;
+    let mut phrases: Vec<String> = source.disk.snapshots().into_iter().collect();
     if let Some(image) = source.disk.image() {
-        if image.snapshot_count() > 0 {
-            phrases.push(format!("{} internal snapshots", image.snapshot_count()));
-        }
         let has_data_file = matches!(target, Target::Qcow2 { data_file: Some(_), .. });
         if let (Some(name), false) = (image.header().data_file(), has_data_file) {
             phrases.push(format!("external data file {name:?}: its content is in the copy itself"));
         }
     }
-    if chain.layers().len() > 1 && !matches!(options.backing, BackingChoice::Keep(_)) {
-        let count = chain.layers().len() - 1;
-        phrases.push(format!("backing chain of {count} layers: flattened into the copy"));
+    if !matches!(options.backing, BackingChoice::Keep(_)) {
+        phrases.extend(source.disk.flattened());
     }
     if survey.compressed > 0 && !passes_compressed(source, target) {
         phrases.push(format!("compression of {} bytes: stored plain", survey.compressed));

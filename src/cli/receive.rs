@@ -1,0 +1,89 @@
+//! `receive`: one migration into image files.
+
+use std::sync::mpsc::{self, Receiver};
+use std::time::Instant;
+
+use clap::Args as Group;
+use serde::Serialize;
+
+use bitferry::connect::{self, Listener, Options, Refused, Uri};
+use bitferry::options::DiskOption;
+use bitferry::receive::{self, Arrivals, ReceiveOptions};
+
+use super::transport::TransportArgs;
+use super::watch::Watch;
+use super::{Outcome, Output, outcome};
+
+const EXAMPLES: &str = "\
+Examples:
+  bitferry receive --disk vda=/images/vm.qcow2 tcp::4444
+      listens on every address; tcp:HOST:0 chooses a free port and says which
+  bitferry receive --disk vda=vm.qcow2 --tls-dir /etc/pki/bitferry tcp::4444
+      only from a source that shows a certificate
+  bitferry receive --disk vda=vm.qcow2 - < vm.stream
+      what `bitferry send … -` wrote";
+
+/// Receive one migration, publish its disks, exit
+///
+/// Disks get their names only when everything is durable and, unless the source leaves the proof
+/// out, read back and found equal on both sides. Connections that are no migration are turned away.
+#[derive(Debug, Group)]
+#[command(after_long_help = EXAMPLES)]
+pub(crate) struct ReceiveArgs {
+    #[command(flatten)]
+    pub(crate) transport: TransportArgs,
+    /// The place of a disk: ID is its name at the source, a doubled comma stands for one in PATH;
+    /// made as qcow2 unless format= says otherwise; may be repeated
+    #[arg(long, value_name = "ID=PATH[,format=F]", required = true)]
+    pub(crate) disk: Vec<DiskOption>,
+}
+
+/// Where a source may connect, told as soon as it may.
+#[derive(Debug, Serialize)]
+#[serde(tag = "event", rename = "listening", rename_all = "kebab-case")]
+struct Listening {
+    uri: String,
+}
+
+pub(crate) fn run(args: ReceiveArgs, output: &Output) -> Outcome {
+    let started = Instant::now();
+    let result = go(args, output);
+    outcome::failed(&result, started, output)?;
+    result
+}
+
+fn go(args: ReceiveArgs, output: &Output) -> Outcome {
+    let watch = Watch::with_events(output, true)?;
+    let (listener, refused) = listen(&args.transport)?;
+    let options = ReceiveOptions { disks: args.disk, ..ReceiveOptions::default() };
+    options.check()?;
+    announce(&listener, &args.transport.uri, output)?;
+    let arrivals = Arrivals::new(&listener, &watch, refused);
+    let report = receive::run(&options, &arrivals, &watch)?;
+    listener.end()?;
+    watch.finish();
+    outcome::finish(&report, &format!("received from {}", args.transport.uri), output)
+}
+
+fn listen(transport: &TransportArgs) -> bitferry::Result<(Listener, Receiver<String>)> {
+    let (tell, told) = mpsc::channel();
+    let refused = Refused::new(move |error| {
+        let why = bitferry::report::error_chain(error);
+        // Nobody listens when the migration is over.
+        let _ = tell.send(format!("a connection was turned away: {why}"));
+    });
+    let options = Options { refused, ..transport.options() };
+    Ok((connect::listen(&transport.uri, &options)?, told))
+}
+
+/// Says where it listens, where somebody could not know it.
+fn announce(listener: &Listener, asked: &Uri, output: &Output) -> bitferry::Result<()> {
+    if !matches!(asked, Uri::Tcp { .. } | Uri::Unix(_)) {
+        return Ok(());
+    }
+    let uri = listener.uri().to_string();
+    if output.is_json {
+        return output.event(&Listening { uri });
+    }
+    output.text(format!("listening on {uri}\n"))
+}
