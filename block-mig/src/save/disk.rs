@@ -111,7 +111,7 @@ impl<'a> Saved<'a> {
         Ok(bytes)
     }
 
-    /// Sends leaves of the unit at byte `start`.
+    /// Sends leaves of the unit at byte `start`, which may have been sent before.
     fn leaves(
         &self,
         start: u64,
