@@ -1,5 +1,6 @@
 //! `receive`: one migration into image files.
 
+use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver};
 use std::time::Instant;
 
@@ -7,9 +8,11 @@ use clap::Args as Group;
 use serde::Serialize;
 
 use bitferry::connect::{self, Listener, Options, Refused, Uri};
+use bitferry::control::Supervised;
 use bitferry::copy::{BitmapSelection, Rename};
 use bitferry::options::DiskOption;
 use bitferry::receive::{self, Arrivals, ReceiveOptions};
+use bitferry::status::Migration;
 
 use super::transport::TransportArgs;
 use super::watch::Watch;
@@ -84,9 +87,14 @@ fn go(args: ReceiveArgs, output: &Output) -> Outcome {
         ..ReceiveOptions::default()
     };
     options.check()?;
+    let migration = Arc::new(Migration::default());
+    let _control = args.transport.control(&migration, &Arc::default())?;
     announce(&listener, &args.transport.uri, output)?;
-    let arrivals = Arrivals::new(&listener, &watch, refused);
-    let report = receive::run(&options, &arrivals, &watch)?;
+    let supervised = Supervised::new(&watch, migration);
+    let arrivals = Arrivals::new(&listener, &supervised, refused);
+    let result = receive::run(&options, &arrivals, &supervised);
+    supervised.end(result.as_ref().err());
+    let report = result?;
     listener.end()?;
     watch.finish();
     outcome::finish(&report, &format!("received from {}", args.transport.uri), output)
