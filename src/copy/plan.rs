@@ -2,7 +2,8 @@
 //! the way is collected, not met halfway.
 
 use block_mig::limits::UNIT_BYTES;
-use block_mig::plan::{Survey, survey};
+use block_mig::plan::{Survey, survey_noting};
+use block_mig::recorded::Runs;
 use serde::Serialize;
 
 use super::bitmaps::{self, BitmapPlan};
@@ -67,6 +68,8 @@ pub(super) struct Job<'a> {
     pub(super) source: Source,
     pub(super) target: Target,
     pub(super) survey: Survey,
+    /// What the survey found, so that the transfer need not look again.
+    pub(super) runs: Runs,
     pub(super) space: Space,
     pub(super) bitmaps: BitmapPlan,
     pub(super) not_carried: Vec<String>,
@@ -91,11 +94,13 @@ impl<'a> Job<'a> {
         let found = in_place::inspect(options, &source, &target)?;
         let mut bitmaps = bitmaps::plan(options, &source, &target, found);
         refusals.append(&mut bitmaps.refusals);
-        let found = survey(&*source.blocks(), source.scope(), UNIT_BYTES)?;
+        let mut runs = Runs::default();
+        let found = survey_noting(&*source.blocks(), source.scope(), UNIT_BYTES, &mut runs)?;
         let mut job = Self {
             options,
             not_carried: not_carried(options, &source, &target, &found),
             survey: found,
+            runs,
             space: Space::default(),
             source,
             target,
