@@ -10,6 +10,7 @@ mod arrive;
 mod image_store;
 pub mod live;
 mod named;
+mod running_digest;
 mod save;
 pub mod select;
 

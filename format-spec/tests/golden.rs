@@ -21,6 +21,7 @@ const STREAMS: &[&str] = &[
     "q100-xbzrle.bin.gz",
     "q100-mapped-ram.bin.gz",
     "q100-multifd-nocomp.main.bin",
+    "q72-multifd-nocomp.main.bin.gz",
     "q100-postcopy-preempt.main.cut.bin.gz",
 ];
 const CHANNELS: &[&str] = &[
@@ -30,6 +31,7 @@ const CHANNELS: &[&str] = &[
     "q100-multifd-zlib.ch0.bin.gz",
     "q100-multifd-zstd.ch0.bin.gz",
 ];
+const PREEMPT: &str = "q100-postcopy-preempt.preempt.bin.gz";
 const RETURN_PATH: &str = "q100-postcopy-preempt.returnpath.bin";
 
 fn data(name: &str) -> PathBuf {
@@ -284,6 +286,25 @@ fn channels_are_written_again_with_what_is_stale() {
 }
 
 #[test]
+fn the_preempt_channel_is_written_again() {
+    let bytes = load(PREEMPT);
+    let mut decoder = ram::Decoder::default();
+    let mut again = Writer::new();
+    while again.len() < bytes.len() {
+        let at = again.len();
+        match decoder.next(&bytes[at..], at as u64).unwrap() {
+            Step::Item(record, len) => {
+                assert!(matches!(record, ram::Record::Page { .. }));
+                record.encode(&mut again);
+                assert_eq!(again.len(), at + len);
+            }
+            Step::Need(_) => panic!("cut off at {at}"),
+        }
+    }
+    assert_eq!(again.into_bytes(), bytes);
+}
+
+#[test]
 fn packets_that_do_not_add_up_are_refused() {
     let bytes = load("q100-multifd-nocomp.ch1.bin.gz");
     let at = multifd::HELLO_BYTES;
@@ -422,7 +443,8 @@ fn every_data_file_is_used_and_has_its_origin() {
     let origins = std::fs::read_to_string(data("README.md")).unwrap();
     for entry in std::fs::read_dir(data("")).unwrap() {
         let name = entry.unwrap().file_name().into_string().unwrap();
-        let is_stream = STREAMS.contains(&name.as_str()) || name == RETURN_PATH;
+        let known = [STREAMS, CHANNELS, &[PREEMPT, RETURN_PATH]].concat();
+        let is_stream = known.contains(&name.as_str());
         assert!(is_stream || name.ends_with(".txt") || name == "README.md", "{name} is not used");
         assert!(!is_stream || origins.contains(&format!("| `{name}` |")), "{name} has no origin");
     }

@@ -86,7 +86,7 @@ fn modules() -> BTreeMap<&'static str, Constants> {
         (
             "native::journal",
             constants!(journal: JOURNAL_MAGIC RECEIPT_MAGIC VERSION SESSION UNITS ZEROES
-                IMAGE PREPARED RECEIPT RECEIPT_BITMAP UNIT_BYTES MAX_TARGET),
+                IMAGE PREPARED RECEIPT RECEIPT_BITMAP COMMIT UNIT_BYTES MAX_TARGET),
         ),
         (
             "qemu::container",

@@ -1,13 +1,17 @@
 //! `send`: disks at rest to a destination.
 
-use std::time::Instant;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use clap::Args as Group;
 
 use bitferry::connect::{self, Options};
+use bitferry::control::Supervised;
 use bitferry::copy::BitmapSelection;
 use bitferry::options::DiskOption;
 use bitferry::send::{self, Plan, PlannedDisk, SendOptions};
+use bitferry::status::Migration;
+use mig_core::meter::Meter;
 
 use super::size::{self, human};
 use super::transport::{Compress, TransportArgs};
@@ -86,13 +90,20 @@ pub(crate) fn run(args: SendArgs, output: &Output) -> Outcome {
 fn go(args: SendArgs, output: &Output) -> Outcome {
     let watch = Watch::with_events(output, !args.no_verify)?;
     let transport = Options { is_two_way: args.two_way, ..args.transport.options() };
-    let (uri, is_dry_run) = (args.transport.uri.clone(), args.dry_run);
+    let (transport_args, is_dry_run) = (args.transport.clone(), args.dry_run);
+    let uri = &transport_args.uri;
     let options = options(args);
     if is_dry_run {
         return dry_run(&options, &watch, output);
     }
-    let dialer = connect::dial(&uri, &transport)?;
-    let report = send::run(&options, &dialer, &watch)?;
+    let dialer = connect::dial(uri, &transport)?;
+    let rate = options.meter.bandwidth().unwrap_or(0);
+    let migration = Arc::new(Migration::new(rate, Duration::ZERO));
+    let _control = transport_args.control(&migration, &options.meter)?;
+    let supervised = Supervised::new(&watch, migration);
+    let result = send::run(&options, &dialer, &supervised);
+    supervised.end(result.as_ref().err());
+    let report = result?;
     // A command at the other end has the last word.
     dialer.end()?;
     watch.finish();
@@ -110,7 +121,7 @@ fn options(args: SendArgs) -> SendOptions {
         channels: args.channels,
         compression: args.compress.0,
         // None as well as 0 mean no limit, as in QEMU.
-        bandwidth: args.bandwidth.filter(|rate| *rate > 0),
+        meter: Arc::new(Meter::new(args.bandwidth.filter(|rate| *rate > 0))),
     }
 }
 

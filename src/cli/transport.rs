@@ -1,14 +1,18 @@
 //! What `send` and `receive` have in common: where the stream goes, and how.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use clap::Args as Group;
 
 use bitferry::connect::{Options, Tls, Uri};
+use bitferry::control::{Metered, Server};
+use bitferry::status::Migration;
+use mig_core::meter::Meter;
 use mig_core::stream::{Compression, Method};
 
 /// Options of whatever has a URI.
-#[derive(Debug, Group)]
+#[derive(Debug, Clone, Group)]
 pub(crate) struct TransportArgs {
     /// tcp:HOST:PORT, unix:PATH, fd:N, file:PATH[,offset=N], exec:COMMAND, or - for standard input
     /// and output
@@ -24,9 +28,32 @@ pub(crate) struct TransportArgs {
     /// Name that the other side's certificate must have, where it is not the HOST of the URI
     #[arg(long, value_name = "NAME", requires = "tls_dir", help_heading = "Transport")]
     pub(crate) tls_peer: Option<String>,
+    /// Answer commands of `bitferry control` there: how it stands, another bandwidth, calling it
+    /// off
+    #[arg(long, value_name = "unix:PATH", help_heading = "Transport")]
+    pub(crate) control: Option<String>,
 }
 
 impl TransportArgs {
+    /// Listens for commands, if that was asked for, until it is dropped. They are about `migration`
+    /// and, where it sends, `meter`.
+    pub(crate) fn control(
+        &self,
+        migration: &Arc<Migration>,
+        meter: &Arc<Meter>,
+    ) -> bitferry::Result<Option<Server>> {
+        let Some(place) = &self.control else { return Ok(None) };
+        let Some(path) = place.strip_prefix("unix:").filter(|path| !path.is_empty()) else {
+            let reason = format!("--control takes unix:PATH, not {place:?}");
+            return Err(bitferry::Error::Usage { reason });
+        };
+        let (migration, meter) = (migration.clone(), meter.clone());
+        let server = Server::start(Path::new(path), Arc::new(Metered { migration, meter }));
+        let failed =
+            |source| bitferry::Error::File { action: "listen at", path: path.into(), source };
+        server.map(Some).map_err(failed)
+    }
+
     /// How to connect or listen.
     pub(crate) fn options(&self) -> Options {
         let tls = self.tls_dir.as_ref().map(|dir| Tls::new(dir, self.tls_peer.clone()));

@@ -12,6 +12,9 @@ pub trait Controlled: Send + Sync {
     /// The parameters were changed.
     fn parameters_changed(&self) {}
 
+    /// It was called off; see [`Migration::is_cancelled`].
+    fn cancelled(&self) {}
+
     /// `migrate-start-postcopy`.
     fn start_postcopy(&self) -> Result<(), Refused> {
         Err(Refused("postcopy is not enabled for this migration".to_owned()))
@@ -132,7 +135,11 @@ fn run(request: &Map<String, Value>, controlled: &dyn Controlled) -> Result<Valu
             controlled.parameters_changed();
         }
         // As in QEMU: not an error when there is nothing to cancel.
-        "migrate-cancel" => _ = migration.cancel(),
+        "migrate-cancel" => {
+            if migration.cancel() {
+                controlled.cancelled();
+            }
+        }
         "migrate-start-postcopy" => controlled.start_postcopy()?,
         "migrate-pause" => controlled.pause()?,
         "migrate-recover" => controlled.recover(text(arguments, "uri")?)?,

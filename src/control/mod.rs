@@ -15,12 +15,14 @@
 mod client;
 mod commands;
 mod server;
+mod supervised;
 #[cfg(test)]
 mod tests;
 
 pub use client::{ask, value_of};
 pub use commands::{Controlled, Refused};
 pub use server::Server;
+pub use supervised::{Metered, Supervised};
 
 /// Longest command line, in bytes.
 pub const MAX_LINE: usize = 64 << 10;

@@ -14,8 +14,8 @@ use super::{Inspection, Kind, Stop, View};
 /// Shows records to people.
 pub(super) struct Text<'w> {
     out: &'w mut dyn Write,
-    /// Lines that may turn out to say nothing: a PART and the end of its body; or, in a run, the end
-    /// of a body, its footer and the PART that comes next.
+    /// Lines that may turn out to say nothing: a PART and the end of its body; or, in a run, the
+    /// end of a body, its footer and the PART that comes next.
     held: Vec<(u64, String)>,
     empty: Empty,
     run: Option<Run>,

@@ -12,7 +12,7 @@ use mig_core::stream::Compression;
 use crate::incoming::SessionId;
 use crate::policy::Limits;
 use crate::status::Migration;
-use crate::{Error, Result, Timing};
+use crate::{Error, Observer, Result, Silent, Timing};
 
 /// Most disks of one guest.
 const MAX_DISKS: usize = block_mig::arrive::MAX_DISKS;
@@ -44,6 +44,7 @@ pub struct Outgoing<'a> {
     pub(super) hashes: bool,
     pub(super) workers: usize,
     pub(super) timing: Timing,
+    pub(super) observer: &'a dyn Observer,
 }
 
 /// Puts an [`Outgoing`] together.
@@ -65,6 +66,7 @@ impl<'a> Outgoing<'a> {
             hashes: true,
             workers: block_mig::limits::workers(None),
             timing: Timing::default(),
+            observer: &Silent,
         })
     }
 }
@@ -145,6 +147,12 @@ impl<'a> Builder<'a> {
     /// How patient to be.
     pub fn timing(mut self, timing: Timing) -> Self {
         self.0.timing = timing;
+        self
+    }
+
+    /// Who watches; its wish to stop is a cancellation.
+    pub fn observer(mut self, observer: &'a dyn Observer) -> Self {
+        self.0.observer = observer;
         self
     }
 

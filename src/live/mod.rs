@@ -25,6 +25,7 @@
 //! its bitmaps right.
 
 mod builder;
+mod image;
 mod paused;
 mod run;
 mod steering;
@@ -36,6 +37,7 @@ use std::time::Duration;
 use crate::outgoing::Sent;
 
 pub use builder::{Builder, Outgoing};
+pub use image::LiveImage;
 
 /// What became of a migration that was not rolled back.
 #[derive(Debug)]

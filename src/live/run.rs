@@ -5,24 +5,30 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use bitmap_mig::live::{Numbers, SaveLive, Sender};
+use block_mig::limits::UNIT_BYTES;
+use block_mig::plan::{Scope, survey};
 use block_mig::save::SaveCounts;
 use block_mig::{SaveBlocks, SaveDisk, SaveOptions};
 use format_spec::native::block::DiskId;
 use mig_core::guest::Guest;
+use mig_core::heart::Heart;
 use mig_core::meter::Meter;
 use mig_core::section::SaveHandler;
 use mig_core::stream;
 use mig_core::transport::Dial;
 
-use super::builder::Outgoing;
+use super::builder::{LiveDisk, Outgoing};
 use super::paused::Whole;
 use super::steering::{Eye, Steering, millis};
 use super::{DiskReport, Report};
+use crate::observe::Progress;
 use crate::outgoing::{Outcome, OutgoingOptions, Sent, send};
 use crate::policy::Reason;
 use crate::status::{Amounts, Status};
-use crate::{Error, Result};
+use crate::{Error, Phase, Result};
 
+/// How often parameters are looked at while data is being sent.
+const LOOK_INTERVAL: Duration = Duration::from_millis(50);
 /// Pause between two attempts to connect again.
 const RETRY_PAUSE: Duration = Duration::from_millis(200);
 
@@ -84,7 +90,10 @@ impl Outgoing<'_> {
         counts: &mut Vec<Arc<SaveCounts>>,
     ) -> Result<Sent, stream::Error> {
         let meter = Arc::new(Meter::default());
-        let eye = Eye::new(&self.migration, &meter, steering.deadline());
+        let total = self.content()?;
+        let progress = Progress::begin(self.observer, Phase::Transfer, total);
+        let eye =
+            Eye::new(&self.migration, &meter, steering.deadline(), (self.observer, &progress));
         let ids = || (0..).map(DiskId);
         let disks = ids().zip(&self.disks).map(|(id, live)| SaveDisk {
             id,
@@ -115,7 +124,21 @@ impl Outgoing<'_> {
             timing: self.timing,
         };
         self.migration.enter(Status::Active);
-        send(dial, handlers, whole, steering, &options)
+        let watch = Heart::new();
+        std::thread::scope(|scope| {
+            // Whoever waits for bandwidth learns of a new limit, and of a call to stop.
+            scope.spawn(|| watch.run(LOOK_INTERVAL, || eye.steer_meter()));
+            let result = send(dial, handlers, whole, steering, &options);
+            watch.stop();
+            result
+        })
+    }
+
+    /// Bytes of content to be sent at least, as the disks say.
+    fn content(&self) -> Result<u64> {
+        let of_disk = |live: &LiveDisk| survey(&*live.disk, Scope::Whole, UNIT_BYTES);
+        let contents = self.disks.iter().map(|live| of_disk(live).map(|survey| survey.content));
+        Ok(contents.sum::<block_mig::Result<u64>>()?)
     }
 
     /// Whether an attempt failed for a reason that may pass.

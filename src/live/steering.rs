@@ -1,12 +1,12 @@
 //! Between two rounds: what the measurements say, what is decided, what others get to see.
 
-use std::sync::Mutex;
-use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
 use block_mig::Monitor;
 use mig_core::meter::Meter;
 
+use crate::Observer;
+use crate::observe::Progress;
 use crate::outgoing::{Next, Policy, Round};
 use crate::policy::{self, Bandwidth, Decision, Limits, Reason, Standing};
 use crate::status::{Migration, Status};
@@ -78,7 +78,7 @@ impl<'a> Steering<'a> {
     fn publish(&self, now: &Standing, round: &Round) {
         let expected = policy::expected_downtime(now);
         self.migration.update(|info| {
-            info.expected_downtime = expected.map(|time| millis(time));
+            info.expected_downtime = expected.map(millis);
             let disk = info.disk.get_or_insert_default();
             disk.dirty_sync_count = u64::from(self.passes);
             disk.dirty_bytes_rate = now.dirty_rate;
@@ -120,8 +120,8 @@ pub(super) struct Eye<'a> {
     migration: &'a Migration,
     meter: &'a Meter,
     deadline: Option<Instant>,
-    /// The bandwidth that the meter has.
-    bandwidth: Mutex<u64>,
+    observer: &'a dyn Observer,
+    progress: &'a Progress<'a>,
 }
 
 impl<'a> Eye<'a> {
@@ -129,22 +129,34 @@ impl<'a> Eye<'a> {
         migration: &'a Migration,
         meter: &'a Meter,
         deadline: Option<Instant>,
+        (observer, progress): (&'a dyn Observer, &'a Progress<'a>),
     ) -> Self {
-        let bandwidth = migration.parameters().max_bandwidth;
-        meter.set_bandwidth(Some(bandwidth).filter(|rate| *rate > 0));
-        Self { migration, meter, deadline, bandwidth: Mutex::new(bandwidth) }
+        let eye = Self { migration, meter, deadline, observer, progress };
+        eye.steer_meter();
+        eye
+    }
+
+    /// Brings the meter to the bandwidth that is allowed now; frees whoever waits for it when all
+    /// is to stop.
+    pub(super) fn steer_meter(&self) {
+        let wanted = Some(self.migration.parameters().max_bandwidth);
+        let wanted = wanted.filter(|rate| *rate > 0 && !self.is_cancelled());
+        if self.meter.bandwidth() != wanted {
+            self.meter.set_bandwidth(wanted);
+        }
     }
 
     /// Whether the time is up while the guest still runs: a pause that has begun is brought to its
     /// end.
-    pub(super) fn is_late(&self) -> bool {
-        let is_running = self.migration.info().status == Status::Active;
-        is_running && self.deadline.is_some_and(|deadline| Instant::now() >= deadline)
+    fn is_late(&self) -> bool {
+        let is_over = || self.deadline.is_some_and(|deadline| Instant::now() >= deadline);
+        is_over() && self.migration.info().status == Status::Active
     }
 }
 
 impl Monitor for Eye<'_> {
     fn advance(&self, bytes: u64) {
+        self.progress.advance(bytes);
         self.migration.update(|info| {
             let disk = info.disk.get_or_insert_default();
             disk.normal_bytes = disk.normal_bytes.saturating_add(bytes);
@@ -152,14 +164,9 @@ impl Monitor for Eye<'_> {
     }
 
     fn is_cancelled(&self) -> bool {
-        // Asked often: where a changed bandwidth is passed on.
-        let wanted = self.migration.parameters().max_bandwidth;
-        let mut known = self.bandwidth.lock().unwrap_or_else(PoisonError::into_inner);
-        if *known != wanted {
-            *known = wanted;
-            self.meter.set_bandwidth(Some(wanted).filter(|rate| *rate > 0));
+        if self.observer.is_cancelled() {
+            self.migration.cancel();
         }
-        drop(known);
         self.migration.is_cancelled() || self.is_late()
     }
 }

@@ -17,7 +17,7 @@ pub use self::options::ReceiveOptions;
 use crate::incoming::{IncomingOptions, NewImages, Received, ReceivedDisk, receive};
 use crate::observe::Stops;
 use crate::report::{BitmapOutcome, BitmapReport, DiskReport, Report, Status, Verified};
-use crate::{Error, Observer, Phase, Result};
+use crate::{Error, Observer, Phase, Result, qemu};
 
 /// Receives one migration from whoever comes to `arrivals` first and speaks a dialect that is known
 /// here. On an error nothing was published.
@@ -32,13 +32,31 @@ pub fn run(
     let (dialect, main) = first(arrivals, observer)?;
     observer.phase(Phase::Transfer);
     match dialect {
-        Dialect::Native => native(options, (main, arrivals), (observer, started)),
-        Dialect::Qemu => Err(Error::Usage {
+        Dialect::Native if options.in_place => Err(Error::Usage {
             reason: format!(
-                "{} speaks QEMU's own dialect, which this version cannot receive",
+                "{} speaks bitferry's own dialect, which makes its images: leave --in-place out",
                 main.peer
             ),
         }),
+        Dialect::Native => native(options, (main, arrivals), (observer, started)),
+        Dialect::Qemu if !options.in_place => Err(Error::Usage {
+            reason: format!(
+                "{} is a QEMU, and does not say how large its disks are: make the images first, as \
+                 large as they are, and use --in-place",
+                main.peer
+            ),
+        }),
+        Dialect::Qemu => {
+            let incoming = qemu::incoming::IncomingOptions {
+                disks: options.disks.clone(),
+                bitmaps: options.bitmaps.clone(),
+                renames: options.renames.clone(),
+                allow_backing: options.allow_backing,
+                shared_base: options.shared_base,
+                is_one_way: arrivals.nature().is_one_way,
+            };
+            qemu::incoming::run(main, &incoming, observer)
+        }
     }
 }
 

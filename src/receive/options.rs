@@ -2,6 +2,7 @@
 
 use format_spec::native::hello::MAX_CHANNELS;
 
+use crate::copy::{BitmapSelection, Rename};
 use crate::options::DiskOption;
 use crate::send::check_ids;
 use crate::{Error, Result};
@@ -13,11 +14,29 @@ pub struct ReceiveOptions {
     pub disks: Vec<DiskOption>,
     /// Data connections that are granted, at most.
     pub max_channels: u16,
+    /// Write into images that exist, which is the only way for what QEMU sends.
+    pub in_place: bool,
+    /// Open backing and data files that images name.
+    pub allow_backing: bool,
+    /// What QEMU does not send is there already: it migrates with `inc` (`migrate -i`).
+    pub shared_base: bool,
+    /// Which bitmaps of a QEMU are stored.
+    pub bitmaps: BitmapSelection,
+    /// New names for bitmaps of a QEMU.
+    pub renames: Vec<Rename>,
 }
 
 impl Default for ReceiveOptions {
     fn default() -> Self {
-        Self { disks: Vec::new(), max_channels: MAX_CHANNELS }
+        Self {
+            disks: Vec::new(),
+            max_channels: MAX_CHANNELS,
+            in_place: false,
+            allow_backing: false,
+            shared_base: false,
+            bitmaps: BitmapSelection::All,
+            renames: Vec::new(),
+        }
     }
 }
 
@@ -30,7 +49,7 @@ impl ReceiveOptions {
                 let reason = format!("disk {:?} is read-only: nothing can arrive in it", disk.id);
                 return Err(Error::Usage { reason });
             }
-            if disk.path.symlink_metadata().is_ok() {
+            if !self.in_place && disk.path.symlink_metadata().is_ok() {
                 return Err(Error::Exists { path: disk.path.clone() });
             }
         }

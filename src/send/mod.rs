@@ -13,7 +13,6 @@ use block_mig::limits::workers;
 use block_mig::save::SaveCounts;
 use block_mig::{SaveBlocks, SaveDisk, SaveOptions};
 use format_spec::native::block::DiskId;
-use mig_core::meter::Meter;
 use mig_core::section::SaveHandler;
 use mig_core::transport::{Dial, Nature};
 
@@ -106,7 +105,7 @@ fn outgoing_options<'a>(
         channels: options.channels,
         compression: options.compression,
         resumes: false,
-        meter: Arc::new(Meter::new(options.bandwidth)),
+        meter: options.meter.clone(),
         ..OutgoingOptions::new(session, progress)
     })
 }

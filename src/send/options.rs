@@ -1,5 +1,8 @@
 //! What to send, and how.
 
+use std::sync::Arc;
+
+use mig_core::meter::Meter;
 use mig_core::stream::Compression;
 
 use crate::copy::{BitmapSelection, Rename};
@@ -24,8 +27,8 @@ pub struct SendOptions {
     pub channels: u16,
     /// Compression on the wire.
     pub compression: Option<Compression>,
-    /// Bytes per second on all connections together, at most.
-    pub bandwidth: Option<u64>,
+    /// What limits all connections together.
+    pub meter: Arc<Meter>,
 }
 
 impl Default for SendOptions {
@@ -39,7 +42,7 @@ impl Default for SendOptions {
             no_verify: false,
             channels: 1,
             compression: None,
-            bandwidth: None,
+            meter: Arc::default(),
         }
     }
 }

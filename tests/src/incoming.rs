@@ -8,7 +8,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use bitferry::qemu::incoming::{self, DiskPlace, IncomingOptions};
+use bitferry::options::DiskOption;
+use bitferry::qemu::incoming::{self, IncomingOptions};
 use bitferry::{Observer, Report};
 use mig_core::transport::{Connection, HangUp};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -48,10 +49,11 @@ impl Observer for Told {
 
 /// Options for these disks, by name and image.
 pub fn places(disks: &[(&str, &Path)]) -> IncomingOptions {
-    let place = |(id, path): &(&str, &Path)| DiskPlace {
+    let place = |(id, path): &(&str, &Path)| DiskOption {
         id: (*id).to_owned(),
         path: (*path).to_owned(),
         format: None,
+        is_readonly: false,
     };
     IncomingOptions { disks: disks.iter().map(place).collect(), ..IncomingOptions::default() }
 }

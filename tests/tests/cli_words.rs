@@ -5,6 +5,8 @@ use bitferry_tests::{Exit, Output, Scratch, bitferry};
 const VERBS: [&str; 12] = [
     "demo",
     "copy",
+    "send",
+    "receive",
     "info",
     "compare",
     "hash",

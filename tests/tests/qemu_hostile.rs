@@ -354,7 +354,7 @@ fn disks_that_break_the_rules_are_refused() {
         ("unknown disk", ends(chunk(0, "other", 1)), &[7], &["\"other\"", "\"disk0\""]),
         ("nameless disk", ends(chunk(0, "", 1)), &[7], &["no name"]),
         ("beyond the end", ends(chunk(SIZE, "disk0", 1)), &[5], &["4194304", "\"disk0\""]),
-        ("zeroes far beyond", zero_at(u64::MAX & !511), &[5], &["\"disk0\""]),
+        ("zeroes far beyond", zero_at(!511), &[5], &["\"disk0\""]),
         ("missing chunks", word(2), &[4], &["4 of 4 MiB did not come"]),
     ];
     for (name, body, exits, words) in cases {

@@ -7,10 +7,11 @@ use std::time::{Duration, Instant};
 use bitferry::copy::Rename;
 use bitferry::qemu::incoming::IncomingOptions;
 use bitferry::report::{BitmapOutcome, BitmapReport, Status};
+use bitferry_tests::bitferry::bitferry as command;
 use bitferry_tests::image::make;
 use bitferry_tests::incoming::{Received, Receiver, places, replay};
 use bitferry_tests::qmp::Qemu;
-use bitferry_tests::{Peer, Scratch, qemu, require_all};
+use bitferry_tests::{Exit, Peer, Scratch, qemu, require_all};
 use serde_json::{Value, json};
 
 const KIB: u64 = 1 << 10;
@@ -543,4 +544,38 @@ fn a_stream_in_a_file_is_received() {
     assert_eq!(received.report().wire_bytes, bytes.len() as u64);
     assert_eq!(stored(&to), before);
     assert!(received.warnings.iter().any(|w| w.contains("devices")), "{:?}", received.warnings);
+}
+
+/// The whole command: a QEMU connects, the bitmap is there, and the report says so.
+#[test]
+fn the_verb_receives_from_qemu() {
+    if !have(Peer::Qemu10) {
+        return;
+    }
+    let scratch = Scratch::new();
+    let [a, to] = ["a", "to"].map(|name| make(&scratch, name, 8 * MIB).done());
+    let socket = scratch.path("mig");
+    let uri = format!("unix:{}", socket.display());
+    let disk = format!("disk0={}", to.display());
+    let refused = command().args(["receive", "--disk", &disk, &uri]).output();
+    refused.expect_exit(Exit::Device);
+    let receive = command().args(["receive", "--json", "--in-place", "--disk", &disk, &uri]);
+    let receive = receive.spawn();
+    let end = Instant::now() + Duration::from_secs(60);
+    while !socket.exists() {
+        assert!(Instant::now() < end, "it does not listen");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let mut qemu = source(Peer::Qemu10, &[("disk0", "n0", &a, "qcow2")]);
+    add_bitmap(&mut qemu, "n0", "b", 64 * KIB, (true, false));
+    qemu.io("disk0", "write 1m 300k");
+    let before = described(&mut qemu, "n0");
+    qemu.capabilities(&["dirty-bitmaps", "return-path"]);
+    qemu.ok("migrate", json!({ "uri": uri }));
+    let output = receive.wait().expect_exit(Exit::Done);
+    qemu.migration_reaches(&["completed"]);
+    qemu.quit();
+    let bitmap = &bitferry_tests::json::summary(&output)["disks"][0]["bitmaps"][0];
+    assert_eq!((&bitmap["name"], &bitmap["outcome"]), (&json!("b"), &json!("preserved")));
+    assert_eq!(stored(&to), before);
 }

@@ -9,6 +9,8 @@ use mig_core::bitmap::BitmapInfo;
 use mig_core::dirty::{AtomicBits, CHUNK_BYTES};
 use qcow2_file::bitmaps::Bits;
 
+use crate::running_digest::read_chunk;
+
 /// Granules of one piece.
 const PIECE_BITS: u64 = PIECE_BYTES as u64 * 8;
 
@@ -52,17 +54,10 @@ impl Life {
         let mut bytes = Vec::new();
         for chunk in self.bits.chunks() {
             let offset = chunk.saturating_mul(CHUNK_BYTES);
-            self.read_chunk(offset, &mut bytes);
+            read_chunk(&self.bits, offset, &mut bytes);
             bits.write_bytes(offset, &bytes);
         }
         bits
-    }
-
-    /// The bytes from `offset` on, up to [`CHUNK_BYTES`] or the end.
-    pub(super) fn read_chunk(&self, offset: u64, bytes: &mut Vec<u8>) {
-        let len = self.bits.byte_len().saturating_sub(offset).min(CHUNK_BYTES);
-        bytes.resize(usize::try_from(len).unwrap_or(0), 0);
-        self.bits.read_bytes(offset, bytes);
     }
 }
 

@@ -4,23 +4,21 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use format_spec::Blame;
-use format_spec::content_hash::{BitmapDigest, DigestBuilder, HashError};
+use format_spec::content_hash::{BitmapDigest, HashError};
 use format_spec::native::block::{
     BitmapCreate, BitmapSeal, BitmapUpdate, BitmapVersion, BlockRecord, DiskId, PIECE_BYTES,
     PIECE_HEAD_BYTES, Piece,
 };
 use mig_core::bitmap::BitmapInfo;
-use mig_core::dirty::{AtomicBits, CHUNK_BYTES};
+use mig_core::dirty::AtomicBits;
 use mig_core::stream::{Error, Result};
 
 use super::LiveBitmaps;
 use super::one::Life;
+use crate::running_digest::RunningDigest;
 
 /// Decides of each bitmap that exists or appears whether it goes along, and under which name.
 pub type Carry = Box<dyn Fn(&BitmapInfo) -> Option<String> + Send>;
-
-/// Pieces of the bitmap in one leaf of its digest.
-const PIECES_PER_LEAF: u64 = CHUNK_BYTES / PIECE_BYTES as u64;
 
 /// Hands out the numbers of a session's bitmaps, for all its disks.
 #[derive(Debug, Default)]
@@ -71,9 +69,7 @@ struct Told {
     in_flight: AtomicBits,
     /// Pieces that the destination may hold bits of: a zero piece that was never sent is not sent.
     sent: AtomicBits,
-    digest: DigestBuilder,
-    /// Leaves of the digest that changed since they were hashed.
-    stale: AtomicBits,
+    digest: RunningDigest,
 }
 
 /// Something to be told, in this order: what goes makes room for what comes.
@@ -290,8 +286,7 @@ impl Told {
             changed,
             in_flight: AtomicBits::new(pieces),
             sent: AtomicBits::new(pieces),
-            digest: DigestBuilder::replaceable(shape.granularity.into(), shape.bits)?,
-            stale: AtomicBits::new(pieces.div_ceil(PIECES_PER_LEAF)),
+            digest: RunningDigest::new(shape)?,
             life: Some(life),
         })
     }
@@ -304,7 +299,7 @@ impl Told {
         self.in_flight.set_range(index..index + 1);
         // Taken before it is read: what changes afterwards marks it again.
         self.changed.take_run(index, 1).filter(|taken| taken.start == index)?;
-        self.stale.set_range(index / PIECES_PER_LEAF..index / PIECES_PER_LEAF + 1);
+        self.digest.touch(index);
         let mut bits = [0; PIECE_BYTES];
         let bits = bits.get_mut(..life.shape().piece_len(index)?)?;
         let has_bits = life.bits.read_bytes(index.saturating_mul(PIECE_BYTES as u64), bits);
@@ -321,15 +316,6 @@ impl Told {
 
     /// Hashes the leaves whose pieces were taken since they were hashed.
     fn hash(&mut self) -> Result<(), HashError> {
-        let Some(life) = &self.life else { return Ok(()) };
-        let mut bytes = Vec::new();
-        let mut from = 0;
-        while let Some(leaf) = self.stale.take_run(from, 1) {
-            from = leaf.end;
-            let offset = leaf.start.saturating_mul(CHUNK_BYTES);
-            life.read_chunk(offset, &mut bytes);
-            self.digest.put(offset, &bytes)?;
-        }
-        Ok(())
+        self.life.as_ref().map_or(Ok(()), |life| self.digest.hash(&life.bits))
     }
 }

@@ -11,6 +11,7 @@ use mig_core::{Error, Result};
 
 use super::one::Slot;
 use super::{JobError, LiveBitmaps};
+use crate::running_digest::read_chunk;
 
 impl LiveBitmaps {
     /// Replaces whether a bitmap records writes, loading or not, as its source says.
@@ -42,7 +43,7 @@ impl LiveBitmaps {
             keeper.create(&info)?;
             for chunk in slot.life.bits.chunks() {
                 let offset = chunk.saturating_mul(CHUNK_BYTES);
-                slot.life.read_chunk(offset, &mut bytes);
+                read_chunk(&slot.life.bits, offset, &mut bytes);
                 keeper.put_bits(&info.name, offset, &bytes)?;
             }
             keeper.seal(&info.name)?;

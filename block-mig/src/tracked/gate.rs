@@ -6,14 +6,13 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 /// Set while the gate is closed; the bits below count the writes inside.
 const CLOSED: u64 = 1 << 63;
 
-/// What a closed gate will do with those who wait.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Door {
-    Open,
-    /// They wait.
-    Shut,
+/// What is to happen to those who come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+struct Door {
+    /// How many want it shut: while it is more than none, they wait.
+    holds: u32,
     /// They are sent away: the disk is not ours any more.
-    Retired,
+    is_retired: bool,
 }
 
 /// Counts writes in flight. One atomic addition on the way in and one on the way out as long as the
@@ -32,7 +31,7 @@ pub struct HandedOver;
 
 impl Gate {
     pub(super) fn new() -> Self {
-        let (state, door, changed) = (AtomicU64::new(0), Mutex::new(Door::Open), Condvar::new());
+        let (state, door, changed) = (AtomicU64::new(0), Mutex::default(), Condvar::new());
         Self { state, door, changed }
     }
 
@@ -41,10 +40,10 @@ impl Gate {
         // Acquire: who enters after `open` sees all that was done while it was shut.
         while self.state.fetch_add(1, Ordering::SeqCst) & CLOSED != 0 {
             self.leave();
-            let shut = |door: &mut Door| *door == Door::Shut;
+            let shut = |door: &mut Door| door.holds > 0 && !door.is_retired;
             let door =
                 self.changed.wait_while(self.lock(), shut).unwrap_or_else(PoisonError::into_inner);
-            if *door == Door::Retired {
+            if door.is_retired {
                 return Err(HandedOver);
             }
         }
@@ -60,37 +59,39 @@ impl Gate {
         }
     }
 
-    /// Shuts the gate and waits until all who are inside have left. Idempotent.
+    /// Shuts the gate and waits until all who are inside have left. It is opened by as many calls
+    /// of [`open`](Self::open).
     pub(super) fn shut(&self) {
-        self.close(Door::Shut);
+        let mut door = self.lock();
+        door.holds = door.holds.saturating_add(1);
+        self.close(door);
     }
 
     /// Shuts the gate for good; who waits is sent away.
     pub(super) fn retire(&self) {
-        self.close(Door::Retired);
+        let mut door = self.lock();
+        door.is_retired = true;
+        self.changed.notify_all();
+        self.close(door);
     }
 
-    fn close(&self, to: Door) {
-        let mut door = self.lock();
-        if *door != Door::Retired {
-            *door = to;
-        }
+    fn close(&self, mut door: MutexGuard<'_, Door>) {
         self.state.fetch_or(CLOSED, Ordering::SeqCst);
-        self.changed.notify_all();
         while self.state.load(Ordering::SeqCst) != CLOSED {
             door = self.changed.wait(door).unwrap_or_else(PoisonError::into_inner);
         }
     }
 
-    /// Opens the gate; who waits goes in. Does nothing once it is retired.
+    /// Opens the gate, unless others still want it shut; who waits goes in. Does nothing once it is
+    /// retired.
     pub(super) fn open(&self) {
         let mut door = self.lock();
-        if *door == Door::Shut {
-            *door = Door::Open;
+        door.holds = door.holds.saturating_sub(1);
+        if door.holds == 0 && !door.is_retired {
             self.state.fetch_and(!CLOSED, Ordering::SeqCst);
+            drop(door);
+            self.changed.notify_all();
         }
-        drop(door);
-        self.changed.notify_all();
     }
 
     /// Whether nobody is let in now.

@@ -84,12 +84,13 @@ impl<D: BlockSource + BlockSink> TrackedDisk<D> {
     }
 
     /// Stops writes: when this returns, all that were in flight are complete and marked, and new
-    /// ones wait.
+    /// ones wait. Whoever pauses resumes: a backup job and a migration may both hold the disk.
     pub fn pause(&self) {
         self.gate.shut();
     }
 
-    /// Lets the writes go on that wait. Does nothing on a retired disk.
+    /// Lets the writes go on that wait, once all who paused have resumed. Does nothing on a retired
+    /// disk.
     pub fn resume(&self) {
         self.gate.open();
     }

@@ -81,6 +81,7 @@ fn pausing_drains_writes_in_flight_and_holds_new_ones() {
         for _ in 0..300 {
             disk.pause();
             disk.pause();
+            disk.resume();
             for _ in 0..20 {
                 assert_eq!(in_disk.load(Ordering::SeqCst), 0);
             }

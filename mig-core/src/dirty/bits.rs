@@ -30,13 +30,15 @@ pub struct AtomicBits {
     /// Set bits. Each change is counted by the thread that made it, a moment later: it may be wrong
     /// by what is under way, and even negative.
     count: AtomicI64,
+    /// Bytes of the chunks that were made.
+    held: AtomicU64,
 }
 
 impl AtomicBits {
     /// `len` clear bits. Takes 24 bytes for every [`CHUNK_BYTES`] that they would need.
     pub fn new(len: u64) -> Self {
         let chunks = (0..len.div_ceil(CHUNK_BITS)).map(|_| OnceLock::new()).collect();
-        Self { len, chunks, count: AtomicI64::new(0) }
+        Self { len, chunks, count: AtomicI64::new(0), held: AtomicU64::new(0) }
     }
 
     /// Number of bits.
@@ -57,6 +59,11 @@ impl AtomicBits {
     /// Number of set bits, in constant time. Exact when nobody is changing any.
     pub fn count(&self) -> u64 {
         u64::try_from(self.count.load(Ordering::Acquire)).unwrap_or(0)
+    }
+
+    /// Bytes of memory that hold bits.
+    pub fn held_bytes(&self) -> u64 {
+        self.held.load(Ordering::Relaxed)
     }
 
     /// Whether bit `index` is set.
@@ -130,7 +137,8 @@ impl AtomicBits {
         }
     }
 
-    /// Sets every set bit in `other`, then clears it here. Not to be called while bits are set here.
+    /// Sets every set bit in `other`, then clears it here. Not to be called while others set bits
+    /// here.
     pub fn move_to(&self, other: &Self) {
         let mut from = 0;
         while let Some(run) = self.next_run(from, u64::MAX) {
@@ -276,7 +284,9 @@ impl AtomicBits {
         let words = chunk.get_or_init(|| {
             // The last chunk is as long as the bits need.
             let left = self.len.div_ceil(64) - chunk_at * CHUNK_WORDS as u64;
-            (0..left.min(CHUNK_WORDS as u64)).map(|_| AtomicU64::new(0)).collect()
+            let words = left.min(CHUNK_WORDS as u64);
+            self.held.fetch_add(words * 8, Ordering::Relaxed);
+            (0..words).map(|_| AtomicU64::new(0)).collect()
         });
         words.get(usize::try_from(index % CHUNK_WORDS as u64).ok()?)
     }

@@ -169,17 +169,20 @@ impl Machine {
             let len = (512 * (1 + random.below(64))).min(SIZE - at);
             let byte = u8::try_from(random.below(256)).unwrap();
             let moment = self.moment.read().unwrap();
-            let done = match random.below(20) {
+            let kind = random.below(20);
+            let range = if kind == 2 { BAD - 512..BAD + 512 } else { at..at + len };
+            let done = match kind {
                 0 => self.disk.write_zeroes(at, len),
                 1 => self.disk.discard(at, len),
-                2 => self.disk.write(&[byte; 1024], BAD - 512),
-                _ => self.disk.write(&vec![byte; usize::try_from(len).unwrap()], at),
+                _ => {
+                    let len = usize::try_from(range.end - range.start).unwrap();
+                    self.disk.write(&vec![byte; len], range.start)
+                }
             };
-            let range = match &done {
-                Err(error) if is_handed_over(error) => return,
-                Err(_) => BAD - 512..BAD + 512,
-                Ok(()) => at..at + len,
-            };
+            if done.is_err_and(|error| is_handed_over(&error)) {
+                return;
+            }
+            // Failed writes count: part of them happened.
             for bitmap in self.shadow.lock().unwrap().values_mut().filter(|b| b.is_enabled) {
                 let bits = bitmap.granularity_bits;
                 bitmap.granules.extend(range.start >> bits..=(range.end - 1) >> bits);

@@ -212,7 +212,7 @@ fn every_lie_about_disks_is_named() {
 #[test]
 fn every_lie_about_the_order_is_named() {
     let sealed = || Script::main().block(&[vda(), zeroes(0, SIZE), seal()]);
-    let (prepare, commit) = (Control::Prepare(SESSION), Control::Commit(SESSION));
+    let prepare = || Control::Prepare(SESSION);
     let mut eof = Writer::new();
     Element::Eof.encode(&mut eof);
     let start = |id, name, version| {
@@ -228,9 +228,9 @@ fn every_lie_about_the_order_is_named() {
     let cases = [
         ("barrier 2 comes where 1 is expected", sealed().barrier(2)),
         ("barrier 1 comes where 2 is expected", sealed().barrier(1).barrier(1)),
-        ("before the first barrier", sealed().control(&[prepare.clone()])),
-        ("without READY", sealed().barrier(1).control(&[commit.clone()])),
-        ("PREPARE comes twice", sealed().barrier(1).control(&[prepare.clone(), prepare.clone()])),
+        ("before the first barrier", sealed().control(&[prepare()])),
+        ("without READY", sealed().barrier(1).control(&[Control::Commit(SESSION)])),
+        ("PREPARE comes twice", sealed().barrier(1).control(&[prepare(), prepare()])),
         ("another session", sealed().barrier(1).control(&[wrong])),
         ("ends before COMMIT", sealed().barrier(1).raw(&eof.into_bytes())),
         ("\"ram\", instance 0, is not known", start(3, "ram", 4)),
@@ -351,7 +351,8 @@ fn strangers_and_floods_do_not_keep_the_source_out() {
 
 #[test]
 fn a_source_that_does_not_open_all_connections_is_given_up() {
-    let quick = Timing { join: Duration::from_millis(300), ..timing() };
+    let limit = Duration::from_millis(300);
+    let quick = Timing { join: limit, linger: limit, ..timing() };
     let net = Net::new(None);
     std::thread::scope(|scope| {
         let destination = scope.spawn(|| {

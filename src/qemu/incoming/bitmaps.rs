@@ -124,8 +124,8 @@ impl<'o> Bitmaps<'o> {
         Ok(())
     }
 
-    /// Makes a bitmap for the disk at `index`, and room for its bits. One that the image has and that
-    /// may be used is never replaced: it may be the only one of its kind.
+    /// Makes a bitmap for the disk at `index`, and room for its bits. One that the image has and
+    /// that may be used is never replaced: it may be the only one of its kind.
     fn new_loading(
         &mut self,
         index: usize,

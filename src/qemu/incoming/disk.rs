@@ -13,10 +13,11 @@ use qcow2_file::{Access, Chain, HostFile, Opener};
 
 use super::super::error::{Error, Result, Subject};
 use super::bitmaps::{Holder, Taken};
-use super::options::{DiskPlace, IncomingOptions};
+use super::options::IncomingOptions;
 use crate::Observer;
 use crate::copy::{Format, open_editor};
 use crate::disk::{Stored, check_probe};
+use crate::options::DiskOption;
 
 /// Most chunks of a disk of which it is remembered whether they came: those of 128 TiB.
 const MAX_SEEN: u64 = 1 << 27;
@@ -24,7 +25,7 @@ const MAX_SEEN: u64 = 1 << 27;
 /// One image of this side.
 #[derive(Debug)]
 pub(super) struct Disk<'o> {
-    pub(super) place: &'o DiskPlace,
+    pub(super) place: &'o DiskOption,
     /// Holds the locks.
     pub(super) chain: Chain,
     /// Bytes of the disk.
@@ -62,7 +63,7 @@ pub(super) struct Counts {
 impl<'o> Disk<'o> {
     /// Opens and locks an image. Nothing is written.
     pub(super) fn open(
-        place: &'o DiskPlace,
+        place: &'o DiskOption,
         options: &IncomingOptions,
         observer: &dyn Observer,
     ) -> crate::Result<Self> {
@@ -254,7 +255,7 @@ mod tests {
         assert_eq!(run(1024, 1024, &bytes), (1024, true));
         assert_eq!(run(1024, 2048, &bytes[1024..]), (1024, false));
         assert_eq!(run(1024, 3072, &bytes[2048..]), (952, true));
-        assert_eq!(run(1024, 1000, &bytes), (1048, true).min((24, true)));
+        assert_eq!(run(1024, 1000, &bytes), (24, true));
         assert_eq!(run(4096, 0, &bytes), (3000, false));
         assert_eq!(run(512, 0, &[]), (0, false));
     }

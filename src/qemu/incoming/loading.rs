@@ -91,8 +91,8 @@ impl Loading {
         Ok(())
     }
 
-    /// All of it is said to be here. A source sends clear ranges too: what has not come is not known
-    /// to be clear.
+    /// All of it is said to be here. A source sends clear ranges too: what has not come is not
+    /// known to be clear.
     pub(super) fn complete(&mut self) -> Result<(), String> {
         if let Some(word) = self.arrived.next_clear(0) {
             let end = word.saturating_mul(64).saturating_mul(self.granularity.into());

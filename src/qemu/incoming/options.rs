@@ -1,27 +1,16 @@
 //! What a destination is told.
 
-use std::path::PathBuf;
-
-use crate::copy::{BitmapSelection, Format, Rename};
+use crate::copy::{BitmapSelection, Rename};
+use crate::options::DiskOption;
 use crate::{Error, Result};
-
-/// An image that exists and takes a disk, its bitmaps, or both: `--disk ID=PATH[,format=F]`.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct DiskPlace {
-    /// The disk's name on the wire: that of its block backend where it has one, else of its node,
-    /// or its alias.
-    pub id: String,
-    /// The image. QEMU's stream says no sizes: it must be as large as the source's disk.
-    pub path: PathBuf,
-    /// Its format; probed where `None`.
-    pub format: Option<Format>,
-}
 
 /// What arrives where.
 #[derive(Debug, Clone, Default)]
 pub struct IncomingOptions {
-    /// The disks that may arrive, and their places.
-    pub disks: Vec<DiskPlace>,
+    /// The images that exist and take disks, their bitmaps, or both. The name on the wire is that of
+    /// the block backend where there is one, else of the node, or the alias. QEMU's stream says no
+    /// sizes: each image must be as large as the source's disk.
+    pub disks: Vec<DiskOption>,
     /// Which bitmaps are stored, by their names on the wire. Others are received and dropped.
     pub bitmaps: BitmapSelection,
     /// New names for bitmaps.

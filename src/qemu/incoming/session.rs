@@ -204,8 +204,8 @@ impl State<'_, '_> {
         Ok(())
     }
 
-    /// QEMU 7.2 goes over to its end when little is left to send, and does not count what it has not
-    /// read yet: it may leave out most of a disk and call that completed.
+    /// QEMU 7.2 goes over to its end when little is left to send, and does not count what it has
+    /// not read yet: it may leave out most of a disk and call that completed.
     fn check_content(&self, at: u64) -> Result<()> {
         if !self.has_content || self.options.shared_base {
             return Ok(());
@@ -218,9 +218,9 @@ impl State<'_, '_> {
             offset: at,
             reason: format!(
                 "the stream ends, and {missing} of {all} MiB did not come. QEMU 7.2 ends too early \
-                 where its bandwidth times downtime-limit is more than 1 MiB: set downtime-limit to \
-                 0 until `info migrate` shows at most 1 MiB of each disk as remaining. With \
-                 `migrate -i` say that the rest is there already (shared base)"
+                 where its bandwidth times downtime-limit is more than 1 MiB: set downtime-limit \
+                 to 0 until `info migrate` shows at most 1 MiB of each disk as remaining. With \
+                 `migrate -i` say --shared-base: that the rest is there already"
             ),
             blame: Blame::PeerBehaviour,
         })
