@@ -19,6 +19,7 @@ mod outcome;
 mod output;
 mod progress;
 mod receive;
+mod remote;
 mod send;
 mod size;
 mod table;

@@ -111,10 +111,11 @@ fn options(args: SendArgs) -> SendOptions {
         compression: args.compress.0,
         // None as well as 0 mean no limit, as in QEMU.
         bandwidth: args.bandwidth.filter(|rate| *rate > 0),
+        cannot_hold: None,
     }
 }
 
-fn dry_run(options: &SendOptions, watch: &Watch<'_>, output: &Output) -> Outcome {
+pub(super) fn dry_run(options: &SendOptions, watch: &Watch<'_>, output: &Output) -> Outcome {
     let plan = send::plan(options, watch)?;
     watch.finish();
     if output.is_json {
