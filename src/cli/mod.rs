@@ -9,6 +9,7 @@ mod compare;
 mod completions;
 mod copy;
 mod demo;
+mod dialect;
 mod failure;
 mod hash;
 mod info;

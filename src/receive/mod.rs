@@ -36,6 +36,11 @@ pub fn run(
     options.check()?;
     observer.phase(Phase::Wait);
     let (dialect, main) = first(arrivals, observer)?;
+    if let Some(wanted) = options.dialect.filter(|wanted| *wanted != dialect) {
+        let peer = &main.peer;
+        let reason = format!("{peer} speaks the {dialect} dialect, and {wanted} was asked for");
+        return Err(Error::Usage { reason });
+    }
     observer.phase(Phase::Transfer);
     match dialect {
         Dialect::Native => native(options, (main, arrivals), (observer, started)),

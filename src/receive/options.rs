@@ -2,6 +2,7 @@
 
 use format_spec::native::hello::MAX_CHANNELS;
 
+use super::Dialect;
 use crate::copy::{BitmapSelection, Existing, Format, Rename, TargetOptions};
 use crate::options::DiskOption;
 use crate::send::check_ids;
@@ -27,6 +28,8 @@ pub struct ReceiveOptions {
     pub no_verify: bool,
     /// Ignore what an earlier try left.
     pub fresh: bool,
+    /// What the source has to speak; whatever it does where `None`.
+    pub dialect: Option<Dialect>,
     /// From a QEMU that migrates with `-i`: what is not sent is there already.
     pub shared_base: bool,
     /// Data connections that are granted, at most.
@@ -44,6 +47,7 @@ impl Default for ReceiveOptions {
             renames: Vec::new(),
             no_verify: false,
             fresh: false,
+            dialect: None,
             shared_base: false,
             max_channels: MAX_CHANNELS,
         }
