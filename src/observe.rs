@@ -8,6 +8,8 @@ use std::sync::{Mutex, PoisonError};
 pub enum Phase {
     /// Opening images, deciding, looking for room. No totals.
     Plan,
+    /// Waiting for a source to connect. No totals.
+    Wait,
     /// Moving guest data. Totals are bytes of stored data, zeroes excluded.
     Transfer,
     /// Storing bitmaps.
@@ -27,6 +29,7 @@ impl Phase {
     pub fn name(self) -> &'static str {
         match self {
             Self::Plan => "plan",
+            Self::Wait => "wait",
             Self::Transfer => "transfer",
             Self::Bitmaps => "bitmaps",
             Self::Seal => "seal",
@@ -92,5 +95,14 @@ impl block_mig::Monitor for Progress<'_> {
 
     fn is_cancelled(&self) -> bool {
         self.observer.is_cancelled()
+    }
+}
+
+/// Stops the engine when the observer wants it; what it moves is not counted.
+pub(crate) struct Stops<'a>(pub(crate) &'a dyn Observer);
+
+impl block_mig::Monitor for Stops<'_> {
+    fn is_cancelled(&self) -> bool {
+        self.0.is_cancelled()
     }
 }

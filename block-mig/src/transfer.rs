@@ -6,6 +6,7 @@ use format_spec::content_hash::ContentHash;
 use mig_core::block::{BlockSink, BlockSource};
 
 use crate::error::{Error, Result};
+use crate::fingerprint::{Fingerprint, Seed};
 use crate::limits;
 use crate::load::{Loader, SharedTree};
 use crate::monitor::Monitor;
@@ -18,8 +19,11 @@ use crate::store::{Chunk, Storer};
 pub struct TransferOptions {
     /// What the source's holes mean.
     pub scope: Scope,
-    /// Whether to hash what is moved. Only with [`Scope::Whole`].
+    /// Whether to make the content hash of what is moved. Only with [`Scope::Whole`].
     pub hashes: bool,
+    /// Whether to make a fingerprint of what is moved, and under which key. Only with
+    /// [`Scope::Whole`].
+    pub fingerprint: Option<Seed>,
     /// Whether compressed clusters are offered to the sink as they are.
     pub offers_compressed: bool,
     /// Worker threads.
@@ -34,6 +38,7 @@ impl Default for TransferOptions {
         Self {
             scope: Scope::Whole,
             hashes: true,
+            fingerprint: None,
             offers_compressed: true,
             workers: limits::workers(None),
             unit_bytes: limits::UNIT_BYTES,
@@ -54,6 +59,8 @@ pub struct Transferred {
     pub decompressed: u64,
     /// What the source's content hashes to.
     pub content_hash: Option<ContentHash>,
+    /// What the source read as, to be held against what the sink reads as.
+    pub fingerprint: Option<Fingerprint>,
 }
 
 /// Moves all of `source` into `sink`, which nobody else writes to meanwhile. Afterwards the sink's
@@ -68,9 +75,11 @@ pub fn transfer(
     if source_bytes > sink_bytes {
         return Err(Error::Size { source_bytes, sink_bytes });
     }
-    let hashes = options.hashes && options.scope == Scope::Whole;
-    let tree = if hashes { Some(SharedTree::new(source_bytes)?) } else { None };
-    let loader = Loader { source, tree: tree.as_ref() };
+    let is_whole = options.scope == Scope::Whole;
+    let (hashes, seed) = (options.hashes && is_whole, options.fingerprint.filter(|_| is_whole));
+    let tree = SharedTree::with(source_bytes, hashes, seed)?;
+    let is_fed = hashes || seed.is_some();
+    let loader = Loader { source, tree: is_fed.then_some(&tree) };
     let storer = Storer::new(sink, options.offers_compressed);
     let work = |(buffer, packed): &mut (Vec<u8>, Vec<u8>), unit: Unit| {
         let bytes = loader.load(&unit, buffer)?;
@@ -90,7 +99,8 @@ pub fn transfer(
         bytes_zero: source_bytes.saturating_sub(bytes_data).saturating_sub(untouched),
         passed_on: storer.counts.passed_on.load(Ordering::Relaxed),
         decompressed: storer.counts.decompressed.load(Ordering::Relaxed),
-        content_hash: tree.map(|t| t.root()).transpose()?,
+        content_hash: hashes.then(|| tree.root()).transpose()?,
+        fingerprint: seed.map(|_| tree.fingerprint()).transpose()?,
     })
 }
 

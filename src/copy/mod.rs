@@ -16,6 +16,8 @@ use std::time::Instant;
 
 use block_mig::Transferred;
 
+pub(crate) use bitmaps::difference;
+pub(crate) use in_place::{invalidated, open_editor};
 pub use options::{
     BackingChoice, BitmapSelection, CopyOptions, Existing, Format, Rename, TargetOptions,
 };

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use block_mig::device::{ChainBacking, NewImageSink, RawSink};
 use block_mig::limits::{MAX_UNIT_BYTES, UNIT_BYTES};
+use block_mig::recorded::Recorded;
 use block_mig::{TransferOptions, Transferred, transfer};
 use mig_core::block::BlockSink;
 use qcow2_file::bitmaps::PersistentBitmap;
@@ -58,11 +59,15 @@ pub(super) fn move_data(
     let options = TransferOptions {
         scope: job.source.scope(),
         hashes: !job.options.no_verify,
+        fingerprint: prove::seed(job)?,
         offers_compressed: job.passes_compressed(),
         workers: block_mig::limits::workers(job.options.workers),
         unit_bytes: largest_cluster.clamp(UNIT_BYTES, MAX_UNIT_BYTES),
     };
-    let moved = transfer(&*job.source.blocks(), sink, &options, &progress)?;
+    let blocks = job.source.blocks();
+    let source = Recorded { source: &*blocks, runs: &job.runs };
+    let moved = transfer(&source, sink, &options, &progress)?;
+    job.source.check_unchanged(observer)?;
     progress.end();
     Ok(moved)
 }
@@ -93,7 +98,7 @@ impl Unfinished {
         if let Some(data) = data_file {
             let draft = Draft::create(&data.path)?;
             options.data_file = Some(DataFile {
-                name: data.name.clone(),
+                name: data.name.clone().into(),
                 is_raw: data.is_raw,
                 storage: draft.storage(),
             });

@@ -6,10 +6,15 @@
 #![allow(clippy::missing_panics_doc)]
 
 pub mod bitferry;
+pub mod destination;
 pub mod fuzz;
 pub mod image;
+#[cfg(feature = "programs")]
+pub mod incoming;
 pub mod json;
 pub mod peer;
+#[cfg(feature = "programs")]
+pub mod pki;
 pub mod process;
 pub mod qemu;
 pub mod qmp;
