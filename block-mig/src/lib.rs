@@ -22,6 +22,7 @@ pub mod monitor;
 pub mod plan;
 pub mod pool;
 pub mod proof;
+pub mod recheck;
 pub mod store;
 mod transfer;
 

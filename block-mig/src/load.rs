@@ -2,7 +2,7 @@
 
 use std::sync::{Mutex, PoisonError};
 
-use format_spec::content_hash::{ContentHash, LEAF_BYTES, Tree, hash_run};
+use format_spec::content_hash::{ContentHash, LEAF_BYTES, Placed, Tree, hash_run};
 use mig_core::block::{BlockSource, is_zero};
 
 use crate::error::{Error, Result};
@@ -24,6 +24,12 @@ impl SharedTree {
             self.lock().put(placed.height, placed.index, placed.node)?;
         }
         Ok(())
+    }
+
+    /// Puts nodes that were made elsewhere.
+    pub fn put_nodes(&self, nodes: &[Placed]) -> Result<()> {
+        let mut tree = self.lock();
+        Ok(nodes.iter().try_for_each(|p| tree.put(p.height, p.index, p.node))?)
     }
 
     /// Notes a run of zeroes on leaf boundaries.

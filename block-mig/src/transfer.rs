@@ -1,21 +1,23 @@
 //! Move the content of one disk into another on this host.
 
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use format_spec::content_hash::ContentHash;
 use mig_core::block::{BlockSink, BlockSource};
 
 use crate::error::{Error, Result};
+use crate::journal::Keeper;
 use crate::limits;
 use crate::load::{Loader, SharedTree};
 use crate::monitor::Monitor;
-use crate::plan::{Content, Scope, Unit, Units};
+use crate::plan::{Content, Scope, Units};
 use crate::pool::Pool;
-use crate::store::{Chunk, Storer};
+use crate::store::Storer;
+use crate::transfer::parts::{Mover, Part, Parts};
 
 /// How to move.
 #[derive(Debug, Clone, Copy)]
-pub struct TransferOptions {
+pub struct TransferOptions<'a> {
     /// What the source's holes mean.
     pub scope: Scope,
     /// Whether to hash what is moved. Only with [`Scope::Whole`].
@@ -27,9 +29,13 @@ pub struct TransferOptions {
     /// Largest unit, see [`limits::UNIT_BYTES`]; at least the source's cluster size where
     /// compressed clusters are offered.
     pub unit_bytes: u64,
+    /// Keeps the journal of the sink, which is synced for it now and then. What it claims already
+    /// is taken to be equal to the source, see [`recheck`](crate::recheck::recheck), and left out.
+    /// Only with hashes.
+    pub keeper: Option<&'a Keeper>,
 }
 
-impl Default for TransferOptions {
+impl Default for TransferOptions<'_> {
     fn default() -> Self {
         Self {
             scope: Scope::Whole,
@@ -37,6 +43,7 @@ impl Default for TransferOptions {
             offers_compressed: true,
             workers: limits::workers(None),
             unit_bytes: limits::UNIT_BYTES,
+            keeper: None,
         }
     }
 }
@@ -46,6 +53,8 @@ impl Default for TransferOptions {
 pub struct Transferred {
     /// Bytes of content that were written.
     pub bytes_data: u64,
+    /// Bytes that were there from an earlier try, zeroes included.
+    pub bytes_kept: u64,
     /// Bytes that were not written as content, since they read as zero.
     pub bytes_zero: u64,
     /// Guest bytes whose compressed clusters were passed on.
@@ -61,7 +70,7 @@ pub struct Transferred {
 pub fn transfer(
     source: &dyn BlockSource,
     sink: &dyn BlockSink,
-    options: &TransferOptions,
+    options: &TransferOptions<'_>,
     monitor: &dyn Monitor,
 ) -> Result<Transferred> {
     let (source_bytes, sink_bytes) = (source.size(), sink.size());
@@ -70,29 +79,45 @@ pub fn transfer(
     }
     let hashes = options.hashes && options.scope == Scope::Whole;
     let tree = if hashes { Some(SharedTree::new(source_bytes)?) } else { None };
-    let loader = Loader { source, tree: tree.as_ref() };
+    let keeper = options.keeper.filter(|_| hashes);
+    let loader = Loader { source, tree: tree.as_ref().filter(|_| keeper.is_none()) };
     let storer = Storer::new(sink, options.offers_compressed);
-    let work = |(buffer, packed): &mut (Vec<u8>, Vec<u8>), unit: Unit| {
-        let bytes = loader.load(&unit, buffer)?;
-        storer.store(Chunk { unit: &unit, bytes, source }, packed)?;
-        if matches!(unit.content, Content::Bytes { .. }) {
-            monitor.advance(unit.len);
+    let kept = AtomicU64::new(0);
+    let mover = Mover { source, sink, loader, storer: &storer, tree: tree.as_ref(), keeper };
+    let work = |(buffer, packed): &mut (Vec<u8>, Vec<u8>), unit: Part| match unit {
+        Part::Known(units, entry) => {
+            let bytes = mover.skip(units, entry)?;
+            kept.fetch_add(bytes, Ordering::Relaxed);
+            Ok(())
         }
-        Ok(())
+        Part::Unit(unit) => {
+            mover.move_unit(unit, buffer, packed)?;
+            if matches!(unit.content, Content::Bytes { .. }) {
+                monitor.advance(unit.len);
+            }
+            Ok(())
+        }
     };
-    let units = Units::new(source, options.scope, options.unit_bytes);
-    Pool { workers: options.workers, monitor }.run(units, Default::default, work)?;
+    let units = Parts::new(Units::new(source, options.scope, options.unit_bytes), keeper);
+    let moved = Pool { workers: options.workers, monitor }.run(units, Default::default, work);
+    mover.save(moved)?;
     sink.flush().map_err(Error::Sink)?;
     let bytes_data = storer.counts.data.load(Ordering::Relaxed);
+    let bytes_kept = kept.load(Ordering::Relaxed);
     let untouched = storer.counts.untouched.load(Ordering::Relaxed);
     Ok(Transferred {
         bytes_data,
-        bytes_zero: source_bytes.saturating_sub(bytes_data).saturating_sub(untouched),
+        bytes_kept,
+        bytes_zero: source_bytes
+            .saturating_sub(bytes_data)
+            .saturating_sub(untouched)
+            .saturating_sub(bytes_kept),
         passed_on: storer.counts.passed_on.load(Ordering::Relaxed),
         decompressed: storer.counts.decompressed.load(Ordering::Relaxed),
         content_hash: tree.map(|t| t.root()).transpose()?,
     })
 }
 
+mod parts;
 #[cfg(test)]
 mod tests;

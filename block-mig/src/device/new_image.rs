@@ -6,6 +6,7 @@ use qcow2_file::GuestOffset;
 use qcow2_file::create::NewImage;
 
 use super::{compression_type, failed};
+use crate::recheck::ReadBack;
 
 /// A qcow2 image that is being made. Whoever owns it finishes it.
 #[derive(Debug, Clone, Copy)]
@@ -48,5 +49,11 @@ impl BlockSink for NewImageSink<'_> {
 
     fn sync(&self) -> Result<()> {
         self.0.sync().map_err(failed("sync", 0))
+    }
+}
+
+impl ReadBack for NewImageSink<'_> {
+    fn read_back(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        self.0.read_at(buf, GuestOffset(offset)).map_err(failed("read back", offset))
     }
 }
