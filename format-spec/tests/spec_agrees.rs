@@ -77,11 +77,11 @@ fn modules() -> BTreeMap<&'static str, Constants> {
                 PERSISTENT PIECE_BYTES RUN_HEAD_BYTES PIECE_HEAD_BYTES MAX_DISK_NAME
                 MAX_BITMAP_NAME MIN_GRANULARITY MAX_GRANULARITY),
         ),
-        ("native::control", constants!(control: BARRIER PREPARE COMMIT ABORT DURABLE)),
+        ("native::control", constants!(control: BARRIER PREPARE COMMIT ABORT KEEPALIVE DURABLE)),
         (
             "native::answer",
             constants!(answer: ACK HAVE HAVE_ZEROES HAVE_DONE READY COMMITTED FAILED
-                UNKNOWN_OFFSET),
+                KEEPALIVE UNKNOWN_OFFSET),
         ),
         (
             "native::journal",

@@ -14,8 +14,8 @@ use mig_core::block::BlockSink;
 
 use super::error::{Error, Result};
 use super::landing::Landing;
-use super::proof::DiskProof;
 use super::records::{RecordReader, RecordWriter};
+use crate::proof::DiskProof;
 
 /// Finds or makes the place for a disk, by the name that the source gives it, which selects among
 /// what this side's user configured and is never a path, and the size in bytes that the source

@@ -26,16 +26,16 @@ mod image;
 mod incoming;
 mod landing;
 mod outgoing;
-mod proof;
+
 mod records;
 #[cfg(test)]
 mod tests;
 
+pub use crate::proof::DiskProof;
 pub use error::{Error, Result};
 pub use image::{SentImage, receive_image, send_image};
 pub use incoming::{Arrived, Incoming, Place};
 pub use outgoing::{Outgoing, OutgoingDisk, Sent};
-pub use proof::DiskProof;
 
 /// This program, as it calls itself in a hello.
 fn program() -> String {

@@ -21,8 +21,8 @@ use format_spec::{Blame, Reader};
 use mig_core::block::BlockSource;
 
 use super::error::{Error, Result};
-use super::proof::DiskProof;
 use super::records::{RecordReader, RecordWriter};
+use crate::proof::DiskProof;
 
 /// The only generation: nothing is created twice in a transfer of disks at rest.
 const GENERATION: u32 = 1;

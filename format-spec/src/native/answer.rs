@@ -2,7 +2,7 @@
 
 use super::block::{BitmapVersion, DiskId};
 use super::control::{decode_blame, reason};
-use super::frame::{self, Record};
+use super::frame::{self, OPTIONAL, Record};
 use super::hello::{self, MAX_REFUSAL_TEXT};
 use super::units::{UnitNodes, ZeroUnits};
 use crate::content_hash::{BitmapDigest, ContentHash};
@@ -22,6 +22,8 @@ pub const READY: u16 = 5;
 pub const COMMITTED: u16 = 6;
 /// The destination gives up.
 pub const FAILED: u16 = 7;
+/// The destination is still there.
+pub const KEEPALIVE: u16 = OPTIONAL | 8;
 /// The stream offset of a failure that has none.
 pub const UNKNOWN_OFFSET: u64 = u64::MAX;
 
@@ -60,12 +62,14 @@ pub enum Answer<'a> {
         /// For the user. Longer than [`MAX_REFUSAL_TEXT`] is cut.
         text: String,
     },
+    /// The destination is still there.
+    Keepalive,
 }
 
 impl<'a> Answer<'a> {
     /// Decodes a record; `None` for an unknown one that may be skipped.
     pub fn decode(record: &Record<'a>) -> Result<Option<Self>, Malformed> {
-        if !(ACK..=FAILED).contains(&record.header.kind) {
+        if !(ACK..=FAILED).contains(&record.header.kind) && record.header.kind != KEEPALIVE {
             return record.skip_unknown().map(|()| None);
         }
         let mut body = record.plain_body()?;
@@ -76,6 +80,7 @@ impl<'a> Answer<'a> {
             HAVE_DONE => Self::HaveDone(disk(&mut body)?),
             READY => Self::Ready(Ready::decode(&mut body)?),
             COMMITTED => Self::Committed(*body.array("session")?),
+            KEEPALIVE => Self::Keepalive,
             _ => {
                 let blame = decode_blame(&mut body)?;
                 let offset = Some(body.be64("stream offset")?).filter(|at| *at != UNKNOWN_OFFSET);
@@ -119,6 +124,7 @@ impl<'a> Answer<'a> {
                 body.text16(text, MAX_REFUSAL_TEXT);
                 FAILED
             }
+            Self::Keepalive => KEEPALIVE,
         };
         frame::encode(kind, &[&body.into_bytes()], out);
     }

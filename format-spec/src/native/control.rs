@@ -1,6 +1,6 @@
 //! Records of the section `bitferry`, version 1: what drives the others. SPEC 8 and 9.
 
-use super::frame::{self, Record};
+use super::frame::{self, OPTIONAL, Record};
 use super::hello::{self, MAX_REFUSAL_TEXT};
 use crate::{Blame, Malformed, Problem, Reader, Writer};
 
@@ -16,6 +16,8 @@ pub const PREPARE: u16 = 2;
 pub const COMMIT: u16 = 3;
 /// The source gives up.
 pub const ABORT: u16 = 4;
+/// This side is still there.
+pub const KEEPALIVE: u16 = OPTIONAL | 5;
 /// Barrier flag: sync before the answer.
 pub const DURABLE: u32 = 0x1;
 
@@ -42,6 +44,8 @@ pub enum Control {
         /// For the user. Longer than [`MAX_REFUSAL_TEXT`] is cut.
         text: String,
     },
+    /// This side is still there.
+    Keepalive,
 }
 
 impl Control {
@@ -50,7 +54,7 @@ impl Control {
         if record.header.is_end() {
             return Ok(Some(Self::End));
         }
-        if !(BARRIER..=ABORT).contains(&record.header.kind) {
+        if !(BARRIER..=ABORT).contains(&record.header.kind) && record.header.kind != KEEPALIVE {
             return record.skip_unknown().map(|()| None);
         }
         let mut body = record.plain_body()?;
@@ -67,6 +71,7 @@ impl Control {
             }
             PREPARE => Self::Prepare(*body.array("session")?),
             COMMIT => Self::Commit(*body.array("session")?),
+            KEEPALIVE => Self::Keepalive,
             _ => {
                 let (blame, text) = (decode_blame(&mut body)?, reason(&mut body)?);
                 Self::Abort { blame, text }
@@ -97,6 +102,7 @@ impl Control {
                 body.be16(hello::blame_code(*blame)).text16(text, MAX_REFUSAL_TEXT);
                 ABORT
             }
+            Self::Keepalive => KEEPALIVE,
         };
         frame::encode(kind, &[&body.into_bytes()], out);
     }
