@@ -7,11 +7,13 @@
 //! does it for failures.
 #![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 
+mod berth;
 pub mod bitmap;
 pub mod compare;
 pub mod copy;
 mod disk;
 mod error;
+pub mod facts;
 pub mod hash;
 pub mod incoming;
 pub mod info;

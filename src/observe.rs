@@ -8,6 +8,8 @@ use std::sync::{Mutex, PoisonError};
 pub enum Phase {
     /// Opening images, deciding, looking for room. No totals.
     Plan,
+    /// Reading again what an earlier try left. Totals are bytes of the disk.
+    Recheck,
     /// Moving guest data. Totals are bytes of stored data, zeroes excluded.
     Transfer,
     /// Storing bitmaps.
@@ -27,6 +29,7 @@ impl Phase {
     pub fn name(self) -> &'static str {
         match self {
             Self::Plan => "plan",
+            Self::Recheck => "recheck",
             Self::Transfer => "transfer",
             Self::Bitmaps => "bitmaps",
             Self::Seal => "seal",

@@ -1,15 +1,17 @@
 //! Files that get their final name only when they are complete. SPEC 3.1 and 3.2.
 //!
 //! A [`Draft`] is a file under its temporary name, locked, and removed when it is dropped without
-//! having been published. What belongs together is finished and synced as drafts first, and then
+//! having been published, unless it is kept to be gone on with. What belongs together is finished and synced as drafts first, and then
 //! [`publish`]ed in one go; the directory is synced last.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use format_spec::files::temporary_name;
 use qcow2_file::lock::{self, Lock};
@@ -28,10 +30,58 @@ pub(crate) struct Draft {
     temporary: PathBuf,
     target: PathBuf,
     is_published: bool,
+    is_kept: AtomicBool,
     _lock: Lock,
 }
 
 impl Draft {
+    fn new(file: Arc<HostFile>, (temporary, target): (PathBuf, PathBuf), lock: Lock) -> Self {
+        let is_kept = AtomicBool::new(false);
+        Self { file, temporary, target, is_published: false, is_kept, _lock: lock }
+    }
+
+    /// Opens and locks the temporary file that an earlier try left for `target`, if there is one.
+    /// One that a living process writes is [`qcow2_file::Error::InUse`].
+    pub(crate) fn reopen(target: &Path) -> Result<Option<Self>> {
+        let target = followed(target)?;
+        let temporary = temporary_path(&target)?;
+        // Nobody of us makes anything but files there.
+        if !fs::symlink_metadata(&temporary).is_ok_and(|m| m.is_file()) {
+            return Ok(None);
+        }
+        let file = match HostFile::open(&temporary, qcow2_file::Access::ReadWrite) {
+            Ok(file) => Arc::new(file),
+            Err(qcow2_file::Error::Open { source, .. })
+                if source.kind() == io::ErrorKind::NotFound =>
+            {
+                return Ok(None);
+            }
+            Err(e) => return Err(e.into()),
+        };
+        let lock = lock::acquire_temporary(file.file(), &temporary)?;
+        Ok(lock.map(|lock| {
+            let draft = Self::new(file, (temporary, target), lock);
+            // Until it is known what it is.
+            draft.keep();
+            draft
+        }))
+    }
+
+    /// Leaves the file where it is when it is dropped.
+    pub(crate) fn keep(&self) {
+        self.is_kept.store(true, Ordering::Relaxed);
+    }
+
+    /// Removes the file when it is dropped.
+    pub(crate) fn forsake(&self) {
+        self.is_kept.store(false, Ordering::Relaxed);
+    }
+
+    /// Where it will stand.
+    pub(crate) fn target(&self) -> &Path {
+        &self.target
+    }
+
     /// Creates and locks the temporary file for `target`. One that a dead process left is removed;
     /// one that a living process writes is [`qcow2_file::Error::InUse`].
     pub(crate) fn create(target: &Path) -> Result<Self> {
@@ -53,7 +103,7 @@ impl Draft {
                 Err(e) => return Err(e.into()),
             };
             if let Some(lock) = lock::acquire_temporary(file.file(), &temporary)? {
-                return Ok(Self { file, temporary, target, is_published: false, _lock: lock });
+                return Ok(Self::new(file, (temporary, target), lock));
             }
         }
         Err(qcow2_file::Error::InUse { file: name_of(&temporary), holders: Vec::new() }.into())
@@ -76,6 +126,16 @@ impl Draft {
 
     /// Gives it its final name. Without `replaces`, a file of that name is an error.
     fn rename(&mut self, replaces: bool) -> Result<()> {
+        // A crash between the two halves of a rename by link leaves both names.
+        let is_same = |a: &Path, b: &Path| {
+            let id = |m: fs::Metadata| (m.dev(), m.ino());
+            fs::symlink_metadata(a).map(id).ok() == fs::symlink_metadata(b).map(id).ok()
+        };
+        if is_same(&self.temporary, &self.target) {
+            fs::remove_file(&self.temporary).map_err(failed("remove", &self.temporary))?;
+            self.is_published = true;
+            return Ok(());
+        }
         if replaces {
             fs::rename(&self.temporary, &self.target).map_err(failed("rename to", &self.target))?;
         } else {
@@ -96,7 +156,7 @@ impl Draft {
 
 impl Drop for Draft {
     fn drop(&mut self) {
-        if self.is_published {
+        if self.is_published || self.is_kept.load(Ordering::Relaxed) {
             return;
         }
         if let Err(error) = fs::remove_file(&self.temporary) {
@@ -185,7 +245,8 @@ fn temporary_path(target: &Path) -> Result<PathBuf> {
     Ok(directory(target).join(OsString::from_vec(temporary_name(OsStr::as_bytes(name)))))
 }
 
-fn sync_directory(path: &Path) -> Result<()> {
+/// Makes the names in the directory of `path` durable.
+pub(crate) fn sync_directory(path: &Path) -> Result<()> {
     let directory = directory(path);
     let sync = || File::open(directory)?.sync_all();
     sync().map_err(failed("sync", directory))
@@ -215,6 +276,22 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let draft = Draft::create(&dir.path().join("a")).unwrap();
         assert_eq!(names(dir.path()), [".a.bitferry-part"]);
+        drop(draft);
+        assert!(names(dir.path()).is_empty());
+    }
+
+    #[test]
+    fn a_kept_draft_is_found_again_by_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let target = dir.path().join("a");
+        assert!(Draft::reopen(&target).unwrap().is_none());
+        let draft = Draft::create(&target).unwrap();
+        draft.keep();
+        assert!(Draft::reopen(&target).is_err(), "it is being written");
+        drop(draft);
+        let draft = Draft::reopen(&target).unwrap().unwrap();
+        assert_eq!(names(dir.path()), [".a.bitferry-part"]);
+        draft.forsake();
         drop(draft);
         assert!(names(dir.path()).is_empty());
     }

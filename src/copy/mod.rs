@@ -20,6 +20,8 @@ pub use options::{
     BackingChoice, BitmapSelection, CopyOptions, Existing, Format, Rename, TargetOptions,
 };
 pub use plan::{Plan, PlannedBitmap, plan};
+pub(crate) use shape::Shape;
+pub(crate) use target::DataFileTarget;
 
 use self::plan::Job;
 use self::prove::Proof;
@@ -33,6 +35,10 @@ struct Done {
     proof: Proof,
     /// Bitmaps of the destination that are no longer valid.
     invalidated: Vec<BitmapReport>,
+    /// Whether an earlier try was gone on with.
+    is_resumed: bool,
+    /// Bytes that an earlier try had copied and that had to be copied again.
+    repeated: u64,
 }
 
 /// Copies an image with its bitmaps and proves the copy. On an error nothing was published; a proof
@@ -49,7 +55,7 @@ pub fn run(options: &CopyOptions, observer: &dyn Observer) -> Result<Report> {
 }
 
 fn report(job: &Job<'_>, done: Done, started: Instant) -> Report {
-    let Done { moved, proof, mut invalidated } = done;
+    let Done { moved, proof, mut invalidated, is_resumed, repeated } = done;
     let mut bitmaps = bitmaps::reports(&job.bitmaps);
     bitmaps.append(&mut invalidated);
     let disk = DiskReport {
@@ -68,8 +74,8 @@ fn report(job: &Job<'_>, done: Done, started: Instant) -> Report {
         total_time_ms: u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX),
         downtime_ms: None,
         wire_bytes: 0,
-        repeated_bytes: 0,
-        resumed: false,
+        repeated_bytes: repeated,
+        resumed: is_resumed,
         disks: vec![disk],
         ram: None,
     }

@@ -8,9 +8,9 @@ use qcow2_file::bitmaps::PersistentBitmap;
 use qcow2_file::chain::Backing;
 
 use super::bitmaps;
-use super::new::Unfinished;
 use super::plan::Job;
 use super::target::Target;
+use crate::berth::Unfinished;
 use crate::disk::{Disk, Request};
 use crate::hash::{content, content_of};
 use crate::report::Verified;
@@ -74,11 +74,12 @@ pub(super) fn prove(
         None => content_of(&job.source.disk, workers, None, (Phase::Prove, observer))?,
     };
     // What was written is what is there to read, but for a backing file below.
-    let total = job.source.kept.is_none().then_some(moved.bytes_data);
+    let moved_bytes = moved.bytes_data.saturating_add(moved.bytes_kept);
+    let total = job.source.kept.is_none().then(|| moved_bytes.min(job.survey.content));
     let whole = ChainSource(&found.chain);
     let size = match job.target {
         // A device may be longer than the disk on it.
-        Target::RawInPlace => moved.bytes_data.saturating_add(moved.bytes_zero).min(whole.size()),
+        Target::RawInPlace => moved_bytes.saturating_add(moved.bytes_zero).min(whole.size()),
         _ => whole.size(),
     };
     let copied = StartOf { disk: &whole, size };

@@ -19,7 +19,7 @@ use qcow2_file::Storage;
 
 use super::Journal;
 use crate::error::Result;
-use crate::ledger::{Ledger, UNIT_BYTES};
+use crate::ledger::{Ledger, Stretch, UNIT_BYTES};
 use crate::limits::{CHECKPOINT_BYTES, MAX_PARTIAL_UNITS};
 
 /// Leaves of a unit.
@@ -193,6 +193,21 @@ impl Keeper {
     /// Runs `f` on what the journal claims.
     pub fn with_claims<T>(&self, f: impl FnOnce(&mut Ledger) -> T) -> T {
         f(self.lock().journal.claims())
+    }
+
+    /// Bytes of the units with content that the journal claims; 0 where that cannot be told.
+    pub fn claimed_bytes(&self) -> u64 {
+        let count = |claims: &mut Ledger| -> Result<u64> {
+            let (mut at, mut nodes) = (0, 0u64);
+            while let Some(stretch) = claims.stretch(at)? {
+                at = stretch.units().end;
+                if let Stretch::Nodes(_, run) = stretch {
+                    nodes = nodes.saturating_add(run.len() as u64);
+                }
+            }
+            Ok(nodes.saturating_mul(UNIT_BYTES).min(claims.size()))
+        };
+        self.with_claims(count).unwrap_or(0)
     }
 
     /// The root that was prepared.

@@ -187,6 +187,7 @@ impl Journal {
         if self.prepared.take().is_none() {
             return Ok(());
         }
+        self.is_committing = false;
         JournalRecord::Prepared(NOT_PREPARED).encode(&mut self.records);
         self.write()?;
         self.sync()

@@ -35,13 +35,13 @@ pub(super) fn copy(job: &Job<'_>, observer: &dyn Observer) -> Result<Done> {
             job.options.destination.display()
         ));
     }
-    let moved = new::move_data(job, &EditorSink::new(&editor), observer)?;
+    let moved = new::move_data(job, &EditorSink::new(&editor), None, observer)?;
     observer.phase(Phase::Seal);
     editor.sync()?;
     let mut proof = prove::prove(job, &own(job), &moved, &[], observer)?;
     if proof.verified == Verified::Mismatch {
         // Never closed: the mark of the unfinished copy stays.
-        return Ok(Done { moved, proof, invalidated: Vec::new() });
+        return Ok(Done { moved, proof, invalidated: Vec::new(), is_resumed: false, repeated: 0 });
     }
     observer.phase(Phase::Bitmaps);
     new::go_on(observer)?;
@@ -51,7 +51,7 @@ pub(super) fn copy(job: &Job<'_>, observer: &dyn Observer) -> Result<Done> {
     editor.close()?;
     let found = Disk::open(&own(job), &Silent)?;
     prove_bitmaps(&found, &stored, &mut proof)?;
-    Ok(Done { moved, proof, invalidated: invalidated(&found) })
+    Ok(Done { moved, proof, invalidated: invalidated(&found), is_resumed: false, repeated: 0 })
 }
 
 fn open(job: &Job<'_>, chain: &Chain) -> Result<Editor> {

@@ -22,11 +22,11 @@ pub(super) fn copy(job: &Job<'_>, observer: &dyn Observer) -> Result<Done> {
          content, and nothing in it says so",
         path.display()
     ));
-    let moved = new::move_data(job, &RawSink::new(file.clone(), size), observer)?;
+    let moved = new::move_data(job, &RawSink::new(file.clone(), size), None, observer)?;
     observer.phase(Phase::Seal);
     sync(&file, job)?;
     let proof = prove::prove(job, &own(job), &moved, &[], observer)?;
-    Ok(Done { moved, proof, invalidated: Vec::new() })
+    Ok(Done { moved, proof, invalidated: Vec::new(), is_resumed: false, repeated: 0 })
 }
 
 /// Makes the destination as long as the disk, where it can be, and answers the disk's size. Devices

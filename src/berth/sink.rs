@@ -1,0 +1,77 @@
+//! Where the content of a new disk goes.
+
+use block_mig::device::{NewImageSink, RawSink};
+use block_mig::recheck::ReadBack;
+use mig_core::Result;
+use mig_core::block::{BlockSink, CompressedUnit};
+use qcow2_file::create::NewImage;
+
+/// A new disk of either format, as a sink that owns it.
+#[derive(Debug)]
+pub(crate) enum Sink {
+    /// A qcow2 image that is being made.
+    Image(Box<NewImage>),
+    /// A raw file.
+    Raw(RawSink),
+}
+
+impl Sink {
+    /// The image, where it is one.
+    pub(crate) fn image(&self) -> Option<&NewImage> {
+        match self {
+            Self::Image(image) => Some(image),
+            Self::Raw(_) => None,
+        }
+    }
+
+    fn with<T>(&self, f: impl FnOnce(&dyn ReadBack) -> T) -> T {
+        match self {
+            Self::Image(image) => f(&NewImageSink(image)),
+            Self::Raw(raw) => f(raw),
+        }
+    }
+}
+
+impl BlockSink for Sink {
+    fn size(&self) -> u64 {
+        self.with(|sink| sink.size())
+    }
+
+    fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
+        self.with(|sink| sink.write_at(buf, offset))
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64) -> Result<()> {
+        self.with(|sink| sink.write_zeroes(offset, len))
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> Result<()> {
+        self.with(|sink| sink.discard(offset, len))
+    }
+
+    fn reads_as_zero(&self, offset: u64, len: u64) -> bool {
+        self.with(|sink| sink.reads_as_zero(offset, len))
+    }
+
+    fn allocation_unit(&self) -> u64 {
+        self.with(|sink| sink.allocation_unit())
+    }
+
+    fn write_compressed(&self, offset: u64, unit: CompressedUnit, bytes: &[u8]) -> Result<bool> {
+        self.with(|sink| sink.write_compressed(offset, unit, bytes))
+    }
+
+    fn flush(&self) -> Result<()> {
+        self.with(|sink| sink.flush())
+    }
+
+    fn sync(&self) -> Result<()> {
+        self.with(|sink| sink.sync())
+    }
+}
+
+impl ReadBack for Sink {
+    fn read_back(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        self.with(|sink| sink.read_back(buf, offset))
+    }
+}
