@@ -75,19 +75,28 @@ pub enum Error {
     /// A hash could not be computed.
     #[error(transparent)]
     Hash(#[from] format_spec::content_hash::HashError),
-    /// A transfer over a connection stopped.
+    /// A migration over a connection stopped.
     #[error(transparent)]
-    Wire(crate::wire::Error),
+    Stream(mig_core::stream::Error),
 }
 
-impl From<crate::wire::Error> for Error {
-    fn from(error: crate::wire::Error) -> Self {
-        use crate::wire::Error as Wire;
+impl From<mig_core::stream::Error> for Error {
+    fn from(error: mig_core::stream::Error) -> Self {
+        use mig_core::stream::Error as Stream;
         match error {
-            Wire::Interrupted => Self::Interrupted,
-            Wire::Disk(error) => error.into(),
-            Wire::Place(error) => *error,
-            other => Self::Wire(other),
+            Stream::Interrupted => Self::Interrupted,
+            Stream::Handler(handler) => Self::from_handler(handler),
+            other => Self::Stream(other),
+        }
+    }
+}
+
+impl From<Error> for mig_core::stream::Error {
+    fn from(error: Error) -> Self {
+        match error {
+            Error::Stream(error) => error,
+            Error::Interrupted => Self::Interrupted,
+            other => Self::handler(other.blame(), other),
         }
     }
 }
@@ -102,6 +111,19 @@ impl From<block_mig::Error> for Error {
 }
 
 impl Error {
+    /// What a handler of ours failed with, as it was before it travelled through the engine.
+    fn from_handler(error: mig_core::stream::HandlerError) -> Self {
+        let mig_core::stream::HandlerError { blame, cause } = error;
+        let cause = match cause.downcast::<Self>() {
+            Ok(ours) => return *ours,
+            Err(cause) => cause,
+        };
+        match cause.downcast::<block_mig::Error>() {
+            Ok(error) => (*error).into(),
+            Err(cause) => Self::Stream(mig_core::stream::Error::handler(blame, cause)),
+        }
+    }
+
     /// Whose fault it is.
     pub fn blame(&self) -> Blame {
         match self {
@@ -114,7 +136,7 @@ impl Error {
             Self::Device(e) => e.blame(),
             Self::Block(e) => e.blame(),
             Self::Hash(_) => Blame::Caller,
-            Self::Wire(e) => e.blame(),
+            Self::Stream(e) => e.blame(),
         }
     }
 
@@ -123,6 +145,7 @@ impl Error {
         match self {
             Self::Interrupted => 130,
             Self::ProofMismatch { .. } => 1,
+            Self::Stream(mig_core::stream::Error::Mismatch { .. }) => 1,
             // An image that needs what we lack is a local file we cannot use, not a peer.
             Self::Image(_) | Self::Device(_) | Self::Block(_)
                 if self.blame() == Blame::PeerFeatures =>

@@ -18,13 +18,15 @@ pub mod hash;
 pub mod incoming;
 pub mod info;
 mod observe;
+pub mod outgoing;
 mod proof;
 mod publish;
 pub mod report;
-pub mod wire;
+mod session;
 
 pub use error::{Error, Result};
 pub use format_spec::Blame;
 pub use observe::{Observer, Phase, Silent};
 pub use proof::DiskProof;
 pub use report::{Report, exit_status};
+pub use session::{Timing, random_id};

@@ -43,9 +43,22 @@ pub enum Error {
         /// The system's answer.
         source: std::io::Error,
     },
+    /// The stream to or from the other side stopped.
+    #[error(transparent)]
+    Stream(#[from] mig_core::stream::Error),
     /// The monitor asked to stop.
     #[error("cancelled")]
     Cancelled,
+}
+
+impl From<Error> for mig_core::stream::Error {
+    fn from(error: Error) -> Self {
+        match error {
+            Error::Stream(error) => error,
+            Error::Cancelled => Self::Interrupted,
+            other => Self::handler(other.blame(), other),
+        }
+    }
 }
 
 impl From<Missing> for Error {
@@ -60,6 +73,7 @@ impl Error {
         match self {
             Self::Source(e) | Self::Sink(e) => e.blame(),
             Self::Ledger { .. } | Self::Journal { .. } => Blame::Device,
+            Self::Stream(e) => e.blame(),
             Self::Size { .. } | Self::Hash(_) | Self::Cancelled => Blame::Caller,
         }
     }

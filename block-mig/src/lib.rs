@@ -9,6 +9,7 @@
 //! What this crate does not do: decide what may be opened or overwritten, bitmaps, publication.
 #![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 
+pub mod arrive;
 mod compare;
 pub mod device;
 mod error;
@@ -24,9 +25,11 @@ pub mod plan;
 pub mod pool;
 pub mod proof;
 pub mod recheck;
+pub mod save;
 pub mod store;
 mod transfer;
 
+pub use arrive::LoadBlocks;
 pub use compare::{Difference, first_difference};
 pub use error::{Error, Result};
 pub use journal::Journal;
@@ -34,4 +37,5 @@ pub use landing::Landing;
 pub use ledger::Ledger;
 pub use monitor::{Monitor, Unwatched};
 pub use proof::content_hash;
+pub use save::{SaveBlocks, SaveDisk, SaveOptions};
 pub use transfer::{TransferOptions, Transferred, transfer};

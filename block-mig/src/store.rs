@@ -40,6 +40,43 @@ impl<'a> Chunk<'a> {
     }
 }
 
+/// Writes content to a sink that may hold anything, except for what is zero and reads so already.
+pub(crate) fn store_bytes(sink: &dyn BlockSink, offset: u64, bytes: &[u8]) -> Result<()> {
+    let zero_grain = sink.allocation_unit().max(SECTOR_BYTES);
+    let mut at = 0;
+    while at < bytes.len() {
+        let (len, zero) = grain_run(zero_grain, offset, bytes, at);
+        let here = offset.saturating_add(at as u64);
+        let run = bytes.get(at..at.saturating_add(len)).unwrap_or_default();
+        let stored = match zero {
+            false => sink.write_at(run, here),
+            true if sink.reads_as_zero(here, run.len() as u64) => Ok(()),
+            true => sink.write_zeroes(here, run.len() as u64),
+        };
+        stored.map_err(Error::Sink)?;
+        at += len;
+    }
+    Ok(())
+}
+
+/// Length of the run of grains from `at` on that are all zero or all not, and which.
+fn grain_run(zero_grain: u64, offset: u64, bytes: &[u8], at: usize) -> (usize, bool) {
+    let mut end = at;
+    let mut zero = None;
+    while end < bytes.len() {
+        let here = offset.saturating_add(end as u64);
+        let to_next = zero_grain - here % zero_grain;
+        let next = usize::try_from(to_next).unwrap_or(usize::MAX).saturating_add(end);
+        let grain = bytes.get(end..next.min(bytes.len())).unwrap_or_default();
+        let is_zero = is_zero(grain);
+        if *zero.get_or_insert(is_zero) != is_zero {
+            break;
+        }
+        end += grain.len();
+    }
+    (end - at, zero.unwrap_or(false))
+}
+
 /// Puts units into one sink. Every range is stored once.
 pub struct Storer<'a> {
     sink: &'a dyn BlockSink,
@@ -84,7 +121,7 @@ impl<'a> Storer<'a> {
     pub fn bytes(&self, offset: u64, bytes: &[u8]) -> Result<()> {
         let mut at = 0;
         while at < bytes.len() {
-            let (len, zero) = self.run(offset, bytes, at);
+            let (len, zero) = grain_run(self.zero_grain, offset, bytes, at);
             let here = offset.saturating_add(at as u64);
             let run = bytes.get(at..at.saturating_add(len)).unwrap_or_default();
             if zero {
@@ -96,24 +133,6 @@ impl<'a> Storer<'a> {
             at += len;
         }
         Ok(())
-    }
-
-    /// Length of the run of grains from `at` on that are all zero or all not, and which.
-    fn run(&self, offset: u64, bytes: &[u8], at: usize) -> (usize, bool) {
-        let mut end = at;
-        let mut zero = None;
-        while end < bytes.len() {
-            let here = offset.saturating_add(end as u64);
-            let to_next = self.zero_grain - here % self.zero_grain;
-            let next = usize::try_from(to_next).unwrap_or(usize::MAX).saturating_add(end);
-            let grain = bytes.get(end..next.min(bytes.len())).unwrap_or_default();
-            let is_zero = is_zero(grain);
-            if *zero.get_or_insert(is_zero) != is_zero {
-                break;
-            }
-            end += grain.len();
-        }
-        (end - at, zero.unwrap_or(false))
     }
 
     /// Makes a range read as zero, if it does not yet.

@@ -426,11 +426,11 @@ fn unknown_records_are_skipped_only_when_optional() {
 fn a_head_and_content_written_apart_are_one_record() {
     let content = vec![5; 2 << 20];
     let run = Run::data(DiskId(3), 4 * LEAF, &content);
+    let mut head = Vec::new();
+    run.encode_body_head(&mut head);
+    assert_eq!(head.len(), RUN_HEAD_BYTES);
     let mut bytes = Vec::new();
-    let checksum = run.encode_head(&mut bytes);
-    assert_eq!(bytes.len(), HEADER_BYTES + RUN_HEAD_BYTES);
-    bytes.extend_from_slice(&content);
-    bytes.extend_from_slice(&checksum);
+    frame::encode(RUN, &[&head, &content], &mut bytes);
     assert_eq!(decode_block(&bytes).unwrap(), Some(BlockRecord::Run(run)));
     assert_eq!(Run::room_for_pieces(2 << 20), (64 << 10) - RUN_HEAD_BYTES);
 }

@@ -12,6 +12,8 @@
 //! destination has applied everything before a barrier. Until then a roll-back gives it back to
 //! whatever said that it was dirty.
 
+use std::sync::Arc;
+
 use format_spec::content_hash::Node;
 use format_spec::native::answer::{Answer, Ready};
 use format_spec::native::block::DiskId;
@@ -178,4 +180,44 @@ pub trait LoadHandler: Send + Sync {
 
     /// The migration failed before [`commit`](LoadHandler::commit).
     fn abort(&self, fate: Fate);
+}
+
+/// The load handlers of a destination, by section.
+#[derive(Default)]
+pub struct Registry(Vec<(SectionKey, Arc<dyn LoadHandler>)>);
+
+impl Registry {
+    /// No handler.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds the handler of a section. Handlers prepare and commit in the order in which they were
+    /// added.
+    pub fn add(&mut self, key: SectionKey, handler: Arc<dyn LoadHandler>) {
+        self.0.push((key, handler));
+    }
+
+    /// The handler of a section that the source starts; `Err` with the reason where there is none.
+    pub fn find(
+        &self,
+        name: &str,
+        instance: u32,
+        version: u32,
+    ) -> Result<Arc<dyn LoadHandler>, String> {
+        let of_name = |key: &SectionKey| key.name == name && key.instance == instance;
+        let mut found = self.0.iter().filter(|(key, _)| of_name(key)).peekable();
+        if found.peek().is_none() {
+            return Err(format!("section {name:?}, instance {instance}, is not known here"));
+        }
+        let exact = found.find(|(key, _)| key.version == version);
+        exact.map(|(_, handler)| handler.clone()).ok_or_else(|| {
+            format!("section {name:?} comes in version {version}, which is not known here")
+        })
+    }
+
+    /// All handlers.
+    pub fn handlers(&self) -> impl Iterator<Item = &dyn LoadHandler> {
+        self.0.iter().map(|(_, handler)| &**handler)
+    }
 }

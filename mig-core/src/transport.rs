@@ -4,7 +4,9 @@
 //! belongs to whoever implements [`Dial`] and [`Listen`].
 
 use std::io::{self, Read, Write};
-use std::sync::Arc;
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 /// A connected byte stream. Both directions may be used at the same time from different threads.
@@ -65,4 +67,69 @@ pub trait Listen: Send + Sync {
 
     /// Makes a waiting [`accept`](Listen::accept) and all later ones fail.
     fn close(&self);
+}
+
+/// One connection that is made already, as a place to dial or to listen at.
+#[derive(Debug)]
+pub struct Single {
+    connection: Mutex<Option<Connection>>,
+    nature: Nature,
+}
+
+impl Single {
+    /// A connection in both directions.
+    pub fn new(connection: Connection) -> Self {
+        Self::with_nature(connection, Nature { is_one_way: false, max_connections: 1 })
+    }
+
+    /// A connection of some nature.
+    pub fn with_nature(connection: Connection, nature: Nature) -> Self {
+        Self { connection: Mutex::new(Some(connection)), nature }
+    }
+
+    fn take(&self) -> io::Result<Connection> {
+        let taken = self.connection.lock().unwrap_or_else(PoisonError::into_inner).take();
+        taken.ok_or_else(|| io::Error::other("there is only one connection"))
+    }
+}
+
+impl Dial for Single {
+    fn nature(&self) -> Nature {
+        self.nature
+    }
+
+    fn dial(&self) -> io::Result<Connection> {
+        self.take()
+    }
+}
+
+impl Listen for Single {
+    fn nature(&self) -> Nature {
+        self.nature
+    }
+
+    fn accept(&self, _limit: Option<Duration>) -> io::Result<Connection> {
+        self.take()
+    }
+
+    fn close(&self) {}
+}
+
+impl HangUp for UnixStream {
+    fn hang_up(&self) {
+        // It may have ended already.
+        let _ = self.shutdown(Shutdown::Both);
+    }
+}
+
+impl Connection {
+    /// A local socket. Its time limits are the caller's to set.
+    pub fn from_unix(stream: UnixStream, peer: &str) -> io::Result<Self> {
+        Ok(Self {
+            reader: Box::new(stream.try_clone()?),
+            writer: Box::new(stream.try_clone()?),
+            line: Arc::new(stream),
+            peer: peer.to_owned(),
+        })
+    }
 }

@@ -26,7 +26,7 @@ impl Sink {
 
     fn with<T>(&self, f: impl FnOnce(&dyn ReadBack) -> T) -> T {
         match self {
-            Self::Image(image) => f(&NewImageSink(image)),
+            Self::Image(image) => f(&NewImageSink(&**image)),
             Self::Raw(raw) => f(raw),
         }
     }

@@ -1,5 +1,173 @@
-//! The destination's side of a migration in the native dialect.
+//! The destination's side of a migration in the native dialect (SPEC 4.1, 8, 9). Mirrors
+//! [`outgoing`](crate::outgoing), phase by phase: accept, join, receive, prepare, commit, end.
+//!
+//! One thread reads each connection; what is to be stored goes to a few workers, so that reading
+//! goes on meanwhile. Nothing is published before COMMIT, and a failure anywhere ends all
+//! connections, so that nobody waits.
 
+mod accept;
+mod back;
+mod block;
+mod image;
+mod join;
 mod place;
+mod read;
 
-pub use place::{Destination, Place, Sealed, SessionId, Wanted};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use block_mig::Monitor;
+use block_mig::arrive::Known;
+use format_spec::native::answer::Answer;
+use format_spec::native::hello::{MAX_CHANNELS, RESUME, SessionState};
+use mig_core::heart::{Heart, within};
+use mig_core::section::{AnswerWriter as _, Registry};
+use mig_core::stream::Result;
+use mig_core::transport::{Connection, Listen};
+
+use self::accept::Accepted;
+use self::block::BlockSection;
+pub use self::image::{NewImages, receive_image};
+pub use self::place::{Destination, Place, Sealed, SessionId, Wanted};
+use self::read::Session;
+use crate::Timing;
+
+/// How to receive.
+#[derive(Clone)]
+pub struct IncomingOptions<'a> {
+    /// Most connections that are granted.
+    pub max_channels: u16,
+    /// Whether what arrived may be kept for another attempt.
+    pub resumes: bool,
+    /// Asked now and then whether to stop.
+    pub monitor: &'a dyn Monitor,
+    /// Worker threads that store what arrived.
+    pub workers: usize,
+    /// How patient to be.
+    pub timing: Timing,
+}
+
+impl<'a> IncomingOptions<'a> {
+    /// As many connections as the source wants.
+    pub fn new(monitor: &'a dyn Monitor) -> Self {
+        Self {
+            max_channels: MAX_CHANNELS,
+            resumes: true,
+            monitor,
+            workers: mig_core::limits::LOAD_WORKERS,
+            timing: Timing::default(),
+        }
+    }
+}
+
+/// A disk that was received and published.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ReceivedDisk {
+    /// Its name on the wire.
+    pub name: String,
+    /// Bytes of content that came.
+    pub bytes_data: u64,
+    /// Bytes that came as runs of zeroes.
+    pub bytes_zero: u64,
+    /// How it read back, where the source wanted that.
+    pub proof: Option<crate::DiskProof>,
+    /// Names of its bitmaps.
+    pub bitmaps: Vec<String>,
+}
+
+/// What was received.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Received {
+    /// The source's program and version.
+    pub peer: String,
+    /// The session.
+    pub session: SessionId,
+    /// Whether everything had been published before, by an earlier attempt.
+    pub already_complete: bool,
+    /// Whether something was there from an earlier attempt.
+    pub resumed: bool,
+    /// Bytes read from all connections.
+    pub wire_bytes: u64,
+    /// The disks in the order of their numbers.
+    pub disks: Vec<ReceivedDisk>,
+}
+
+/// Receives one migration whose source has made its first connection. Further connections come from
+/// `listen`. `others` are handlers of sections beside that of disks.
+pub fn receive(
+    main: Connection,
+    listen: &dyn Listen,
+    destination: Arc<dyn Destination>,
+    others: Registry,
+    options: &IncomingOptions<'_>,
+) -> Result<Received> {
+    let accepted = accept::accept(main, listen.nature(), &*destination, options)?;
+    let mut received = Received {
+        peer: accepted.offer.program.clone(),
+        session: accepted.offer.session,
+        already_complete: accepted.choice.state == SessionState::Committed,
+        resumed: accepted.choice.state != SessionState::Fresh,
+        wire_bytes: 0,
+        disks: Vec::new(),
+    };
+    if received.already_complete {
+        accepted.back.answer(&Answer::Committed(received.session))?;
+        return Ok(received);
+    }
+    let known = match accepted.choice.state {
+        SessionState::Ready => Known::All,
+        SessionState::Resumable => Known::Some,
+        _ => Known::Nothing,
+    };
+    let block = Arc::new(BlockSection::new(destination.clone(), known));
+    let mut sections = others;
+    sections.add(block_mig::save::SECTION, block.clone());
+    let resumes = accepted.choice.features & RESUME != 0;
+    let (session, result) = run(accepted, listen, sections, options);
+    match result {
+        Ok(()) => {}
+        // Once it was asked to commit, the destination knows by itself where it stands.
+        Err(error) if session.has_committed() => return Err(error),
+        Err(error) => {
+            session.abort(crate::outgoing::fate(resumes));
+            return Err(error);
+        }
+    }
+    received.wire_bytes = session.read_bytes.load(Ordering::Relaxed);
+    received.disks = block.received();
+    Ok(received)
+}
+
+/// Reads all connections until the source has nothing more to say.
+fn run(
+    accepted: Accepted,
+    listen: &dyn Listen,
+    sections: Registry,
+    options: &IncomingOptions<'_>,
+) -> (Session, Result<()>) {
+    let Accepted { mut reader, line, back, offer, choice } = accepted;
+    let session = Session::new(back, &offer, &choice, sections, options);
+    let over = Heart::new();
+    let result = std::thread::scope(|scope| {
+        let (session, choice, line) = (&session, &choice, &*line);
+        scope.spawn(|| session.watch(&over, line, options));
+        for _ in 0..options.workers.max(1) {
+            scope.spawn(|| session.work());
+        }
+        if choice.channels > 1 {
+            scope.spawn(move || join::accept_all(scope, session, listen, choice, &options.timing));
+        }
+        let mut result = session.read_main(&mut reader);
+        if let Err(error) = result {
+            session.fail(error);
+            // The source is still writing: what it wrote is read, so that it can read why.
+            within(options.timing.linger, line, || reader.drain(u64::MAX));
+            result = Err(session.reason());
+        }
+        over.stop();
+        session.close();
+        line.hang_up();
+        result
+    });
+    (session, result)
+}

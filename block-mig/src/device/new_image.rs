@@ -1,5 +1,7 @@
 //! A new qcow2 image as a sink.
 
+use std::ops::Deref;
+
 use mig_core::Result;
 use mig_core::block::{BlockSink, CompressedUnit};
 use qcow2_file::GuestOffset;
@@ -8,11 +10,11 @@ use qcow2_file::create::NewImage;
 use super::{compression_type, failed};
 use crate::recheck::ReadBack;
 
-/// A qcow2 image that is being made. Whoever owns it finishes it.
+/// A qcow2 image that is being made, borrowed or shared. Whoever owns it finishes it.
 #[derive(Debug, Clone, Copy)]
-pub struct NewImageSink<'a>(pub &'a NewImage);
+pub struct NewImageSink<I>(pub I);
 
-impl BlockSink for NewImageSink<'_> {
+impl<I: Deref<Target = NewImage> + Send + Sync> BlockSink for NewImageSink<I> {
     fn size(&self) -> u64 {
         self.0.virtual_size()
     }
@@ -52,7 +54,7 @@ impl BlockSink for NewImageSink<'_> {
     }
 }
 
-impl ReadBack for NewImageSink<'_> {
+impl<I: Deref<Target = NewImage> + Send + Sync> ReadBack for NewImageSink<I> {
     fn read_back(&self, buf: &mut [u8], offset: u64) -> Result<()> {
         self.0.read_at(buf, GuestOffset(offset)).map_err(failed("read back", offset))
     }

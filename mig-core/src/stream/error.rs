@@ -55,6 +55,12 @@ pub enum Error {
         /// Its own words.
         text: String,
     },
+    /// What the destination reads back is not what was sent.
+    #[error("the destination does not read back as what was sent: {reason}")]
+    Mismatch {
+        /// Both hashes.
+        reason: String,
+    },
     /// A handler or a device on this side failed.
     #[error(transparent)]
     Handler(#[from] HandlerError),
@@ -110,6 +116,7 @@ impl Error {
             // The peer's own device or usage is, from here, a failed peer.
             Self::Peer { .. } => Blame::PeerBehaviour,
             Self::Handler(error) => error.blame,
+            Self::Mismatch { .. } => Blame::Device,
             Self::Interrupted => Blame::Caller,
         }
     }

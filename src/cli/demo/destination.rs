@@ -7,8 +7,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use bitferry::wire::receive_image;
-use bitferry::{Error, Result, Silent};
+use bitferry::incoming::receive_image;
+use bitferry::{Error, Result};
+use mig_core::transport::{Connection, Single};
 
 /// How long either side waits for the other before it gives up. Making an image durable on a slow
 /// disk is the longest silence.
@@ -46,10 +47,11 @@ impl Destination {
         self.child.id()
     }
 
-    /// Both directions of the connection.
-    pub(super) fn connection(&self) -> Result<(UnixStream, UnixStream)> {
-        let socket = |_| self.socket.try_clone().map_err(failed("duplicate", "the connection"));
-        Ok((socket(0)?, socket(1)?))
+    /// The connection.
+    pub(super) fn connection(&self) -> Result<Single> {
+        let socket = self.socket.try_clone();
+        let connection = socket.and_then(|s| Connection::from_unix(s, "the second process"));
+        connection.map(Single::new).map_err(failed("duplicate", "the connection"))
     }
 
     /// Waits for the process, once the transfer has ended as `sent` says.
@@ -81,7 +83,9 @@ pub(super) fn asked_for() -> Option<PathBuf> {
 pub(super) fn be(target: &Path) -> super::Outcome {
     let fd = io::stdin().as_fd().try_clone_to_owned();
     let socket = UnixStream::from(fd.map_err(failed("take", "standard input"))?);
-    receive_image((&socket, &socket), target, &Silent)?;
+    let connection = Connection::from_unix(socket, "the first process");
+    let connection = connection.map_err(failed("set up", "the connection"))?;
+    receive_image(&Single::new(connection), target)?;
     Ok(0)
 }
 

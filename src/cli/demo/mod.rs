@@ -14,8 +14,8 @@ use std::time::{Duration, Instant};
 
 use clap::Args as Group;
 
+use bitferry::outgoing::{SentImage, send_image};
 use bitferry::report::{BitmapOutcome, BitmapReport, DiskReport, Status, Verified};
-use bitferry::wire::{SentImage, send_image};
 use bitferry::{Error, Observer as _, Report, exit_status};
 
 use self::destination::Destination;
@@ -66,7 +66,7 @@ fn show(watch: &Watch<'_>, output: &Output, started: Instant) -> bitferry::Resul
     say(watch, output, &format!("\n{}\n", output.strong("2. The move")))?;
     let moved = Instant::now();
     let destination = Destination::start(&copy)?;
-    let sent = send_image(destination.connection()?, &source, watch);
+    let sent = send_image(&destination.connection()?, &source, watch);
     let pid = destination.id();
     let sent = destination.end(sent)?;
     watch.finish();

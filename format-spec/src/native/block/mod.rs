@@ -133,7 +133,7 @@ impl<'a> BlockRecord<'a> {
         Ok(Some(decoded))
     }
 
-    /// Appends the whole record. Content is copied; [`Run::encode_head`] avoids that.
+    /// Appends the whole record. Content is copied; [`Run::encode_body_head`] avoids that.
     pub fn encode(&self, out: &mut Vec<u8>) {
         let mut body = Writer::new();
         let kind = match self {

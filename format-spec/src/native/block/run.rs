@@ -4,7 +4,7 @@ use super::{
     DiskId, HAS_BITMAPS, HAS_BLOCK, Pieces, RUN, RUN_HEAD_BYTES, SECTOR_BYTES, ZERO_BLOCK,
 };
 use crate::content_hash::{LEAF_BYTES, MAX_SIZE};
-use crate::native::frame::{self, CHECKSUM, Header, MAX_BODY, MAX_PAYLOAD};
+use crate::native::frame::{self, MAX_BODY, MAX_PAYLOAD};
 use crate::{Malformed, Problem, Reader, Writer};
 
 /// What a run says of its range.
@@ -122,26 +122,19 @@ impl<'a> Run<'a> {
         Ok(Self { disk, content, pieces })
     }
 
-    /// Appends everything that stands before the content, frame header included, and returns the
-    /// checksum that follows the content, so that content need not be copied: write `out`, then the
-    /// content, then the checksum, big-endian. For other runs than [`Content::Data`] there is no
-    /// content between the two.
-    pub fn encode_head(&self, out: &mut Vec<u8>) -> [u8; 4] {
+    /// Appends what stands in the body before the content, so that content need not be copied: the
+    /// body is this, then the content.
+    pub fn encode_body_head(&self, out: &mut Vec<u8>) {
         let (offset, len) = self.content.range();
         let pieces = self.pieces.as_bytes();
-        let content = self.content_bytes();
-        debug_assert!(content.len() <= MAX_PAYLOAD, "content of {} bytes", content.len());
+        debug_assert!(self.content_bytes().len() <= MAX_PAYLOAD);
         let mut head = Writer::new();
         head.be32(self.disk.0);
         head.be32(self.content.flags() | if pieces.is_empty() { 0 } else { HAS_BITMAPS });
         head.be64(offset).be64(len);
         head.be32(u32::try_from(pieces.len()).unwrap_or(u32::MAX)).be32(0);
-        let head = head.into_bytes();
-        let body_len = head.len().saturating_add(pieces.len()).saturating_add(content.len());
-        out.extend_from_slice(&Header { body_len, kind: RUN, flags: CHECKSUM }.encode());
-        out.extend_from_slice(&head);
+        out.extend_from_slice(&head.into_bytes());
         out.extend_from_slice(pieces);
-        frame::checksum(&[&head, pieces, content]).to_be_bytes()
     }
 
     /// Bytes of pieces that fit beside this content.
@@ -150,9 +143,9 @@ impl<'a> Run<'a> {
     }
 
     pub(super) fn encode(&self, out: &mut Vec<u8>) {
-        let checksum = self.encode_head(out);
-        out.extend_from_slice(self.content_bytes());
-        out.extend_from_slice(&checksum);
+        let mut head = Vec::new();
+        self.encode_body_head(&mut head);
+        frame::encode(RUN, &[&head, self.content_bytes()], out);
     }
 
     fn content_bytes(&self) -> &'a [u8] {

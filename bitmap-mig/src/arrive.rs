@@ -1,0 +1,222 @@
+//! Bitmaps on their way in, in the section of their disks (SPEC 6). They are held in memory until
+//! their disk is complete.
+
+use std::collections::BTreeMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use format_spec::content_hash::BitmapDigest;
+use format_spec::native::block::{
+    BitmapCreate, BitmapSeal, BitmapShape, BitmapUpdate, BitmapVersion, DiskId, PIECE_BYTES, Piece,
+    Run,
+};
+use mig_core::stream::{Arrival, Error, Result};
+use qcow2_file::bitmaps::Bits;
+
+use crate::Bitmap;
+
+/// Most bitmaps in one session: so many fit the record that says how they read back.
+pub const MAX_BITMAPS: usize = 50_000;
+/// Most bytes of bitmaps in one session.
+const MAX_BITMAP_BYTES: u64 = 1 << 30;
+
+/// A bitmap that arrived whole.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ArrivedBitmap {
+    /// Its number and generation.
+    pub version: BitmapVersion,
+    /// What the source says that it hashes to, equal to what arrived.
+    pub digest: Option<BitmapDigest>,
+    /// It.
+    pub bitmap: Bitmap,
+}
+
+/// Receives bitmaps.
+#[derive(Debug, Default)]
+pub struct LoadBitmaps(Mutex<State>);
+
+#[derive(Debug, Default)]
+struct State {
+    /// By number. A removed one stays, to know its generation.
+    bitmaps: BTreeMap<u32, Arriving>,
+    bytes: u64,
+}
+
+#[derive(Debug)]
+struct Arriving {
+    disk: DiskId,
+    generation: u32,
+    /// `None` once it was removed.
+    bitmap: Option<Bitmap>,
+    shape: BitmapShape,
+    seal: Option<Option<BitmapDigest>>,
+}
+
+impl LoadBitmaps {
+    /// No bitmap yet.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// A bitmap of a disk of `disk_size` bytes is created, all bits clear.
+    pub fn create(&self, create: &BitmapCreate<'_>, disk_size: u64, at: &Arrival) -> Result<()> {
+        self.lock().create(create, disk_size, at)
+    }
+
+    /// The pieces in a run.
+    pub fn pieces(&self, run: &Run<'_>, at: &Arrival) -> Result<()> {
+        if run.pieces.is_empty() {
+            return Ok(());
+        }
+        let mut state = self.lock();
+        run.pieces.iter().try_for_each(|piece| state.piece(run.disk, &piece, at))
+    }
+
+    /// A bitmap's flags are replaced.
+    pub fn update(&self, update: &BitmapUpdate, at: &Arrival) -> Result<()> {
+        let mut state = self.lock();
+        let Some(found) = state.live(update.version, at)? else { return Ok(()) };
+        match &mut found.bitmap {
+            Some(bitmap) if found.seal.is_none() && update.is_persistent => {
+                bitmap.is_enabled = update.is_enabled;
+                Ok(())
+            }
+            _ => {
+                let reason = "flags of a bitmap change after its seal, or to what a file has not";
+                Err(at.protocol(reason))
+            }
+        }
+    }
+
+    /// A bitmap is gone at the source.
+    pub fn remove(&self, version: BitmapVersion, at: &Arrival) -> Result<()> {
+        let mut state = self.lock();
+        let Some(found) = state.live(version, at)? else { return Ok(()) };
+        found.bitmap = None;
+        let freed = found.shape.byte_len();
+        state.bytes = state.bytes.saturating_sub(freed);
+        Ok(())
+    }
+
+    /// A bitmap is complete, and must be what the source says.
+    pub fn seal(&self, seal: &BitmapSeal, at: &Arrival) -> Result<()> {
+        let mut state = self.lock();
+        let Some(found) = state.live(seal.version, at)? else { return Ok(()) };
+        let Some(bitmap) = found.bitmap.as_ref().filter(|_| found.seal.is_none()) else {
+            return Err(at.protocol("a bitmap is sealed twice"));
+        };
+        if let Some(said) = seal.digest {
+            let digest = bitmap.digest();
+            let digest = digest.map_err(|e| Error::handler(format_spec::Blame::Bytes, e))?;
+            if said != digest {
+                let name = &bitmap.name;
+                let reason = format!("bitmap {name:?} is {digest} here and {said} at the source");
+                return Err(at.protocol(reason));
+            }
+        }
+        found.seal = Some(seal.digest);
+        Ok(())
+    }
+
+    /// The bitmaps of a disk in the order of their numbers. `Err` with the name of one that was not
+    /// sealed.
+    pub fn of_disk(&self, disk: DiskId) -> Result<Vec<ArrivedBitmap>, String> {
+        let state = self.lock();
+        let of_disk = state.bitmaps.iter().filter(|(_, found)| found.disk == disk);
+        let mut arrived = Vec::new();
+        for (number, found) in of_disk {
+            let Some(bitmap) = &found.bitmap else { continue };
+            let digest = found.seal.ok_or_else(|| bitmap.name.clone())?;
+            let version = BitmapVersion { bitmap: *number, generation: found.generation };
+            arrived.push(ArrivedBitmap { version, digest, bitmap: bitmap.clone() });
+        }
+        Ok(arrived)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    fn create(&mut self, create: &BitmapCreate<'_>, disk_size: u64, at: &Arrival) -> Result<()> {
+        let name = create.name;
+        if let Err(problem) = create.check(disk_size) {
+            return Err(at.protocol(format!("number of bits of bitmap {name:?} {problem}")));
+        }
+        if !create.is_persistent {
+            let reason = format!("bitmap {name:?} is not kept, and a file has no other");
+            return Err(at.protocol(reason));
+        }
+        let is_taken = |b: &Arriving| {
+            b.disk == create.disk && b.bitmap.as_ref().is_some_and(|b| b.name == name)
+        };
+        let expected = match self.bitmaps.get(&create.version.bitmap) {
+            Some(old) if old.bitmap.is_some() || old.disk != create.disk => None,
+            Some(old) => old.generation.checked_add(1),
+            None => Some(1),
+        };
+        if expected != Some(create.version.generation) || self.bitmaps.values().any(is_taken) {
+            let reason = format!("bitmap {name:?} exists, or its generation is wrong");
+            return Err(at.protocol(reason));
+        }
+        let bytes = self.bytes.saturating_add(create.shape.byte_len());
+        if self.bitmaps.len() >= MAX_BITMAPS || bytes > MAX_BITMAP_BYTES {
+            return Err(at.protocol(format!("bitmap {name:?} is more than this side holds")));
+        }
+        let Ok(granularity_bits) = u8::try_from(create.shape.granularity.trailing_zeros()) else {
+            return Err(at.protocol(format!("granularity of bitmap {name:?}")));
+        };
+        self.bytes = bytes;
+        let bitmap = Bitmap {
+            name: name.to_owned(),
+            granularity_bits,
+            is_enabled: create.is_enabled,
+            bits: Bits::new(create.shape.bits),
+        };
+        let arriving = Arriving {
+            disk: create.disk,
+            generation: create.version.generation,
+            bitmap: Some(bitmap),
+            shape: create.shape,
+            seal: None,
+        };
+        self.bitmaps.insert(create.version.bitmap, arriving);
+        Ok(())
+    }
+
+    fn piece(&mut self, disk: DiskId, piece: &Piece<'_>, at: &Arrival) -> Result<()> {
+        let Some(found) = self.live(piece.version, at)? else { return Ok(()) };
+        let name = found.bitmap.as_ref().map(|b| b.name.as_str()).unwrap_or_default();
+        if found.seal.is_some() || found.disk != disk {
+            let reason = format!("a piece of bitmap {name:?}, sealed or of another disk");
+            return Err(at.protocol(reason));
+        }
+        if let Err(problem) = found.shape.check(piece) {
+            return Err(at.protocol(format!("piece {} of bitmap {name:?} {problem}", piece.index)));
+        }
+        let len = found.shape.piece_len(piece.index).unwrap_or(0);
+        let offset = piece.index.saturating_mul(PIECE_BYTES as u64);
+        let zeroes = [0; PIECE_BYTES];
+        let bits = if piece.bits.is_empty() { zeroes.get(..len) } else { Some(piece.bits) };
+        if let Some(bitmap) = &mut found.bitmap {
+            bitmap.bits.write_bytes(offset, bits.unwrap_or_default());
+        }
+        Ok(())
+    }
+
+    /// The bitmap of that number and generation; `None` for an older generation, whose records may
+    /// come late and are ignored.
+    fn live(&mut self, version: BitmapVersion, at: &Arrival) -> Result<Option<&mut Arriving>> {
+        let BitmapVersion { bitmap, generation } = version;
+        match self.bitmaps.get_mut(&bitmap) {
+            Some(found) if generation < found.generation => Ok(None),
+            Some(found) if generation == found.generation && found.bitmap.is_some() => {
+                Ok(Some(found))
+            }
+            _ => {
+                let reason = format!("bitmap {bitmap}, generation {generation}, does not exist");
+                Err(at.protocol(reason))
+            }
+        }
+    }
+}

@@ -1,0 +1,190 @@
+//! Section `block` at the destination: disks and bitmaps, which know nothing of each other, joined.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use bitmap_mig::{ArrivedBitmap, LoadBitmaps};
+use block_mig::Landing;
+use block_mig::arrive::{Known, LoadBlocks};
+use format_spec::Blame;
+use format_spec::native::answer::Ready;
+use format_spec::native::block::{BlockRecord, Disk, DiskId};
+use mig_core::section::{Fate, LoadContext, LoadHandler};
+use mig_core::stream::{Arrival, Error, Result};
+
+use super::{Destination, Place, ReceivedDisk, Sealed, Wanted};
+use crate::DiskProof;
+
+/// Receives disks with their bitmaps.
+pub(super) struct BlockSection {
+    destination: Arc<dyn Destination>,
+    blocks: LoadBlocks,
+    bitmaps: LoadBitmaps,
+    places: Mutex<BTreeMap<DiskId, Arc<dyn Place>>>,
+    /// What became of each disk, once it was prepared.
+    prepared: Mutex<Vec<Prepared>>,
+}
+
+struct Prepared {
+    proof: Option<DiskProof>,
+    bitmaps: Vec<String>,
+}
+
+impl BlockSection {
+    pub(super) fn new(destination: Arc<dyn Destination>, known: Known) -> Self {
+        Self {
+            destination,
+            blocks: LoadBlocks::new(known),
+            bitmaps: LoadBitmaps::new(),
+            places: Mutex::default(),
+            prepared: Mutex::default(),
+        }
+    }
+
+    /// What was received, after it was prepared.
+    pub(super) fn received(&self) -> Vec<ReceivedDisk> {
+        let prepared = std::mem::take(&mut *lock(&self.prepared));
+        let counts = self.blocks.counts().into_iter().zip(prepared);
+        let disk = |((name, counts), prepared): ((String, Arc<_>), Prepared)| {
+            let counts: &block_mig::arrive::LoadCounts = &counts;
+            ReceivedDisk {
+                name,
+                bytes_data: counts.data.load(Ordering::Relaxed),
+                bytes_zero: counts.zero.load(Ordering::Relaxed),
+                proof: prepared.proof,
+                bitmaps: prepared.bitmaps,
+            }
+        };
+        counts.map(disk).collect()
+    }
+
+    fn introduce(&self, disk: &Disk<'_>, at: &Arrival, context: LoadContext<'_>) -> Result<()> {
+        let mut found = None;
+        self.blocks.introduce(disk, at, context.answers, || {
+            let Disk { name, size, keeps_rest, .. } = *disk;
+            let place = self.destination.place(&Wanted { name, size, keeps_rest })?;
+            found = Some(place.clone());
+            Ok(place as Arc<dyn Landing>)
+        })?;
+        lock(&self.places).extend(found.map(|place| (disk.disk, place)));
+        Ok(())
+    }
+
+    /// One disk: its place stores the bitmaps, and says how everything reads.
+    fn prepare_disk(
+        &self,
+        sealed: Sealed,
+        of: DiskId,
+        arrived: &[ArrivedBitmap],
+    ) -> Result<Prepared> {
+        let place = lock(&self.places).get(&of).cloned().ok_or(Error::Ended)?;
+        let proof = place.prepare(&sealed)?;
+        if let (Some(said), Some(read)) = (sealed.content, proof.as_ref().map(|p| p.content))
+            && said != read
+        {
+            let reason = format!("disk {} reads as {read}, the source sealed {said}", of.0);
+            return Err(Error::Mismatch { reason });
+        }
+        let digests = proof.iter().flat_map(|proof| &proof.bitmaps);
+        for (bitmap, read) in arrived.iter().zip(digests) {
+            if bitmap.digest.is_some_and(|said| said != *read) {
+                let name = &bitmap.bitmap.name;
+                let reason =
+                    format!("bitmap {name:?} reads as {read}, not as the source sealed it");
+                return Err(Error::Mismatch { reason });
+            }
+        }
+        let bitmaps = arrived.iter().map(|b| b.bitmap.name.clone()).collect();
+        Ok(Prepared { proof, bitmaps })
+    }
+}
+
+/// Records that introduce, change or seal have their place on main: there they are ordered.
+fn on_main(arrival: &Arrival) -> Result<()> {
+    if arrival.channel == 0 {
+        return Ok(());
+    }
+    Err(arrival.protocol("a record that belongs on main comes on a data channel"))
+}
+
+impl LoadHandler for BlockSection {
+    fn load(&self, arrival: Arrival, context: LoadContext<'_>) -> Result<()> {
+        let record = arrival.record();
+        let decoded = BlockRecord::decode(&record).map_err(|e| arrival.malformed(e))?;
+        if !matches!(decoded, None | Some(BlockRecord::Run(_))) {
+            on_main(&arrival)?;
+        }
+        let at = &arrival;
+        match decoded {
+            None | Some(BlockRecord::End) => Ok(()),
+            Some(BlockRecord::Disk(disk)) => self.introduce(&disk, at, context),
+            Some(BlockRecord::DiskSeal(seal)) => self.blocks.seal(&seal, at),
+            Some(BlockRecord::BitmapCreate(create)) => {
+                self.bitmaps.create(&create, self.blocks.size(create.disk, at)?, at)
+            }
+            Some(BlockRecord::BitmapUpdate(update)) => self.bitmaps.update(&update, at),
+            Some(BlockRecord::BitmapRemove(version)) => self.bitmaps.remove(version, at),
+            Some(BlockRecord::BitmapSeal(seal)) => self.bitmaps.seal(&seal, at),
+            Some(BlockRecord::Run(run)) => {
+                let store = self.blocks.run(&run, at)?;
+                self.bitmaps.pieces(&run, at)?;
+                store.map_or(Ok(()), |store| store.put(arrival, context.jobs))
+            }
+        }
+    }
+
+    fn barrier(&self, is_durable: bool) -> Result<()> {
+        if is_durable { self.blocks.durable() } else { Ok(()) }
+    }
+
+    fn prepare(&self, proves_all: bool, ready: &mut Ready) -> Result<()> {
+        let unsealed = |kind: &str| {
+            let kind = kind.to_owned();
+            move |name: String| {
+                let reason =
+                    format!("everything is said to be sent, {kind} {name:?} is not sealed");
+                Error::protocol(0, 0, reason)
+            }
+        };
+        let mut prepared = Vec::new();
+        for (disk, content) in self.blocks.sealed().map_err(unsealed("disk"))? {
+            let arrived = self.bitmaps.of_disk(disk).map_err(unsealed("bitmap"))?;
+            let is_proved = content.is_some() && arrived.iter().all(|b| b.digest.is_some());
+            if proves_all && !is_proved {
+                let reason = "a seal has no hash, and nobody else could notice a difference";
+                return Err(Error::protocol(0, 0, reason));
+            }
+            let bitmaps = arrived.iter().map(|b| b.bitmap.clone()).collect();
+            let done = self.prepare_disk(Sealed { content, bitmaps }, disk, &arrived)?;
+            if let (Some(_), Some(proof)) = (content, &done.proof) {
+                ready.disks.push((disk, proof.content));
+                let read = arrived.iter().map(|b| b.version).zip(proof.bitmaps.iter().copied());
+                let wanted = arrived.iter().map(|b| b.digest.is_some());
+                ready.bitmaps.extend(read.zip(wanted).filter_map(|(read, is)| is.then_some(read)));
+            }
+            prepared.push(done);
+        }
+        ready.bitmaps.sort_by_key(|(version, _)| *version);
+        *lock(&self.prepared) = prepared;
+        Ok(())
+    }
+
+    fn commit(&self) -> Result<()> {
+        self.destination.commit()
+    }
+
+    fn abort(&self, fate: Fate) {
+        lock(&self.places).clear();
+        self.destination.abort(fate);
+    }
+}
+
+/// A mistake of the caller in words, as an error of this side.
+pub(super) fn caller(reason: String) -> Error {
+    Error::handler(Blame::Caller, reason)
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,134 @@
+//! Further connections of the source.
+
+use std::collections::VecDeque;
+use std::io;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::Scope;
+use std::time::Instant;
+
+use format_spec::native::hello::{Choice, Hello, Join};
+use mig_core::limits::MAX_WAITING_JOINS;
+use mig_core::stream::{Error, Result, StreamReader};
+use mig_core::transport::{Connection, HangUp, Listen};
+
+use super::read::Session;
+use crate::Timing;
+
+/// Accepts connections until all that were granted have joined, and reads them on threads of their
+/// own. Strangers are closed; they cost a thread for as long as a hello may take, and no more than a
+/// few at a time: the oldest makes room for the newest.
+pub(super) fn accept_all<'s>(
+    scope: &'s Scope<'s, '_>,
+    session: &'s Session,
+    listen: &'s dyn Listen,
+    choice: &'s Choice,
+    timing: &'s Timing,
+) {
+    let waiting: Arc<Waiting> = Arc::default();
+    let begun = Instant::now();
+    while !session.has_all() && !session.is_over() {
+        // In slices, so that an end of the session is seen.
+        let slice = timing.join.min(std::time::Duration::from_millis(200));
+        match listen.accept(Some(slice)) {
+            Ok(connection) => {
+                waiting.enter(connection.line.clone());
+                let waiting = waiting.clone();
+                scope.spawn(move || {
+                    if let Some(mut reader) = greet(connection, session, choice, &waiting) {
+                        session.read_data(&mut reader);
+                    }
+                });
+            }
+            Err(e) if e.kind() == io::ErrorKind::TimedOut && begun.elapsed() < timing.join => {}
+            Err(e) if session.has_all() || session.is_over() => drop(e),
+            Err(e) => {
+                waiting.hang_up();
+                session.fail(Error::Connect(e));
+                return;
+            }
+        }
+        waiting.expire(timing.hello);
+    }
+    waiting.hang_up();
+}
+
+/// Hears the hello of a connection; `None` for one that does not belong here.
+fn greet(
+    connection: Connection,
+    session: &Session,
+    choice: &Choice,
+    waiting: &Waiting,
+) -> Option<StreamReader> {
+    let Connection { reader, writer, line, peer } = connection;
+    let mut reader = StreamReader::new(reader, 0);
+    let hello = reader.hello();
+    waiting.leave(&line);
+    match admit(hello, session, choice, &line) {
+        Ok(join) => {
+            // Its reverse direction stays silent, and open.
+            session.keep(writer);
+            reader.set_channel(join.channel);
+            Some(reader)
+        }
+        Err(error) => {
+            tracing::warn!(%error, "a connection from {peer} was closed");
+            line.hang_up();
+            None
+        }
+    }
+}
+
+fn admit(
+    hello: Result<Hello>,
+    session: &Session,
+    choice: &Choice,
+    line: &Arc<dyn HangUp>,
+) -> Result<Join> {
+    let Hello::Join(join) = hello? else {
+        return Err(Error::protocol(0, 0, "a further connection opens with JOIN"));
+    };
+    if join.session != choice.session || join.ticket != choice.ticket {
+        return Err(Error::protocol(0, 0, "JOIN of another session"));
+    }
+    session.join(join.channel, line)?;
+    Ok(join)
+}
+
+/// Connections whose hello is awaited, oldest first.
+#[derive(Default)]
+struct Waiting(Mutex<VecDeque<(Instant, Arc<dyn HangUp>)>>);
+
+impl Waiting {
+    fn enter(&self, line: Arc<dyn HangUp>) {
+        let mut lines = self.lock();
+        if lines.len() >= MAX_WAITING_JOINS
+            && let Some((_, oldest)) = lines.pop_front()
+        {
+            oldest.hang_up();
+        }
+        lines.push_back((Instant::now(), line));
+    }
+
+    fn leave(&self, line: &Arc<dyn HangUp>) {
+        self.lock().retain(|(_, waiting)| !Arc::ptr_eq(waiting, line));
+    }
+
+    /// Ends those that were silent for too long.
+    fn expire(&self, limit: std::time::Duration) {
+        self.lock().retain(|(since, line)| {
+            let is_patient = since.elapsed() < limit;
+            if !is_patient {
+                line.hang_up();
+            }
+            is_patient
+        });
+    }
+
+    fn hang_up(&self) {
+        self.lock().drain(..).for_each(|(_, line)| line.hang_up());
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, VecDeque<(Instant, Arc<dyn HangUp>)>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,203 @@
+//! The return path: a thread reads what the destination answers, so that a failure is seen while
+//! the others write.
+
+use std::collections::VecDeque;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use block_mig::Monitor;
+use format_spec::native::answer::{Answer, Ready};
+use format_spec::native::block::DiskId;
+use mig_core::limits::HAVE_QUEUE;
+use mig_core::section::{Have, HaveReader};
+use mig_core::stream::{Arrival, Breaker, Buffers, Error, Result, StreamReader};
+
+/// How often whoever waits looks whether the user wants to stop.
+const LOOK_INTERVAL: Duration = Duration::from_millis(100);
+
+/// What the destination has answered so far.
+#[derive(Debug)]
+pub(super) struct Answers {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    acknowledged: u64,
+    /// What was asked: answers that nobody asked for are errors.
+    placed: u64,
+    has_prepared: bool,
+    has_committed: bool,
+    /// Whether HAVE is awaited.
+    is_told: bool,
+    have: VecDeque<(DiskId, Option<Have>)>,
+    ready: Option<Ready>,
+    is_committed: bool,
+    is_over: bool,
+}
+
+impl Answers {
+    /// Nothing was answered. `is_told`: whether the destination tells what it has.
+    pub(super) fn new(is_told: bool) -> Self {
+        let state = State { is_told, ..State::default() };
+        Self { state: Mutex::new(state), changed: Condvar::new() }
+    }
+
+    /// Reads answers until the connection ends or the destination fails. Then nothing that this
+    /// side still does matters: all connections are ended.
+    pub(super) fn read(&self, mut reader: StreamReader, breaker: &Breaker) {
+        let buffers = Buffers::new(1);
+        let error = loop {
+            let took = reader.record(&buffers).and_then(|arrival| self.take(&arrival, breaker));
+            if let Err(error) = took {
+                break error;
+            }
+        };
+        let is_committed = self.lock().is_committed;
+        if !is_committed {
+            breaker.note(error);
+            breaker.hang_up();
+        }
+        self.lock().is_over = true;
+        self.changed.notify_all();
+    }
+
+    fn take(&self, arrival: &Arrival, breaker: &Breaker) -> Result<()> {
+        let record = arrival.record();
+        let answer = Answer::decode(&record).map_err(|e| arrival.malformed(e))?;
+        let mut state = self.lock();
+        match answer {
+            None | Some(Answer::Keepalive) => {}
+            Some(Answer::Failed { blame, text, .. }) => return Err(Error::Peer { blame, text }),
+            Some(Answer::Ack(number)) => {
+                if number != state.acknowledged.saturating_add(1) || number > state.placed {
+                    let reason = format!("it acknowledges barrier {number}, which is not next");
+                    return Err(arrival.protocol(reason));
+                }
+                state.acknowledged = number;
+            }
+            Some(Answer::Have(disk, units)) => {
+                let have = Have::Units(units.first, units.nodes.to_vec());
+                self.tell(state, (disk, Some(have)), arrival, breaker)?;
+            }
+            Some(Answer::HaveZeroes(disk, units)) => {
+                let have = Have::Zeroes(units.first, units.count);
+                self.tell(state, (disk, Some(have)), arrival, breaker)?;
+            }
+            Some(Answer::HaveDone(disk)) => self.tell(state, (disk, None), arrival, breaker)?,
+            Some(Answer::Ready(ready)) if state.has_prepared && state.ready.is_none() => {
+                state.ready = Some(ready);
+            }
+            Some(Answer::Committed(_)) if state.has_committed => state.is_committed = true,
+            Some(Answer::Ready(_) | Answer::Committed(_)) => {
+                return Err(arrival.protocol("it answers what was not asked"));
+            }
+        }
+        self.changed.notify_all();
+        Ok(())
+    }
+
+    /// Queues what the destination has, once there is room.
+    fn tell(
+        &self,
+        state: MutexGuard<'_, State>,
+        have: (DiskId, Option<Have>),
+        arrival: &Arrival,
+        breaker: &Breaker,
+    ) -> Result<()> {
+        if !state.is_told {
+            return Err(arrival.protocol("it tells what it has, and nobody asked"));
+        }
+        let mut state = state;
+        while state.have.len() >= HAVE_QUEUE {
+            breaker.check()?;
+            let waited = self.changed.wait_timeout(state, LOOK_INTERVAL);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        state.have.push_back(have);
+        Ok(())
+    }
+
+    /// A barrier is about to be written.
+    pub(super) fn expect_ack(&self) -> u64 {
+        let mut state = self.lock();
+        state.placed = state.placed.saturating_add(1);
+        state.placed
+    }
+
+    /// PREPARE is about to be written.
+    pub(super) fn expect_ready(&self) {
+        self.lock().has_prepared = true;
+    }
+
+    /// COMMIT is about to be written.
+    pub(super) fn expect_committed(&self) {
+        self.lock().has_committed = true;
+    }
+
+    /// Waits until this barrier is acknowledged.
+    pub(super) fn wait_ack(&self, number: u64, monitor: &dyn Monitor) -> Result<()> {
+        self.wait(Some(monitor), |state| (state.acknowledged >= number).then_some(()))
+    }
+
+    /// Waits for READY.
+    pub(super) fn wait_ready(&self, monitor: &dyn Monitor) -> Result<Ready> {
+        self.wait(Some(monitor), |state| state.ready.clone())
+    }
+
+    /// Waits for COMMITTED. Cannot be interrupted: there is nothing that could be taken back.
+    pub(super) fn wait_committed(&self) -> Result<()> {
+        self.wait(None, |state| state.is_committed.then_some(()))
+    }
+
+    /// Waits until the destination has said its last word, but not for long.
+    pub(super) fn wait_over(&self, limit: Duration) {
+        let goes_on = |state: &mut State| !state.is_over;
+        let waited = self.changed.wait_timeout_while(self.lock(), limit, goes_on);
+        drop(waited.unwrap_or_else(PoisonError::into_inner));
+    }
+
+    fn wait<T>(
+        &self,
+        monitor: Option<&dyn Monitor>,
+        mut look: impl FnMut(&mut State) -> Option<T>,
+    ) -> Result<T> {
+        let mut state = self.lock();
+        loop {
+            if let Some(found) = look(&mut state) {
+                self.changed.notify_all();
+                return Ok(found);
+            }
+            if state.is_over {
+                return Err(Error::Ended);
+            }
+            if monitor.is_some_and(|monitor| monitor.is_cancelled()) {
+                return Err(Error::Interrupted);
+            }
+            let waited = self.changed.wait_timeout(state, LOOK_INTERVAL);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Hears what the destination has, disk by disk.
+pub(super) struct Told<'a> {
+    pub(super) answers: &'a Answers,
+    pub(super) monitor: &'a dyn Monitor,
+}
+
+impl HaveReader for Told<'_> {
+    fn next(&mut self, disk: DiskId) -> Result<Option<Have>> {
+        let (told, have) = self.answers.wait(Some(self.monitor), |state| state.have.pop_front())?;
+        if told == disk {
+            return Ok(have);
+        }
+        let reason = format!("it tells of disk {} where {} is next", told.0, disk.0);
+        Err(Error::protocol(0, 0, reason))
+    }
+}

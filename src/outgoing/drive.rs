@@ -1,0 +1,323 @@
+//! The phases of the source, one after another.
+
+use std::time::Instant;
+
+use format_spec::Blame;
+use format_spec::native::answer::Ready;
+use format_spec::native::control::Control;
+use format_spec::native::hello::{RESUME, SessionState};
+use mig_core::channels::{CONTROL, CONTROL_ID, Channels, Outlet};
+use mig_core::heart::Heart;
+use mig_core::section::{Pass, Pending, SaveHandler, SectionKey, Stage, Start};
+use mig_core::stream::{Breaker, Error, Result};
+
+use super::answers::{Answers, Told};
+use super::connect::Connected;
+use super::policy::{Next, Policy, Round};
+use super::{Outcome, OutgoingOptions, RollBack, Sent};
+
+/// Bytes that a handler sends before the others have their turn, and before a barrier makes durable
+/// what arrived: about what is sent again after a cut.
+const TURN_BYTES: u64 = 256 << 20;
+
+/// Drives one migration over connections that are made.
+pub(super) fn drive(
+    connected: Connected,
+    rollback: &mut RollBack<'_, '_>,
+    policy: &mut dyn Policy,
+    options: &OutgoingOptions<'_>,
+) -> Result<Sent> {
+    let Connected { channels, breaker, answers: reader, choice, silent: _silent } = connected;
+    let mut sent = Sent {
+        outcome: Outcome::AlreadyComplete,
+        peer: choice.program,
+        wire_bytes: channels.written(),
+        resumed: choice.state != SessionState::Fresh,
+        confirmed: None,
+    };
+    if choice.state == SessionState::Committed {
+        return Ok(sent);
+    }
+    let answers = Answers::new(choice.state == SessionState::Resumable);
+    let heart = Heart::new();
+    let is_one_way = reader.is_none();
+    let result = std::thread::scope(|scope| {
+        scope.spawn(|| heart.run(options.timing.keepalive, || beat(&channels)));
+        if let Some(reader) = reader {
+            scope.spawn(|| answers.read(reader, &breaker));
+        }
+        let mut driver = Driver {
+            channels: &channels,
+            answers: (!is_one_way).then_some(&answers),
+            breaker: &breaker,
+            state: choice.state,
+            keeps: choice.features & RESUME != 0,
+            sections: Vec::new(),
+            barriers: 0,
+            options,
+        };
+        let result = driver.run(rollback, policy);
+        let result = result.map_err(|error| driver.give_up(error));
+        heart.stop();
+        breaker.hang_up();
+        result
+    });
+    let (outcome, confirmed) = result?;
+    sent.wire_bytes = channels.written();
+    (sent.outcome, sent.confirmed) = (outcome, confirmed);
+    Ok(sent)
+}
+
+/// A lane that fails is seen by whoever writes to it next.
+fn beat(channels: &Channels) {
+    if let Err(error) = channels.keepalive() {
+        tracing::debug!(%error, "cannot say that this side is alive");
+    }
+}
+
+/// The token of the handover: whoever holds it has let go of the guest. What fails from here on is
+/// no reason to resume it at the source, since the destination may have taken over.
+struct Token(());
+
+struct Driver<'d> {
+    channels: &'d Channels,
+    /// `None` on a one-way stream.
+    answers: Option<&'d Answers>,
+    breaker: &'d Breaker,
+    state: SessionState,
+    /// Whether what arrived is kept over a cut, so that it is worth making it durable on the way.
+    keeps: bool,
+    /// Sections by number, from 1.
+    sections: Vec<SectionKey>,
+    barriers: u64,
+    options: &'d OutgoingOptions<'d>,
+}
+
+impl Driver<'_> {
+    fn run(
+        &mut self,
+        rollback: &mut RollBack<'_, '_>,
+        policy: &mut dyn Policy,
+    ) -> Result<(Outcome, Option<Ready>)> {
+        self.setup(&mut rollback.handlers)?;
+        self.begin(&mut rollback.handlers)?;
+        self.rounds(&mut rollback.handlers, policy)?;
+        rollback.pause()?;
+        self.complete(&mut rollback.handlers)?;
+        let (token, ready) = self.prepare(&rollback.handlers)?;
+        Ok((self.commit(token), ready))
+    }
+
+    /// Starts the sections; handlers introduce what they will send.
+    fn setup(&mut self, handlers: &mut [Box<dyn SaveHandler + '_>]) -> Result<()> {
+        self.channels.start()?;
+        self.sections = vec![CONTROL];
+        self.channels.start_section(CONTROL_ID, CONTROL)?;
+        for handler in &mut *handlers {
+            let key = handler.section();
+            if self.section_id(key).is_none() {
+                self.sections.push(key);
+                let id = self.section_id(key).unwrap_or_default();
+                self.channels.start_section(id, key)?;
+            }
+            handler.setup(&self.outlet(&**handler))?;
+        }
+        self.barrier(handlers, false)?;
+        Ok(())
+    }
+
+    /// Handlers learn what the destination has from an earlier attempt.
+    fn begin(&mut self, handlers: &mut [Box<dyn SaveHandler + '_>]) -> Result<()> {
+        let monitor = self.options.monitor;
+        for handler in handlers {
+            let outlet = self.outlet(&**handler);
+            let mut told = self.answers.map(|answers| Told { answers, monitor });
+            let mut start = match (self.state, &mut told) {
+                (SessionState::Resumable, Some(told)) => Start::Resumable(told),
+                (SessionState::Ready, _) => Start::Ready,
+                _ => Start::Fresh,
+            };
+            handler.begin(&mut start, &outlet)?;
+        }
+        Ok(())
+    }
+
+    /// Rounds while the guest runs, until all was sent once and the policy is content.
+    fn rounds(
+        &mut self,
+        handlers: &mut [Box<dyn SaveHandler + '_>],
+        policy: &mut dyn Policy,
+    ) -> Result<()> {
+        for number in 1.. {
+            let (begun, written) = (Instant::now(), self.channels.written());
+            while self.turn(handlers)? == Pass::Open {
+                if self.keeps {
+                    self.barrier(handlers, true)?;
+                }
+            }
+            // Durable, so that the pause that may follow covers the final pass alone.
+            let barrier = self.barrier(handlers, true)?;
+            self.wait_ack(barrier, handlers)?;
+            let pending =
+                handlers.iter().map(|h| h.pending()).fold(Pending::default(), |a, b| a + b);
+            let wire_bytes = self.channels.written().saturating_sub(written);
+            let round = Round { number, took: begun.elapsed(), wire_bytes, pending };
+            tracing::debug!(?round, "round done");
+            if !pending.has_bulk && policy.next(&round) == Next::Complete {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Every handler sends its share.
+    fn turn(&mut self, handlers: &mut [Box<dyn SaveHandler + '_>]) -> Result<Pass> {
+        let mut pass = Pass::Done;
+        for handler in handlers {
+            self.go_on()?;
+            if handler.iterate(&self.outlet(&**handler), TURN_BYTES)? == Pass::Open {
+                pass = Pass::Open;
+            }
+        }
+        Ok(pass)
+    }
+
+    /// The final pass, and what it all hashes to. Seals rely on what other connections carried, so
+    /// there is a barrier before them.
+    fn complete(&mut self, handlers: &mut [Box<dyn SaveHandler + '_>]) -> Result<()> {
+        for stage in [Stage::Content, Stage::Seal] {
+            for handler in &mut *handlers {
+                self.go_on()?;
+                handler.complete(stage, &self.outlet(&**handler))?;
+            }
+            let barrier = self.barrier(handlers, false)?;
+            self.wait_ack(barrier, handlers)?;
+        }
+        Ok(())
+    }
+
+    /// Asks the destination to make everything durable and to read it back, and holds what it says
+    /// against what was sent. Nobody answers on a one-way stream: there the token is taken unseen.
+    fn prepare(
+        &mut self,
+        handlers: &[Box<dyn SaveHandler + '_>],
+    ) -> Result<(Token, Option<Ready>)> {
+        let session = self.options.session;
+        let Some(answers) = self.answers else {
+            self.channels.control(&Control::Prepare(session))?;
+            return Ok((Token(()), None));
+        };
+        answers.expect_ready();
+        self.channels.control(&Control::Prepare(session))?;
+        let ready = answers.wait_ready(self.options.monitor)?;
+        let mut expected = Ready { session, disks: Vec::new(), bitmaps: Vec::new() };
+        handlers.iter().for_each(|handler| handler.expect(&mut expected));
+        if ready != expected {
+            return Err(Error::Mismatch { reason: difference(&expected, &ready) });
+        }
+        self.go_on()?;
+        Ok((Token(()), Some(ready)))
+    }
+
+    /// Lets the destination publish. From here on nothing is rolled back.
+    fn commit(&mut self, token: Token) -> Outcome {
+        let Token(()) = token;
+        let commit = Control::Commit(self.options.session);
+        let Some(answers) = self.answers else {
+            let written = self.channels.control(&commit).and_then(|()| self.end());
+            return written.map_or_else(Outcome::Unknown, |()| Outcome::Unconfirmed);
+        };
+        answers.expect_committed();
+        let committed = self.channels.control(&commit).and_then(|()| answers.wait_committed());
+        if let Err(error) = committed {
+            return Outcome::Unknown(self.last_word(error));
+        }
+        // The destination has published and may have closed: whether this arrives changes nothing.
+        let _ = self.end();
+        Outcome::Completed
+    }
+
+    /// Ends the sections and all connections.
+    fn end(&self) -> Result<()> {
+        let count = u32::try_from(self.sections.len()).unwrap_or(u32::MAX);
+        let ids: Vec<u32> = (CONTROL_ID..=count).collect();
+        self.channels.finish(&ids)
+    }
+
+    /// Tells the destination why this side gives up, if it is there to hear it.
+    fn give_up(&self, error: Error) -> Error {
+        let error = self.last_word(error);
+        if !matches!(error, Error::Peer { .. } | Error::Connection { .. } | Error::Ended) {
+            let text = crate::report::error_chain(&error);
+            let blame = match error {
+                Error::Interrupted => Blame::Caller,
+                ref error => error.blame(),
+            };
+            // The first error is the one to report.
+            if self.channels.control(&Control::Abort { blame, text }).is_ok()
+                && self.answers.is_some()
+            {
+                self.answers.inspect(|answers| answers.wait_over(self.options.timing.linger));
+            }
+        }
+        error
+    }
+
+    /// The reason for an error of a connection may still be on its way in the other direction.
+    fn last_word(&self, error: Error) -> Error {
+        if error.is_secondary() {
+            self.answers.inspect(|answers| answers.wait_over(self.options.timing.linger));
+        }
+        self.breaker.explain(error)
+    }
+
+    /// Places a barrier on all connections. Only here.
+    fn barrier(
+        &mut self,
+        handlers: &mut [Box<dyn SaveHandler + '_>],
+        is_durable: bool,
+    ) -> Result<u64> {
+        self.barriers = match self.answers {
+            Some(answers) => answers.expect_ack(),
+            None => self.barriers.saturating_add(1),
+        };
+        self.channels.barrier(self.barriers, is_durable)?;
+        handlers.iter_mut().for_each(|handler| handler.barrier());
+        Ok(self.barriers)
+    }
+
+    /// Waits until everything before a barrier has been applied: only now does it count as sent.
+    fn wait_ack(&self, barrier: u64, handlers: &mut [Box<dyn SaveHandler + '_>]) -> Result<()> {
+        if let Some(answers) = self.answers {
+            answers.wait_ack(barrier, self.options.monitor)?;
+            handlers.iter_mut().for_each(|handler| handler.acknowledged());
+        }
+        Ok(())
+    }
+
+    fn go_on(&self) -> Result<()> {
+        if self.options.monitor.is_cancelled() { Err(Error::Interrupted) } else { Ok(()) }
+    }
+
+    fn section_id(&self, key: SectionKey) -> Option<u32> {
+        let at = self.sections.iter().position(|known| *known == key)?;
+        u32::try_from(at).ok()?.checked_add(CONTROL_ID)
+    }
+
+    fn outlet(&self, handler: &dyn SaveHandler) -> Outlet<'_> {
+        Outlet::new(self.channels, self.section_id(handler.section()).unwrap_or_default())
+    }
+}
+
+/// Where two proofs differ, in words.
+fn difference(sent: &Ready, read: &Ready) -> String {
+    let disks = sent.disks.iter().zip(&read.disks).find(|(sent, read)| sent != read);
+    if let Some(((disk, sent), (_, read))) = disks {
+        return format!("disk {} was sent as {sent} and reads as {read}", disk.0);
+    }
+    let bitmaps = sent.bitmaps.iter().zip(&read.bitmaps).find(|(sent, read)| sent != read);
+    if let Some(((version, sent), (_, read))) = bitmaps {
+        return format!("bitmap {} was sent as {sent} and reads as {read}", version.bitmap);
+    }
+    "READY does not name the disks and bitmaps that were sent".to_owned()
+}

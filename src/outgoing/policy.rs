@@ -1,0 +1,43 @@
+//! When the final pass begins.
+
+use std::time::Duration;
+
+use mig_core::section::Pending;
+
+/// What happened in one round, and what is left.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Round {
+    /// Counts from 1.
+    pub number: u32,
+    /// How long it took, the barrier behind it included.
+    pub took: Duration,
+    /// Bytes that it wrote to the connections.
+    pub wire_bytes: u64,
+    /// What is left, guest running.
+    pub pending: Pending,
+}
+
+/// What comes next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Next {
+    /// One more round, while the guest runs.
+    Round,
+    /// Pause the guest and send the rest.
+    Complete,
+}
+
+/// Decides when the final pass begins. Never asked while bulk work is left.
+pub trait Policy: Send {
+    /// What comes next after a round.
+    fn next(&mut self, round: &Round) -> Next;
+}
+
+/// Nothing changes: one round is enough.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct AtRest;
+
+impl Policy for AtRest {
+    fn next(&mut self, _round: &Round) -> Next {
+        Next::Complete
+    }
+}
