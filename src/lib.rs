@@ -7,7 +7,7 @@
 //! does it for failures.
 #![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 
-mod berth;
+pub mod berth;
 pub mod bitmap;
 pub mod compare;
 pub mod copy;

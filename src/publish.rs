@@ -4,6 +4,7 @@
 //! having been published, unless it is kept to be gone on with. What belongs together is finished and synced as drafts first, and then
 //! [`publish`]ed in one go; the directory is synced last.
 
+use std::borrow::Borrow;
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::io;
@@ -29,15 +30,15 @@ pub(crate) struct Draft {
     file: Arc<HostFile>,
     temporary: PathBuf,
     target: PathBuf,
-    is_published: bool,
+    is_published: AtomicBool,
     is_kept: AtomicBool,
     _lock: Lock,
 }
 
 impl Draft {
     fn new(file: Arc<HostFile>, (temporary, target): (PathBuf, PathBuf), lock: Lock) -> Self {
-        let is_kept = AtomicBool::new(false);
-        Self { file, temporary, target, is_published: false, is_kept, _lock: lock }
+        let (is_published, is_kept) = (AtomicBool::new(false), AtomicBool::new(false));
+        Self { file, temporary, target, is_published, is_kept, _lock: lock }
     }
 
     /// Opens and locks the temporary file that an earlier try left for `target`, if there is one.
@@ -125,7 +126,7 @@ impl Draft {
     }
 
     /// Gives it its final name. Without `replaces`, a file of that name is an error.
-    fn rename(&mut self, replaces: bool) -> Result<()> {
+    fn rename(&self, replaces: bool) -> Result<()> {
         // A crash between the two halves of a rename by link leaves both names.
         let is_same = |a: &Path, b: &Path| {
             let id = |m: fs::Metadata| (m.dev(), m.ino());
@@ -133,7 +134,7 @@ impl Draft {
         };
         if is_same(&self.temporary, &self.target) {
             fs::remove_file(&self.temporary).map_err(failed("remove", &self.temporary))?;
-            self.is_published = true;
+            self.is_published.store(true, Ordering::Relaxed);
             return Ok(());
         }
         if replaces {
@@ -141,14 +142,14 @@ impl Draft {
         } else {
             rename_new(&self.temporary, &self.target)?;
         }
-        self.is_published = true;
+        self.is_published.store(true, Ordering::Relaxed);
         Ok(())
     }
 
     /// Takes the final name away again.
-    fn withdraw(&mut self) {
+    fn withdraw(&self) {
         match fs::rename(&self.target, &self.temporary) {
-            Ok(()) => self.is_published = false,
+            Ok(()) => self.is_published.store(false, Ordering::Relaxed),
             Err(error) => tracing::warn!(%error, "{} stays", self.target.display()),
         }
     }
@@ -156,7 +157,7 @@ impl Draft {
 
 impl Drop for Draft {
     fn drop(&mut self) {
-        if self.is_published || self.is_kept.load(Ordering::Relaxed) {
+        if self.is_published.load(Ordering::Relaxed) || self.is_kept.load(Ordering::Relaxed) {
             return;
         }
         if let Err(error) = fs::remove_file(&self.temporary) {
@@ -168,21 +169,16 @@ impl Drop for Draft {
 /// Publishes drafts whose content is durable, in the order given, and makes their names durable.
 /// Where the second of them cannot be published and the first replaced nothing, the first is taken
 /// back.
-pub(crate) fn publish(mut drafts: Vec<Draft>, replaces: bool) -> Result<()> {
-    for index in 0..drafts.len() {
-        let (done, rest) = drafts.split_at_mut(index);
-        let Some(draft) = rest.first_mut() else { break };
-        if let Err(error) = draft.rename(replaces) {
+pub(crate) fn publish<D: Borrow<Draft>>(drafts: Vec<D>, replaces: bool) -> Result<()> {
+    for (index, draft) in drafts.iter().enumerate() {
+        if let Err(error) = draft.borrow().rename(replaces) {
             if !replaces {
-                done.iter_mut().rev().for_each(Draft::withdraw);
+                drafts.iter().take(index).rev().for_each(|done| done.borrow().withdraw());
             }
             return Err(error);
         }
     }
-    for draft in &drafts {
-        sync_directory(&draft.target)?;
-    }
-    Ok(())
+    drafts.iter().try_for_each(|draft| sync_directory(&draft.borrow().target))
 }
 
 /// Removes the temporary file of a process that died. One that is locked stays, and is an error.
@@ -231,6 +227,13 @@ fn followed(target: &Path) -> Result<PathBuf> {
         return fs::canonicalize(target).map_err(failed("follow", target));
     }
     Ok(target.to_owned())
+}
+
+/// Bytes that the file system has given to what an earlier try left for `target`.
+pub(crate) fn left_bytes(target: &Path) -> u64 {
+    let temporary = followed(target).and_then(|target| temporary_path(&target));
+    let found = temporary.ok().and_then(|path| fs::symlink_metadata(path).ok());
+    found.filter(fs::Metadata::is_file).map_or(0, |m| m.blocks().saturating_mul(512))
 }
 
 /// The directory of a path; `.` for a bare name.

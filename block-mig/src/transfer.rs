@@ -49,7 +49,7 @@ impl Default for TransferOptions<'_> {
 }
 
 /// What was moved.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Transferred {
     /// Bytes of content that were written.
     pub bytes_data: u64,
@@ -119,5 +119,7 @@ pub fn transfer(
 }
 
 mod parts;
+#[cfg(test)]
+mod resumed;
 #[cfg(test)]
 mod tests;

@@ -6,13 +6,20 @@
 //! log          the journal beside it, by name
 //! receipt      what is left when it was published
 //! recover      a publication that a crash interrupted is finished
+//! files        all of it as what a migration arrives at, disk by disk (place)
 //! ```
 
+mod files;
 mod log;
+mod place;
 mod receipt;
 mod recover;
 mod sink;
+#[cfg(test)]
+mod tests;
 mod unfinished;
 
-pub(crate) use recover::recover;
+pub use files::{DiskPlace, FileOptions, Files};
+pub(crate) use log::Log;
+pub(crate) use recover::{Recovered, recover};
 pub(crate) use unfinished::{NewDisk, NewKind, Unfinished};

@@ -52,7 +52,7 @@ pub(crate) enum NewKind<'a> {
 
 impl NewDisk<'_> {
     /// Final names of its files, in the order in which they are published.
-    fn targets(&self) -> Vec<&Path> {
+    pub(super) fn targets(&self) -> Vec<&Path> {
         let data = match &self.kind {
             NewKind::Qcow2 { data_file: Some(data), .. } => Some(data.path.as_path()),
             _ => None,
@@ -100,11 +100,11 @@ impl Unfinished {
             Some(session) => log.start(disk.identity(session))?.map(Keeper::new).transpose()?,
             None => log.remove().map(|()| None)?,
         };
-        let image = match create_options(disk, &drafts) {
-            Some((options, file)) => Some(NewImage::create(file, &options)?),
-            None => None,
+        let sink = match create_options(disk, &drafts) {
+            Some((options, file)) => Sink::Image(Box::new(NewImage::create(file, &options)?)),
+            None => raw(disk, &drafts),
         };
-        let unfinished = Self { drafts, image, size: disk.size, log, keeper, is_resumed: false };
+        let unfinished = Self { drafts, sink, size: disk.size, log, keeper, is_resumed: false };
         unfinished.begin()?;
         Ok(unfinished)
     }
@@ -183,7 +183,11 @@ impl Unfinished {
         if let Some(image) = self.sink.image() {
             image.finish(stored)?;
         }
-        self.sync()
+        self.sync()?;
+        if let Some(keeper) = &self.keeper {
+            keeper.checkpoint::<Error>(|| Ok(()))?;
+        }
+        Ok(())
     }
 
     /// Makes the files durable.
@@ -192,12 +196,12 @@ impl Unfinished {
     }
 
     /// Gives the files their final names. Everything is durable; `content` is what was proved.
-    pub(crate) fn publish(self, content: Option<ContentHash>, replaces: bool) -> Result<()> {
+    pub(crate) fn publish(&self, content: Option<ContentHash>, replaces: bool) -> Result<()> {
         if let (Some(keeper), Some(content), true) = (&self.keeper, content, self.drafts.len() > 1)
         {
             keeper.prepare(content)?;
         }
-        publish_together(vec![self], replaces)
+        publish_together(&[self], replaces, |_| Ok(()))
     }
 
     /// Notes durably that everything was proved.
@@ -209,24 +213,35 @@ impl Unfinished {
         Ok(())
     }
 
+    /// Where it can be read: its own file, and its data file where that is another.
+    pub(crate) fn paths(&self) -> (&Path, Option<&Path>) {
+        match self.drafts.as_slice() {
+            [first, .., last] => (last.temporary(), Some(first.temporary())),
+            [only] => (only.temporary(), None),
+            [] => (Path::new(""), None),
+        }
+    }
+
     /// Its journal and receipt.
     pub(crate) fn log(&self) -> &Log {
         &self.log
     }
 
-    /// What an image that was proved by an earlier try is made of, with its journal, if there is
-    /// one: nothing of it is opened for writing.
-    pub(crate) fn prepared(disk: &NewDisk<'_>) -> Result<Option<(Vec<Draft>, Keeper)>> {
-        let (log, Some(session)) = (Log::beside(disk.path)?, disk.session) else {
-            return Ok(None);
-        };
+    /// A disk that was proved by an earlier try, if there is one. Nothing of it is opened for
+    /// writing.
+    pub(crate) fn prepared(disk: &NewDisk<'_>) -> Result<Option<(Self, ContentHash)>> {
+        let Some(session) = disk.session else { return Ok(None) };
+        let log = Log::beside(disk.path)?;
         let mut drafts = Vec::new();
         for target in disk.targets() {
             let Some(draft) = Draft::reopen(target)? else { return Ok(None) };
             drafts.push(draft);
         }
         let Some(replayed) = log.find(&disk.identity(session))? else { return Ok(None) };
-        Ok(resume(&log, replayed)?.map(|keeper| (drafts, keeper)))
+        let Some(content) = replayed.prepared else { return Ok(None) };
+        let Some(keeper) = resume(&log, replayed)? else { return Ok(None) };
+        let (sink, size, keeper) = (Sink::Closed(disk.size), disk.size, Some(keeper));
+        Ok(Some((Self { drafts, sink, size, log, keeper, is_resumed: true }, content)))
     }
 
     /// Makes what has arrived durable, and its journal say so, as far as that can be done.
@@ -234,48 +249,46 @@ impl Unfinished {
         use mig_core::block::BlockSink as _;
         let Some(keeper) = &self.keeper else { return Ok(()) };
         keeper.checkpoint(|| self.sink.sync().map_err(block_mig::Error::Sink))?;
-        keeper.compact::<Error>(
-            || Ok(self.log.anew()? as Arc<dyn Storage>),
-            || self.log.replace(),
-        )
+        keeper.compact::<Error>(|| Ok(self.log.anew()? as Arc<dyn Storage>), || self.log.replace())
     }
 
     /// Nothing is kept for another try.
-    pub(crate) fn forsake(self) -> Result<()> {
+    pub(crate) fn forsake(&self) -> Result<()> {
         self.drafts.iter().for_each(Draft::forsake);
         self.log.remove()
     }
 }
 
 /// Publishes disks that belong together: all of their files get their names, or, where a crash comes
-/// between, the rest of them when it is gone on with.
-pub(crate) fn publish_together(disks: Vec<Unfinished>, replaces: bool) -> Result<()> {
-    let files: usize = disks.iter().map(|disk| disk.drafts.len()).sum();
-    for disk in &disks {
+/// between, the rest of them when it is gone on with. `finish` is told of each disk before its
+/// journal goes.
+pub(crate) fn publish_together(
+    disks: &[&Unfinished],
+    replaces: bool,
+    finish: impl Fn(usize) -> Result<()>,
+) -> Result<()> {
+    for disk in disks {
         if let [_, .., last] = disk.drafts.as_slice() {
             retire(last.target())?;
         }
     }
-    if files > 1 {
-        for keeper in disks.iter().filter_map(Unfinished::keeper) {
+    // One rename is done or not. Of several, and of a receipt that is still to come, this tells.
+    for disk in disks {
+        if let Some(keeper) = disk.keeper().filter(|keeper| keeper.prepared().is_some()) {
             keeper.commit()?;
-        }
-        disks.iter().try_for_each(|disk| disk.log.sync_name())?;
-    }
-    let (mut drafts, mut rest) = (Vec::new(), Vec::new());
-    for Unfinished { drafts: files, log, keeper, .. } in disks {
-        drafts.extend(files);
-        rest.push((log, keeper));
-    }
-    let published = publish(drafts, replaces);
-    for (log, keeper) in &rest {
-        match (&published, keeper) {
-            (Ok(()), _) => log.remove()?,
-            (Err(_), Some(keeper)) => keeper.unprepare()?,
-            (Err(_), None) => {}
+            disk.log.sync_name()?;
         }
     }
-    published
+    let drafts: Vec<_> = disks.iter().flat_map(|disk| &disk.drafts).collect();
+    if let Err(error) = publish(drafts, replaces) {
+        disks.iter().filter_map(|disk| disk.keeper()).try_for_each(Keeper::unprepare)?;
+        return Err(error);
+    }
+    for (index, disk) in disks.iter().enumerate() {
+        finish(index)?;
+        disk.log.remove()?;
+    }
+    Ok(())
 }
 
 fn resume(log: &Log, replayed: Replayed) -> Result<Option<Keeper>> {

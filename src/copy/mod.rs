@@ -15,6 +15,7 @@ mod target;
 use std::time::Instant;
 
 use block_mig::Transferred;
+use format_spec::content_hash::ContentHash;
 
 pub use options::{
     BackingChoice, BitmapSelection, CopyOptions, Existing, Format, Rename, TargetOptions,
@@ -45,7 +46,13 @@ struct Done {
 /// that fails publishes nothing either, and is reported.
 pub fn run(options: &CopyOptions, observer: &dyn Observer) -> Result<Report> {
     let started = Instant::now();
+    let recovered = new::recover_publication(options)?;
     let mut job = Job::decide(options, observer)?;
+    if let Some(recovered) = recovered.filter(|_| !options.fresh)
+        && new::session(&job)? == Some(recovered.session)
+    {
+        return Ok(already_complete(&job, recovered.content, started));
+    }
     job.go_or_refuse()?;
     let done = match job.target {
         Target::Raw | Target::Qcow2 { .. } => new::copy(&job, observer)?,
@@ -79,6 +86,15 @@ fn report(job: &Job<'_>, done: Done, started: Instant) -> Report {
         disks: vec![disk],
         ram: None,
     }
+}
+
+/// A crash had come between the renames of this very copy: now all of it has its names.
+fn already_complete(job: &Job<'_>, content: ContentHash, started: Instant) -> Report {
+    let moved = Transferred { content_hash: Some(content), ..Transferred::default() };
+    let verified = Verified::Yes;
+    let proof = Proof { verified, content_hash: Some(content.to_string()), mismatch: None };
+    let done = Done { moved, proof, invalidated: Vec::new(), is_resumed: true, repeated: 0 };
+    Report { status: Status::AlreadyComplete, ..report(job, done, started) }
 }
 
 /// What was planned not to be carried, and what turned out so.

@@ -11,14 +11,15 @@ use mig_core::block::BlockSink;
 use qcow2_file::Opener;
 use qcow2_file::create::Backing;
 
-use super::options::Existing;
+use super::options::{CopyOptions, Existing};
 use super::plan::Job;
 use super::target::Target;
 use super::{Done, bitmaps, preserve, prove};
-use crate::berth::{NewDisk, NewKind, Unfinished};
-use crate::observe::Progress;
-use crate::report::Verified;
+use crate::berth::{NewDisk, NewKind, Recovered, Unfinished, recover};
 use crate::facts::{Facts, FileFacts, host};
+use crate::observe::Progress;
+use crate::publish::directory;
+use crate::report::Verified;
 use crate::{Error, Observer, Phase, Result};
 
 /// Copies to a new destination. Nothing has a final name before everything is durable and proved.
@@ -83,6 +84,17 @@ fn disk<'a>(job: &'a Job<'_>) -> Result<NewDisk<'a>> {
         session: session(job)?,
         is_fresh: job.options.fresh,
     })
+}
+
+/// Finishes the publication that a crash interrupted, where the destination is a pair of files.
+pub(super) fn recover_publication(options: &CopyOptions) -> Result<Option<Recovered>> {
+    if options.existing == Existing::InPlace {
+        return Ok(None);
+    }
+    let destination = options.destination.as_path();
+    let data = options.target.data_file.as_ref().map(|name| directory(destination).join(name));
+    let targets: Vec<_> = data.as_deref().into_iter().chain([destination]).collect();
+    recover(&targets, options.existing == Existing::Replace, |_, _| Ok(()))
 }
 
 /// The session of this copy. What stands on a backing file, or is not hashed, is copied anew each

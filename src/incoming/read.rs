@@ -296,7 +296,11 @@ impl Session {
         match joined.get_mut(usize::from(channel)) {
             Some(is_there) if !*is_there => *is_there = true,
             _ => {
-                return Err(Error::protocol(channel, 0, "that connection is there, or not granted"));
+                return Err(Error::protocol(
+                    channel,
+                    0,
+                    "that connection is there, or not granted",
+                ));
             }
         }
         self.breaker.add(line.clone());

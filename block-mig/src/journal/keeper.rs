@@ -37,6 +37,8 @@ pub struct Keeper {
     checkpoint: Mutex<()>,
     /// Bytes that arrived since the last one.
     waiting: AtomicU64,
+    /// Bytes after which the next one is due.
+    interval: u64,
 }
 
 #[derive(Debug)]
@@ -63,7 +65,13 @@ impl Keeper {
             partial: BTreeMap::new(),
         };
         let (checkpoint, waiting) = (Mutex::new(()), AtomicU64::new(0));
-        Ok(Self { size, state: Mutex::new(state), checkpoint, waiting })
+        let interval = CHECKPOINT_BYTES;
+        Ok(Self { size, state: Mutex::new(state), checkpoint, waiting, interval })
+    }
+
+    /// Lets checkpoints be due after `bytes` instead of [`CHECKPOINT_BYTES`].
+    pub fn every(self, bytes: u64) -> Self {
+        Self { interval: bytes, ..self }
     }
 
     /// A range of bytes is about to be written.
@@ -150,7 +158,7 @@ impl Keeper {
 
     /// Whether enough has arrived for a checkpoint.
     pub fn is_due(&self) -> bool {
-        self.waiting.load(Ordering::Relaxed) >= CHECKPOINT_BYTES
+        self.waiting.load(Ordering::Relaxed) >= self.interval
     }
 
     /// Makes what has arrived durable with `sync`, and then claims it. Where a checkpoint is under
