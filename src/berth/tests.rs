@@ -179,6 +179,8 @@ fn every_state_is_found_again_by_another_process() {
     let files = here.files(FileOptions::default());
     assert_eq!(files.begin(SESSION).unwrap(), SessionState::Committed);
     prepare(&both(&files));
+    let files = here.files(FileOptions::default());
+    files.begin(SESSION).unwrap();
     let mut other = sealed(false);
     other.content = Some(root(&[0; 512]));
     assert!(place(&files, "b").prepare(&other).is_err(), "a receipt speaks for what it names");

@@ -121,13 +121,13 @@ impl Mover<'_> {
     pub(super) fn skip(&self, range: Range<u64>, entry: Entry) -> Result<u64> {
         let len = range.end - range.start;
         match (self.tree, entry) {
-            (Some(tree), Entry::Node(node)) => {
+            // Once for all parts of the unit: the first one starts where it does.
+            (Some(tree), Entry::Node(node)) if range.start.is_multiple_of(UNIT_BYTES) => {
                 let index = range.start / UNIT_BYTES;
-                // Each part of it puts the same node again.
                 tree.put_nodes(&[Placed { height: LEDGER_HEIGHT, index, node }])?;
             }
-            (Some(tree), _) => tree.put_zeroes(range.start, len)?,
-            (None, _) => {}
+            (Some(tree), Entry::Zero) => tree.put_zeroes(range.start, len)?,
+            _ => {}
         }
         Ok(len)
     }
