@@ -23,8 +23,8 @@ pub trait Landing: Send + Sync {
         Ok(())
     }
 
-    /// Whether [`arrived`](Landing::arrived) wants the nodes of whole units. They cost a hash of
-    /// everything that arrives.
+    /// Whether [`arrived`](Landing::arrived) wants the nodes of units. They cost a hash of everything
+    /// that arrives.
     fn wants_nodes(&self) -> bool {
         false
     }
@@ -34,14 +34,15 @@ pub trait Landing: Send + Sync {
         Ok(())
     }
 
-    /// This range was written; not durable. `nodes` are `T(4, i)` of the units that it covers
-    /// whole, in order, with the first unit; empty where they are not wanted, and for a range that
-    /// covers none.
+    /// This range was written; not durable. `nodes` are `T(4, i)` of the units that are whole with
+    /// it, since the last barrier, from `first_unit` on; empty where they are not wanted, and for a
+    /// range that completes none.
     fn arrived(&self, _range: Range<u64>, _first_unit: u64, _nodes: &[Node]) -> Result<()> {
         Ok(())
     }
 
-    /// This range reads as zero; not durable.
+    /// This range reads as zero; not durable. Units that it covers only in part, and that are whole
+    /// with it, were told to [`arrived`](Landing::arrived) before.
     fn arrived_zeroes(&self, _range: Range<u64>) -> Result<()> {
         Ok(())
     }

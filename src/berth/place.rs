@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use bitmap_mig::Bitmap;
-use block_mig::ledger::Stretch;
+use block_mig::ledger::{Stretch, UNIT_BYTES};
 use block_mig::limits::workers;
 use block_mig::{Landing, Unwatched};
 use format_spec::content_hash::{ContentHash, Node};
@@ -230,8 +230,13 @@ impl Landing for FilePlace {
     }
 
     fn arrived_zeroes(&self, range: Range<u64>) -> stream::Result<()> {
-        let keeper = self.unfinished.as_ref().and_then(Unfinished::keeper);
-        Ok(keeper.map_or(Ok(()), |keeper| keeper.arrived_zeroes(range))?)
+        let Some(keeper) = self.unfinished.as_ref().and_then(Unfinished::keeper) else {
+            return Ok(());
+        };
+        // Units that are zero in part were told with their nodes.
+        let start = range.start.next_multiple_of(UNIT_BYTES);
+        let end = if range.end >= self.size { self.size } else { range.end & !(UNIT_BYTES - 1) };
+        if start < end { Ok(keeper.arrived_zeroes(start..end)?) } else { Ok(()) }
     }
 
     fn durable(&self) -> stream::Result<()> {

@@ -135,7 +135,7 @@ impl LoadHandler for BlockSection {
     }
 
     fn barrier(&self, is_durable: bool) -> Result<()> {
-        if is_durable { self.blocks.durable() } else { Ok(()) }
+        self.blocks.barrier(is_durable)
     }
 
     fn prepare(&self, proves_all: bool, ready: &mut Ready) -> Result<()> {

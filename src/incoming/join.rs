@@ -2,9 +2,9 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::Scope;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use format_spec::native::hello::{Choice, Hello, Join};
 use mig_core::limits::MAX_WAITING_JOINS;
@@ -13,6 +13,11 @@ use mig_core::transport::{Connection, HangUp, Listen};
 
 use super::read::Session;
 use crate::Timing;
+
+/// How often it is looked whether the session has ended.
+const LOOK_INTERVAL: Duration = Duration::from_millis(200);
+/// How long the newest of too many connections waits for one of the others to say its hello.
+const GRACE: Duration = Duration::from_millis(50);
 
 /// Accepts connections until all that were granted have joined, and reads them on threads of their
 /// own. Strangers are closed; they cost a thread for as long as a hello may take, and no more than a
@@ -28,7 +33,7 @@ pub(super) fn accept_all<'s>(
     let begun = Instant::now();
     while !session.has_all() && !session.is_over() {
         // In slices, so that an end of the session is seen.
-        let slice = timing.join.min(std::time::Duration::from_millis(200));
+        let slice = timing.join.min(LOOK_INTERVAL);
         match listen.accept(Some(slice)) {
             Ok(connection) => {
                 waiting.enter(connection.line.clone());
@@ -96,12 +101,19 @@ fn admit(
 
 /// Connections whose hello is awaited, oldest first.
 #[derive(Default)]
-struct Waiting(Mutex<VecDeque<(Instant, Arc<dyn HangUp>)>>);
+struct Waiting {
+    lines: Mutex<VecDeque<(Instant, Arc<dyn HangUp>)>>,
+    left: Condvar,
+}
 
 impl Waiting {
+    /// Adds a connection. Where there are too many, the oldest has to go, unless one says its hello
+    /// at once: a source that was overtaken by many strangers gets through.
     fn enter(&self, line: Arc<dyn HangUp>) {
-        let mut lines = self.lock();
-        if lines.len() >= MAX_WAITING_JOINS
+        let full = |lines: &mut VecDeque<_>| lines.len() >= MAX_WAITING_JOINS;
+        let waited = self.left.wait_timeout_while(self.lock(), GRACE, full);
+        let mut lines = waited.unwrap_or_else(PoisonError::into_inner).0;
+        if full(&mut lines)
             && let Some((_, oldest)) = lines.pop_front()
         {
             oldest.hang_up();
@@ -111,10 +123,11 @@ impl Waiting {
 
     fn leave(&self, line: &Arc<dyn HangUp>) {
         self.lock().retain(|(_, waiting)| !Arc::ptr_eq(waiting, line));
+        self.left.notify_all();
     }
 
     /// Ends those that were silent for too long.
-    fn expire(&self, limit: std::time::Duration) {
+    fn expire(&self, limit: Duration) {
         self.lock().retain(|(since, line)| {
             let is_patient = since.elapsed() < limit;
             if !is_patient {
@@ -128,7 +141,7 @@ impl Waiting {
         self.lock().drain(..).for_each(|(_, line)| line.hang_up());
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, VecDeque<(Instant, Arc<dyn HangUp>)>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, VecDeque<(Instant, Arc<dyn HangUp>)>> {
+        self.lines.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

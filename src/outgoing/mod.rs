@@ -24,6 +24,8 @@ mod connect;
 mod drive;
 mod image;
 mod policy;
+#[cfg(test)]
+mod tests;
 
 use std::sync::Arc;
 

@@ -59,16 +59,19 @@ mod tests {
         fn it_is_the_set_of_bytes_that_came(ranges in proptest::collection::vec((0u64..60, 0u64..9), 0..40)) {
             let mut coverage = Coverage::default();
             let mut bytes = [false; 70];
+            let span = |range: &Range<u64>| {
+                usize::try_from(range.start).unwrap()..usize::try_from(range.end).unwrap()
+            };
             for (start, len) in ranges {
                 prop_assert!(coverage.add(start..start + len));
-                bytes[start as usize..(start + len) as usize].fill(true);
+                bytes[span(&(start..start + len))].fill(true);
             }
             let first_gap = bytes.iter().position(|b| !b).map(|at| at as u64);
             prop_assert_eq!(coverage.first_gap(70), first_gap);
             let mut last_end = None;
             for (start, end) in &coverage.runs {
                 prop_assert!(last_end.is_none_or(|last| last < *start) && start < end);
-                prop_assert!(bytes[*start as usize..*end as usize].iter().all(|b| *b));
+                prop_assert!(bytes[span(&(*start..*end))].iter().all(|b| *b));
                 last_end = Some(*end);
             }
             let covered: u64 = coverage.runs.iter().map(|(start, end)| end - start).sum();

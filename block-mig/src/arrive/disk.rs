@@ -4,12 +4,12 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use format_spec::content_hash::{ContentHash, LEDGER_HEIGHT, Node, subtree};
+use format_spec::content_hash::ContentHash;
 use format_spec::native::block::{Content, Run};
-use mig_core::block::is_zero;
 use mig_core::stream::{Arrival, Result};
 
 use super::coverage::Coverage;
+use super::units::Units;
 use crate::Landing;
 use crate::error::Error;
 use crate::ledger::UNIT_BYTES;
@@ -21,6 +21,7 @@ pub(super) struct Arriving {
     pub(super) size: u64,
     pub(super) landing: Arc<dyn Landing>,
     pub(super) counts: Arc<LoadCounts>,
+    units: Units,
     state: Mutex<State>,
 }
 
@@ -51,7 +52,8 @@ pub(super) struct Placed {
 impl Arriving {
     pub(super) fn new(name: &str, size: u64, is_whole: bool, landing: Arc<dyn Landing>) -> Self {
         let state = Mutex::new(State { is_whole, ..State::default() });
-        Self { name: name.to_owned(), size, landing, counts: Arc::default(), state }
+        let (name, counts, units) = (name.to_owned(), Arc::default(), Units::default());
+        Self { name, size, landing, counts, units, state }
     }
 
     /// Checks a run against the rules between records, and notes that it came. `None` where there
@@ -107,12 +109,12 @@ impl Arriving {
     pub(super) fn store(&self, range: Range<u64>, content: &[u8]) -> Result<()> {
         let landing = &*self.landing;
         landing.begin(range.clone())?;
-        let (first, nodes) = match landing.wants_nodes() {
-            true => nodes(&range, content, self.size),
-            false => (range.start / UNIT_BYTES, Vec::new()),
-        };
         store_bytes(landing.sink(), range.start, content)?;
         self.counts.data.fetch_add(content.len() as u64, Ordering::Relaxed);
+        let (first, nodes) = match landing.wants_nodes() {
+            true => self.units.content(&range, content, self.size),
+            false => (range.start / UNIT_BYTES, Vec::new()),
+        };
         landing.arrived(range, first, &nodes)
     }
 
@@ -125,41 +127,21 @@ impl Arriving {
             sink.write_zeroes(range.start, len).map_err(Error::Sink)?;
         }
         self.counts.zero.fetch_add(len, Ordering::Relaxed);
+        if landing.wants_nodes() {
+            for (unit, node) in self.units.zeroes(&range, self.size) {
+                landing.arrived(range.clone(), unit, &[node])?;
+            }
+        }
         landing.arrived_zeroes(range)
+    }
+
+    /// A barrier was reached.
+    pub(super) fn barrier(&self, is_durable: bool) -> Result<()> {
+        self.units.clear();
+        if is_durable { self.landing.durable() } else { Ok(()) }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// The nodes of the units that a range covers whole, and the first of these units.
-fn nodes(range: &Range<u64>, content: &[u8], size: u64) -> (u64, Vec<Node>) {
-    let first = range.start.div_ceil(UNIT_BYTES);
-    let skipped = first.saturating_mul(UNIT_BYTES).saturating_sub(range.start);
-    let rest = usize::try_from(skipped).ok().and_then(|at| content.get(at..)).unwrap_or_default();
-    let unit = usize::try_from(UNIT_BYTES).unwrap_or(usize::MAX);
-    let is_whole = |bytes: &&[u8]| bytes.len() == unit || range.end == size;
-    let units = rest.chunks(unit).filter(is_whole);
-    (first, units.map(|bytes| subtree(LEDGER_HEIGHT, bytes, &is_zero)).collect())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn only_whole_units_have_nodes() {
-        let unit = 1 << 20;
-        let content = vec![1; 3 * unit];
-        let node = subtree(LEDGER_HEIGHT, &content[..unit], &is_zero);
-        let half = subtree(LEDGER_HEIGHT, &content[..unit / 2], &is_zero);
-        let size = 10 << 20;
-        assert_eq!(nodes(&(0..2 << 20), &content[..2 * unit], size), (0, vec![node; 2]));
-        let odd = (1 << 19)..(5 << 19);
-        assert_eq!(nodes(&odd, &content[..2 * unit], size), (1, vec![node]));
-        assert_eq!(nodes(&(0..1 << 19), &content[..unit / 2], size), (0, vec![]));
-        let tail = (9 << 20)..(19 << 19);
-        assert_eq!(nodes(&tail, &content[..unit / 2], 19 << 19), (9, vec![half]));
     }
 }

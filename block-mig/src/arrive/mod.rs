@@ -3,13 +3,14 @@
 
 mod coverage;
 mod disk;
+mod units;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
 use format_spec::content_hash::ContentHash;
 use format_spec::native::answer::Answer;
-use format_spec::native::block::{Disk, DiskId, DiskSeal, Run};
+use format_spec::native::block::{Content, Disk, DiskId, DiskSeal, Run};
 use format_spec::native::units::{UnitNodes, ZeroUnits};
 use mig_core::jobs::Jobs;
 use mig_core::section::{AnswerWriter, Have};
@@ -84,7 +85,7 @@ impl LoadBlocks {
     /// Content or zeroes: checked now, stored soon. `run` was decoded from `arrival`.
     pub fn run(&self, run: &Run<'_>, arrival: &Arrival) -> Result<Option<Store>> {
         let disk = self.find(run.disk, arrival)?;
-        if self.known == Known::All {
+        if self.known == Known::All && run.content != Content::None {
             return Err(arrival.protocol("content comes where all was prepared before"));
         }
         Ok(disk.admit(run, arrival)?.map(|placed| Store { disk, placed }))
@@ -95,10 +96,10 @@ impl LoadBlocks {
         self.find(seal.disk, at)?.seal(seal.hash, at)
     }
 
-    /// Makes everything that arrived durable.
-    pub fn durable(&self) -> Result<()> {
+    /// A barrier: everything before it was stored. With `is_durable` it is made durable.
+    pub fn barrier(&self, is_durable: bool) -> Result<()> {
         let disks: Vec<_> = self.read().values().cloned().collect();
-        disks.iter().try_for_each(|disk| disk.landing.durable())
+        disks.iter().try_for_each(|disk| disk.barrier(is_durable))
     }
 
     /// All disks in the order of their numbers: name and what the seal says. `Err` with the name of

@@ -80,7 +80,7 @@ impl<'a> Saved<'a> {
             Work::Unit(range) => self.unit(range.clone(), buffer, out),
             Work::Changed(range, leaves) => {
                 let bytes = self.load(range.clone(), buffer)?;
-                self.leaves(range.start, bytes, *leaves, true, out)
+                self.leaves(range.start, bytes, (*leaves, true), out)
             }
         }
     }
@@ -97,7 +97,7 @@ impl<'a> Saved<'a> {
             dirty.take_range(range.clone());
         }
         let bytes = self.load(range.clone(), buffer)?;
-        self.leaves(range.start, bytes, ALL_LEAVES, is_noted(&self.differs), out)
+        self.leaves(range.start, bytes, (ALL_LEAVES, is_noted(&self.differs)), out)
     }
 
     /// Reads and hashes a unit.
@@ -111,13 +111,12 @@ impl<'a> Saved<'a> {
         Ok(bytes)
     }
 
-    /// Sends leaves of the unit at byte `start`.
+    /// Sends leaves of the unit at byte `start`, which may have been sent before.
     fn leaves(
         &self,
         start: u64,
         bytes: &[u8],
-        leaves: Leaves,
-        is_again: bool,
+        (leaves, is_again): (Leaves, bool),
         out: &Outlet<'_>,
     ) -> Result<()> {
         if !self.sends {

@@ -1,0 +1,89 @@
+//! Connections that are cut or flip a bit, at every place.
+
+use super::*;
+
+/// What an attempt with a fault must keep to, and a second one without must bring about.
+fn survive(cargo: &Cargo, fault: Fault, way: Way) -> bool {
+    let shelf = Arc::new(Shelf::default());
+    let (sent, received) = attempt(cargo, &shelf, &Net::new(Some(fault)), way);
+    let committed = shelf.0.lock().unwrap().is_committed;
+    match &sent {
+        Ok(Sent { outcome: Outcome::Completed | Outcome::AlreadyComplete, .. }) => {
+            assert!(committed, "{fault:?}: the source believes in success");
+        }
+        // COMMIT had begun to go out: the destination may have published.
+        Ok(Sent { outcome: Outcome::Unknown(_), .. }) => {}
+        Ok(other) => panic!("{fault:?}: {other:?}"),
+        Err(_) => assert!(!committed, "{fault:?}: the source rolled back, the other side did not"),
+    }
+    assert_eq!(received.is_ok(), committed, "{fault:?}: {received:?}");
+    assert!(!committed || cargo.is_on(&shelf), "{fault:?}: something else was published");
+    // The same command again.
+    let (again, received) = attempt(cargo, &shelf, &Net::new(None), way);
+    let again = again.unwrap_or_else(|error| {
+        panic!("{fault:?}: the second attempt fails: {error}, {received:?}")
+    });
+    let expected = if committed { "AlreadyComplete" } else { "Completed" };
+    assert_eq!(format!("{:?}", again.outcome), expected, "{fault:?}");
+    assert!(cargo.is_on(&shelf), "{fault:?}");
+    assert_eq!(shelf.0.lock().unwrap().commits, 1, "{fault:?}");
+    sent.is_ok_and(|sent| matches!(sent.outcome, Outcome::Completed))
+}
+
+/// Bytes that pass in each direction of each connection, and a little more.
+const MAIN_BYTES: u64 = 270_000;
+const BACK_BYTES: u64 = 900;
+
+#[test]
+fn a_cut_of_the_only_connection_at_any_byte() {
+    let cargo = Cargo::small();
+    let from_source = (0..500).chain((500..MAIN_BYTES).step_by(7_013));
+    let from_destination = (0..BACK_BYTES).step_by(3);
+    let mut completed = [0; 2];
+    for (is_source, at) in
+        from_source.map(|at| (true, at)).chain(from_destination.map(|at| (false, at)))
+    {
+        let fault = Fault { connection: 0, from_source: is_source, at, is_flip: false };
+        completed[usize::from(is_source)] += usize::from(survive(&cargo, fault, PLAIN));
+    }
+    assert!(completed.iter().all(|n| *n > 0), "the cuts do not reach the end: {completed:?}");
+}
+
+#[test]
+fn a_cut_around_the_handover_at_any_byte() {
+    // The last bytes before the end: seals, PREPARE, COMMIT, END elements, EOF.
+    let cargo =
+        Cargo { disks: vec![("vda".into(), MemoryDisk::new(vec![0; 512]))], bitmaps: vec![] };
+    let total = attempt(&cargo, &Arc::default(), &Net::new(None), PLAIN).0.unwrap().wire_bytes;
+    let mut unknown = 0;
+    for at in 0..total {
+        let fault = Fault { connection: 0, from_source: true, at, is_flip: false };
+        unknown += usize::from(!survive(&cargo, fault, PLAIN));
+    }
+    assert!(unknown > 100);
+}
+
+#[test]
+fn a_cut_of_any_of_three_connections() {
+    let cargo = Cargo::small();
+    let way = Way { channels: 3, ..PLAIN };
+    for connection in 0..3 {
+        for at in (0..400).step_by(11).chain((400..60_000).step_by(9_001)) {
+            let fault = Fault { connection, from_source: true, at, is_flip: false };
+            survive(&cargo, fault, way);
+        }
+    }
+}
+
+#[test]
+fn a_flipped_bit_is_seen() {
+    let cargo = Cargo::small();
+    for at in (0..700).chain((700..200_000).step_by(5_007)) {
+        let fault = Fault { connection: 0, from_source: true, at, is_flip: true };
+        let shelf = Arc::new(Shelf::default());
+        let (sent, received) = attempt(&cargo, &shelf, &Net::new(Some(fault)), PLAIN);
+        // The program's name in the hello has a checksum too.
+        assert!(sent.is_err() && received.is_err(), "bit flipped at {at}: {sent:?}");
+        assert!(!shelf.0.lock().unwrap().is_committed);
+    }
+}
