@@ -263,18 +263,20 @@ impl Observer for StopAt {
     }
 }
 
+type Change = fn(&mut CopyOptions);
+
 /// Ways to copy that are interrupted and gone on with: changes of the options, and files of the
 /// destination.
-fn interruptible() -> Vec<(fn(&mut CopyOptions), Vec<&'static str>)> {
-    let raw: fn(&mut CopyOptions) = |o| {
+fn interruptible() -> Vec<(Change, Vec<&'static str>)> {
+    let raw: Change = |o| {
         o.target_format = Some(Format::Raw);
         o.bitmaps = BitmapSelection::None;
     };
-    let pair: fn(&mut CopyOptions) = |o| {
+    let pair: Change = |o| {
         o.target.data_file = Some("d.data".into());
         o.target.data_file_raw = Some(true);
     };
-    let fine: fn(&mut CopyOptions) = |o| o.target.cluster_size = Some(4096);
+    let fine: Change = |o| o.target.cluster_size = Some(4096);
     vec![(|_| (), vec!["d"]), (raw, vec!["d"]), (pair, vec!["d", "d.data"]), (fine, vec!["d"])]
 }
 

@@ -63,7 +63,7 @@ fn attempt(
     cluster_bits: u32,
     left: Option<Left>,
     fail_after: u64,
-) -> Result<(Arc<Memory>, Transferred), Failed> {
+) -> Result<(Arc<Memory>, Transferred), Box<Failed>> {
     let options = shape(cluster_bits);
     let resumed = left.and_then(|left| {
         let (image, journal) = (Arc::new(left.image), Arc::new(left.journal));
@@ -104,7 +104,7 @@ fn attempt(
         }
         Err(_) => {
             image.clear_faults();
-            Err(Failed { base, log: image.take_log(), image, journal })
+            Err(Box::new(Failed { base, log: image.take_log(), image, journal }))
         }
     }
 }
@@ -172,7 +172,8 @@ proptest! {
                     is_the_source(image, &disk);
                     return Ok(());
                 }
-                Err(Failed { base, log, image, journal }) => {
+                Err(failed) => {
+                    let Failed { base, log, image, journal } = *failed;
                     // A kill leaves what was written; a power failure, what was synced and more.
                     let image = if seed % 2 == 0 { image.snapshot() } else { cut(&base, &log, seed) };
                     forge(&journal, how, seed >> 8);
@@ -197,10 +198,8 @@ proptest! {
 fn what_was_synced_is_not_moved_again() {
     let disk = source(&[(0, SIZE / 512, 7)]);
     // Nine MiB in 64 KiB clusters: some units in, the file fails.
-    let Err(Failed { image, journal, .. }) = attempt(&disk, 16, None, 6) else {
-        panic!("it fails")
-    };
-    let left = Left { image: image.snapshot(), journal: journal.snapshot() };
+    let Err(failed) = attempt(&disk, 16, None, 6) else { panic!("it fails") };
+    let left = Left { image: failed.image.snapshot(), journal: failed.journal.snapshot() };
     let (image, moved) = attempt(&disk, 16, Some(left), u64::MAX).ok().unwrap();
     assert!(moved.bytes_kept >= 2 * UNIT_BYTES, "{moved:?}");
     assert_eq!(moved.bytes_kept + moved.bytes_data, SIZE);
