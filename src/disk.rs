@@ -132,6 +132,18 @@ impl Disk {
         self.chain.top().as_qcow2()
     }
 
+    /// Snapshots inside the image, which nobody carries elsewhere.
+    pub(crate) fn snapshots(&self) -> Option<String> {
+        let count = self.image().map_or(0, Image::snapshot_count);
+        (count > 0).then(|| format!("{count} internal snapshots"))
+    }
+
+    /// The layers below the image, where they are read through.
+    pub(crate) fn flattened(&self) -> Option<String> {
+        let count = self.chain.layers().len().saturating_sub(1);
+        (count > 0).then(|| format!("backing chain of {count} layers: flattened into the copy"))
+    }
+
     /// Every file of every layer.
     pub(crate) fn files(&self) -> impl Iterator<Item = &Arc<HostFile>> {
         self.chain.files().iter().flat_map(|f| std::iter::once(&f.file).chain(f.data.as_ref()))
@@ -160,7 +172,7 @@ fn opener(request: &Request<'_>) -> Opener {
 
 /// A guest can write a qcow2 header to the start of its raw disk: who has only looked at the
 /// content does not take it for qcow2 without a word.
-fn check_probe(path: &Path, chain: &Chain, observer: &dyn Observer) -> Result<()> {
+pub(crate) fn check_probe(path: &Path, chain: &Chain, observer: &dyn Observer) -> Result<()> {
     if !chain.is_probed() || matches!(chain.top(), Layer::Raw(_)) {
         return Ok(());
     }

@@ -63,6 +63,9 @@ pub enum Error {
     /// The user asked to stop.
     #[error("interrupted")]
     Interrupted,
+    /// A live migration did not come to its end. The guest goes on at the source.
+    #[error(transparent)]
+    NotConverged(crate::policy::Reason),
     /// An image could not be opened, read or written.
     #[error(transparent)]
     Image(#[from] qcow2_file::Error),
@@ -78,6 +81,33 @@ pub enum Error {
     /// A migration over a connection stopped.
     #[error(transparent)]
     Stream(mig_core::stream::Error),
+    /// A captured stream is not well formed.
+    #[error("{} is no well-formed stream", .path.display())]
+    Capture {
+        /// The capture.
+        path: PathBuf,
+        /// Where and what.
+        #[source]
+        error: format_spec::Malformed,
+    },
+    /// A migration from or to QEMU stopped.
+    #[error(transparent)]
+    Qemu(crate::qemu::Error),
+    /// There is no connection, or none that could be used.
+    #[cfg(feature = "net")]
+    #[error(transparent)]
+    Connect(#[from] crate::connect::Error),
+}
+
+impl From<crate::qemu::Error> for Error {
+    fn from(error: crate::qemu::Error) -> Self {
+        use crate::qemu::Error as Qemu;
+        match error {
+            Qemu::Interrupted => Self::Interrupted,
+            Qemu::Local(error) => *error,
+            other => Self::Qemu(other),
+        }
+    }
 }
 
 impl From<mig_core::stream::Error> for Error {
@@ -132,11 +162,16 @@ impl Error {
             Self::Exists { .. } | Self::NoSpace { .. } | Self::File { .. } => Blame::Device,
             Self::ProofMismatch { .. } => Blame::Device,
             Self::Interrupted => Blame::Caller,
+            Self::NotConverged(_) => Blame::Transport,
             Self::Image(e) => e.blame(),
             Self::Device(e) => e.blame(),
             Self::Block(e) => e.blame(),
             Self::Hash(_) => Blame::Caller,
-            Self::Stream(e) => e.blame(),
+            Self::Stream(e) => self.transport().map_or(e.blame(), |found| found.1),
+            Self::Qemu(e) => e.blame(),
+            Self::Capture { .. } => Blame::Bytes,
+            #[cfg(feature = "net")]
+            Self::Connect(e) => e.blame(),
         }
     }
 
@@ -186,10 +221,34 @@ impl Error {
             Self::Image(Image::NoBitmap { file, .. }) => {
                 format!("`bitferry bitmap list {file}` shows those there are")
             }
+            Self::Capture { .. } => {
+                "what stands before that offset was shown; --as says what the stream is where its \
+                 first bytes mislead"
+                    .into()
+            }
             _ if is_full(self) => "free some room or choose another place".into(),
-            _ => return None,
+            _ => return self.transport()?.0,
         };
         Some(text)
+    }
+
+    /// What a transport says of its failure: what to do, and whose fault it is.
+    #[cfg(feature = "net")]
+    fn transport(&self) -> Option<(Option<String>, Blame)> {
+        use mig_core::stream::Error as Stream;
+        let found = match self {
+            Self::Connect(error) => error,
+            Self::Stream(Stream::Connect(e) | Stream::Connection { source: e, .. }) => {
+                crate::connect::Error::find(e)?
+            }
+            _ => return None,
+        };
+        Some((found.hint(), found.blame()))
+    }
+
+    #[cfg(not(feature = "net"))]
+    fn transport(&self) -> Option<(Option<String>, Blame)> {
+        None
     }
 }
 

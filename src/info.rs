@@ -1,5 +1,6 @@
 //! What an image is: format, sizes, chain, bitmaps.
 
+use std::ffi::OsStr;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
@@ -116,12 +117,17 @@ pub fn run(options: &InfoOptions) -> Result<ImageInfo> {
         virtual_size: chain.virtual_size(),
         disk_size: chain.files().first().map_or(0, |f| allocated_bytes(&f.file)),
         cluster_size: header.map_or(0, |h| h.geometry().cluster_size()),
-        backing_filename: header.and_then(|h| h.backing_file.clone()),
-        data_file: header.and_then(|h| h.data_file()).map(str::to_owned),
+        backing_filename: header.and_then(|h| h.backing_file.as_deref()).map(lossy),
+        data_file: header.and_then(|h| h.data_file()).map(lossy),
         backing_chain: options.allow_backing.then(|| layers_below(&chain)),
         notes,
         bitmaps,
     })
+}
+
+/// A name for people and JSON: what is not UTF-8 in it is shown as such.
+fn lossy(name: &OsStr) -> String {
+    name.to_string_lossy().into_owned()
 }
 
 fn layers_below(chain: &Chain) -> Vec<LayerInfo> {

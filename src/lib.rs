@@ -1,7 +1,8 @@
 //! Move VM disk images with their backup bitmaps: copy them, prove the copy, report honestly.
 //!
 //! The verbs of the command line are functions here: [`copy::run`] and [`copy::plan`],
-//! [`compare::run`], [`hash::run`], [`info::run`]. Each takes a plain options struct and, where it
+//! [`compare::run`], [`hash::run`], [`info::run`], [`inspect::run`], and
+//! [`qemu::incoming::run`]. Each takes a plain options struct and, where it
 //! takes a while, an [`Observer`]; each returns a value that serialises to the documented JSON.
 //! [`report::exit_status`] maps a report to the process's exit status, and [`Error::exit_status`]
 //! does it for failures.
@@ -9,7 +10,11 @@
 
 pub mod berth;
 pub mod bitmap;
+mod carry;
 pub mod compare;
+#[cfg(feature = "net")]
+pub mod connect;
+pub mod control;
 pub mod copy;
 mod disk;
 mod error;
@@ -17,12 +22,20 @@ pub mod facts;
 pub mod hash;
 pub mod incoming;
 pub mod info;
+pub mod inspect;
+pub mod live;
 mod observe;
+pub mod options;
 pub mod outgoing;
+pub mod policy;
 mod proof;
 mod publish;
+pub mod qemu;
+pub mod receive;
 pub mod report;
+pub mod send;
 mod session;
+pub mod status;
 
 pub use error::{Error, Result};
 pub use format_spec::Blame;

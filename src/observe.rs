@@ -8,6 +8,8 @@ use std::sync::{Mutex, PoisonError};
 pub enum Phase {
     /// Opening images, deciding, looking for room. No totals.
     Plan,
+    /// Waiting for a source to connect. No totals.
+    Wait,
     /// Reading again what an earlier try left. Totals are bytes of the disk.
     Recheck,
     /// Moving guest data. Totals are bytes of stored data, zeroes excluded.
@@ -29,6 +31,7 @@ impl Phase {
     pub fn name(self) -> &'static str {
         match self {
             Self::Plan => "plan",
+            Self::Wait => "wait",
             Self::Recheck => "recheck",
             Self::Transfer => "transfer",
             Self::Bitmaps => "bitmaps",
@@ -95,5 +98,14 @@ impl block_mig::Monitor for Progress<'_> {
 
     fn is_cancelled(&self) -> bool {
         self.observer.is_cancelled()
+    }
+}
+
+/// Stops the engine when the observer wants it; what it moves is not counted.
+pub(crate) struct Stops<'a>(pub(crate) &'a dyn Observer);
+
+impl block_mig::Monitor for Stops<'_> {
+    fn is_cancelled(&self) -> bool {
+        self.0.is_cancelled()
     }
 }

@@ -4,20 +4,25 @@
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use format_spec::content_hash::BitmapDigest;
+use format_spec::content_hash::{BitmapDigest, HashError};
 use format_spec::native::block::{
     BitmapCreate, BitmapSeal, BitmapShape, BitmapUpdate, BitmapVersion, DiskId, PIECE_BYTES, Piece,
     Run,
 };
+use mig_core::dirty::{AtomicBits, CHUNK_BYTES};
 use mig_core::stream::{Arrival, Error, Result};
 use qcow2_file::bitmaps::Bits;
 
 use crate::Bitmap;
+use crate::running_digest::{RunningDigest, read_chunk};
 
 /// Most bitmaps in one session: so many fit the record that says how they read back.
 pub const MAX_BITMAPS: usize = 50_000;
-/// Most bytes of bitmaps in one session.
-const MAX_BITMAP_BYTES: u64 = 1 << 30;
+/// Most bytes that the bits of one session's bitmaps are held in.
+const MAX_HELD_BYTES: u64 = 1 << 30;
+/// Most bytes that the bitmaps of one session would have if all their bits were set: what finds
+/// those that are takes a fraction of a thousandth of it.
+const MAX_SHAPE_BYTES: u64 = 64 << 30;
 
 /// A bitmap that arrived whole.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -38,7 +43,9 @@ pub struct LoadBitmaps(Mutex<State>);
 struct State {
     /// By number. A removed one stays, to know its generation.
     bitmaps: BTreeMap<u32, Arriving>,
+    /// By shape.
     bytes: u64,
+    held: u64,
 }
 
 #[derive(Debug)]
@@ -46,9 +53,33 @@ struct Arriving {
     disk: DiskId,
     generation: u32,
     /// `None` once it was removed.
-    bitmap: Option<Bitmap>,
+    bitmap: Option<Held>,
     shape: BitmapShape,
     seal: Option<Option<BitmapDigest>>,
+}
+
+/// A bitmap in memory: only where it has bits.
+#[derive(Debug)]
+struct Held {
+    name: String,
+    granularity_bits: u8,
+    is_enabled: bool,
+    bits: AtomicBits,
+    digest: RunningDigest,
+}
+
+impl Held {
+    fn to_bitmap(&self) -> Bitmap {
+        let mut bits = Bits::new(self.bits.len());
+        let mut bytes = Vec::new();
+        for chunk in self.bits.chunks() {
+            let offset = chunk.saturating_mul(CHUNK_BYTES);
+            read_chunk(&self.bits, offset, &mut bytes);
+            bits.write_bytes(offset, &bytes);
+        }
+        let Self { granularity_bits, is_enabled, .. } = *self;
+        Bitmap { name: self.name.clone(), granularity_bits, is_enabled, bits }
+    }
 }
 
 impl LoadBitmaps {
@@ -91,9 +122,10 @@ impl LoadBitmaps {
     pub fn remove(&self, version: BitmapVersion, at: &Arrival) -> Result<()> {
         let mut state = self.lock();
         let Some(found) = state.live(version, at)? else { return Ok(()) };
-        found.bitmap = None;
+        let held = found.bitmap.take().map_or(0, |held| held.bits.held_bytes());
         let freed = found.shape.byte_len();
         state.bytes = state.bytes.saturating_sub(freed);
+        state.held = state.held.saturating_sub(held);
         Ok(())
     }
 
@@ -101,12 +133,12 @@ impl LoadBitmaps {
     pub fn seal(&self, seal: &BitmapSeal, at: &Arrival) -> Result<()> {
         let mut state = self.lock();
         let Some(found) = state.live(seal.version, at)? else { return Ok(()) };
-        let Some(bitmap) = found.bitmap.as_ref().filter(|_| found.seal.is_none()) else {
+        let Some(bitmap) = found.bitmap.as_mut().filter(|_| found.seal.is_none()) else {
             return Err(at.protocol("a bitmap is sealed twice"));
         };
         if let Some(said) = seal.digest {
-            let digest = bitmap.digest();
-            let digest = digest.map_err(|e| Error::handler(format_spec::Blame::Bytes, e))?;
+            bitmap.digest.hash(&bitmap.bits).map_err(unhashable)?;
+            let digest = bitmap.digest.digest();
             if said != digest {
                 let name = &bitmap.name;
                 let reason = format!("bitmap {name:?} is {digest} here and {said} at the source");
@@ -114,6 +146,14 @@ impl LoadBitmaps {
             }
         }
         found.seal = Some(seal.digest);
+        Ok(())
+    }
+
+    /// Hashes what has arrived, so that little is left to do for the seals.
+    pub fn hash(&self) -> Result<()> {
+        for held in self.lock().bitmaps.values_mut().filter_map(|found| found.bitmap.as_mut()) {
+            held.digest.hash(&held.bits).map_err(unhashable)?;
+        }
         Ok(())
     }
 
@@ -127,7 +167,7 @@ impl LoadBitmaps {
             let Some(bitmap) = &found.bitmap else { continue };
             let digest = found.seal.ok_or_else(|| bitmap.name.clone())?;
             let version = BitmapVersion { bitmap: *number, generation: found.generation };
-            arrived.push(ArrivedBitmap { version, digest, bitmap: bitmap.clone() });
+            arrived.push(ArrivedBitmap { version, digest, bitmap: bitmap.to_bitmap() });
         }
         Ok(arrived)
     }
@@ -135,6 +175,10 @@ impl LoadBitmaps {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn unhashable(error: HashError) -> Error {
+    Error::handler(format_spec::Blame::Bytes, error)
 }
 
 impl State {
@@ -160,18 +204,19 @@ impl State {
             return Err(at.protocol(reason));
         }
         let bytes = self.bytes.saturating_add(create.shape.byte_len());
-        if self.bitmaps.len() >= MAX_BITMAPS || bytes > MAX_BITMAP_BYTES {
+        if self.bitmaps.len() >= MAX_BITMAPS || bytes > MAX_SHAPE_BYTES {
             return Err(at.protocol(format!("bitmap {name:?} is more than this side holds")));
         }
         let Ok(granularity_bits) = u8::try_from(create.shape.granularity.trailing_zeros()) else {
             return Err(at.protocol(format!("granularity of bitmap {name:?}")));
         };
         self.bytes = bytes;
-        let bitmap = Bitmap {
+        let bitmap = Held {
             name: name.to_owned(),
             granularity_bits,
             is_enabled: create.is_enabled,
-            bits: Bits::new(create.shape.bits),
+            bits: AtomicBits::new(create.shape.bits),
+            digest: RunningDigest::new(create.shape).map_err(unhashable)?,
         };
         let arriving = Arriving {
             disk: create.disk,
@@ -198,8 +243,14 @@ impl State {
         let offset = piece.index.saturating_mul(PIECE_BYTES as u64);
         let zeroes = [0; PIECE_BYTES];
         let bits = if piece.bits.is_empty() { zeroes.get(..len) } else { Some(piece.bits) };
-        if let Some(bitmap) = &mut found.bitmap {
-            bitmap.bits.write_bytes(offset, bits.unwrap_or_default());
+        let Some(bitmap) = &found.bitmap else { return Ok(()) };
+        let before = bitmap.bits.held_bytes();
+        bitmap.bits.write_bytes(offset, bits.unwrap_or_default());
+        bitmap.digest.touch(piece.index);
+        let more = bitmap.bits.held_bytes().saturating_sub(before);
+        self.held = self.held.saturating_add(more);
+        if self.held > MAX_HELD_BYTES {
+            return Err(at.protocol("the bitmaps have more bits than this side holds"));
         }
         Ok(())
     }

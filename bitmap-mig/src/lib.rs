@@ -8,12 +8,15 @@
 
 mod arrive;
 mod image_store;
+pub mod live;
 mod named;
+mod running_digest;
 mod save;
 pub mod select;
 
 pub use arrive::{ArrivedBitmap, LoadBitmaps, MAX_BITMAPS};
 pub use image_store::ImageBitmaps;
+pub use live::LiveBitmaps;
 pub use named::{Bitmap, load, summary};
 pub use save::{SaveBitmap, SaveBitmaps};
 pub use select::{Choice, Decision, Fate, Holder, Problem, Rename, Wanted, Wish, decide};

@@ -2,11 +2,10 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use mig_core::block::BlockSource;
+use mig_core::block::{BlockSource, on_page};
 
 use crate::error::{Error, Result};
 use crate::limits::UNIT_BYTES;
-use crate::load::Loader;
 use crate::monitor::Monitor;
 use crate::plan::{Content, Unit};
 use crate::pool::Pool;
@@ -69,15 +68,16 @@ fn load_padded<'b>(
     unit: &Unit,
     buffer: &'b mut Vec<u8>,
 ) -> Result<&'b [u8]> {
-    let len = usize::try_from(unit.len).unwrap_or(usize::MAX);
+    let bytes = on_page(buffer, usize::try_from(unit.len).unwrap_or(usize::MAX));
     let inside = disk.size().saturating_sub(unit.offset).min(unit.len);
-    if inside > 0 {
-        Loader { source: disk, tree: None }.load(&Unit { len: inside, ..*unit }, buffer)?;
+    let (there, beyond) = bytes
+        .split_at_mut_checked(usize::try_from(inside).unwrap_or(usize::MAX))
+        .unwrap_or_default();
+    if !there.is_empty() {
+        disk.read_at(there, unit.offset).map_err(Error::Source)?;
     }
-    let inside = usize::try_from(inside).unwrap_or(usize::MAX);
-    buffer.resize(buffer.len().max(len), 0);
-    buffer.get_mut(inside..len).unwrap_or_default().fill(0);
-    Ok(buffer.get(..len).unwrap_or_default())
+    beyond.fill(0);
+    Ok(bytes)
 }
 
 fn first_unequal(a: &[u8], b: &[u8]) -> Option<usize> {

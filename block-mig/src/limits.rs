@@ -5,6 +5,8 @@
 pub const UNIT_BYTES: u64 = 1 << 20;
 /// Largest unit, where a compressed cluster must fit into one. The largest cluster of qcow2.
 pub const MAX_UNIT_BYTES: u64 = 2 << 20;
+/// Runs of extents that are kept from a first walk over a source for a second one: 1.5 MiB of them.
+pub const MAX_RECORDED_RUNS: usize = 1 << 16;
 /// Units that may wait for a worker. They are a few words each; the queue only keeps workers fed
 /// while metadata is read.
 pub const QUEUE_UNITS: usize = 64;
@@ -23,7 +25,7 @@ pub const JOURNAL_SLACK_BYTES: u64 = 1 << 20;
 
 /// Bytes that arrive between two checkpoints, at which a destination is synced and its journal says
 /// what it has: what a cut costs at most.
-pub const CHECKPOINT_BYTES: u64 = 256 << 20;
+pub const CHECKPOINT_BYTES: u64 = 64 << 20;
 /// Units of which only a part has arrived that are remembered. What is forgotten is not claimed.
 pub const MAX_PARTIAL_UNITS: usize = 4096;
 

@@ -1,52 +1,106 @@
 //! The first half of a worker's job: read a unit and hash its leaves.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use format_spec::content_hash::{ContentHash, LEAF_BYTES, Placed, Tree, hash_run};
-use mig_core::block::{BlockSource, is_zero};
+use format_spec::content_hash::{
+    ContentHash, LEAF_BYTES, Missing, Placed, Tree, hash_run, leaf_count,
+};
+use mig_core::block::{BlockSource, is_zero, on_page};
 
 use crate::error::{Error, Result};
+use crate::fingerprint::{Fingerprint, Key, Seed};
 use crate::plan::{Content, Unit};
 
-/// The growing content hash of a disk, fed by any number of workers.
+/// The growing hashes of a disk, fed by any number of workers: its content hash, the fingerprint of
+/// one copy (see [`fingerprint`](crate::fingerprint)), or both.
 #[derive(Debug)]
-pub struct SharedTree(Mutex<Tree>);
+pub struct SharedTree {
+    size: u64,
+    content: Option<Mutex<Tree>>,
+    marks: Option<Marks>,
+}
+
+#[derive(Debug)]
+struct Marks {
+    seed: Seed,
+    key: Key,
+    tree: Mutex<Tree>,
+}
 
 impl SharedTree {
-    /// For a disk of `size` bytes.
+    /// The content hash of a disk of `size` bytes.
     pub fn new(size: u64) -> Result<Self> {
-        Ok(Self(Mutex::new(Tree::new(size)?)))
+        Self::with(size, true, None)
+    }
+
+    /// The content hash where it `hashes`, the fingerprint where there is a seed for one.
+    pub fn with(size: u64, hashes: bool, seed: Option<Seed>) -> Result<Self> {
+        let tree = || Tree::new(size).map(Mutex::new);
+        let marks = |seed| Ok::<_, Error>(Marks { seed, key: Key::new(&seed), tree: tree()? });
+        let content = hashes.then(tree).transpose()?;
+        Ok(Self { size, content, marks: seed.map(marks).transpose()? })
     }
 
     /// Hashes content that starts on a leaf boundary: whole leaves, or up to the end of the disk.
     pub fn put(&self, offset: u64, bytes: &[u8]) -> Result<()> {
-        for placed in hash_run(offset / LEAF_BYTES as u64, bytes, is_zero) {
-            self.lock().put(placed.height, placed.index, placed.node)?;
+        let first = offset / LEAF_BYTES as u64;
+        if let Some(tree) = &self.content {
+            put_all(tree, hash_run(first, bytes, is_zero))?;
+        }
+        if let Some(Marks { key, tree, .. }) = &self.marks {
+            put_all(tree, key.hash_run(first, bytes))?;
         }
         Ok(())
     }
 
-    /// Puts nodes that were made elsewhere.
-    pub fn put_nodes(&self, nodes: &[Placed]) -> Result<()> {
-        let mut tree = self.lock();
-        Ok(nodes.iter().try_for_each(|p| tree.put(p.height, p.index, p.node))?)
+    /// [`put`](Self::put) of content whose nodes were made elsewhere.
+    pub fn put_nodes(&self, nodes: &[Placed], offset: u64, bytes: &[u8]) -> Result<()> {
+        if let Some(tree) = &self.content {
+            put_all(tree, nodes.iter().copied())?;
+        }
+        if let Some(Marks { key, tree, .. }) = &self.marks {
+            put_all(tree, key.hash_run(offset / LEAF_BYTES as u64, bytes))?;
+        }
+        Ok(())
     }
 
     /// Notes a run of zeroes on leaf boundaries.
     pub fn put_zeroes(&self, offset: u64, len: u64) -> Result<()> {
         let leaf = LEAF_BYTES as u64;
         let leaves = offset / leaf..offset.saturating_add(len).div_ceil(leaf);
-        Ok(self.lock().put_zeroes(leaves)?)
+        let marks = self.marks.as_ref().map(|m| &m.tree);
+        for tree in self.content.iter().chain(marks) {
+            lock(tree).put_zeroes(leaves.clone())?;
+        }
+        Ok(())
     }
 
-    /// The content hash, once everything was put.
+    /// The content hash, once everything was put. Nothing was, where only a fingerprint is made.
     pub fn root(&self) -> Result<ContentHash> {
-        Ok(self.lock().root()?)
+        let tree = self.content.as_ref().ok_or_else(|| self.nothing())?;
+        Ok(lock(tree).root()?)
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Tree> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    /// The fingerprint, once everything was put. Nothing was, where no seed was given.
+    pub fn fingerprint(&self) -> Result<Fingerprint> {
+        let Marks { seed, tree, .. } = self.marks.as_ref().ok_or_else(|| self.nothing())?;
+        Ok(Fingerprint { seed: *seed, root: lock(tree).root()? })
     }
+
+    fn nothing(&self) -> Missing {
+        Missing { leaves: 0..leaf_count(self.size) }
+    }
+}
+
+fn put_all(tree: &Mutex<Tree>, nodes: impl Iterator<Item = Placed>) -> Result<()> {
+    for placed in nodes {
+        lock(tree).put(placed.height, placed.index, placed.node)?;
+    }
+    Ok(())
+}
+
+fn lock(tree: &Mutex<Tree>) -> MutexGuard<'_, Tree> {
+    tree.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Reads and hashes units of one source.
@@ -59,8 +113,9 @@ pub struct Loader<'a> {
 }
 
 impl Loader<'_> {
-    /// Reads the unit's content into `buffer`, from its start, and returns it; empty for a unit
-    /// without content. The leaves are hashed while they are in the cache.
+    /// Reads the unit's content into `buffer`, which keeps its room from unit to unit, and answers
+    /// with the content; empty for a unit without. The leaves are hashed while they are in the
+    /// cache.
     pub fn load<'b>(&self, unit: &Unit, buffer: &'b mut Vec<u8>) -> Result<&'b [u8]> {
         if !matches!(unit.content, Content::Bytes { .. }) {
             if let (Some(tree), Content::Zeroes) = (self.tree, unit.content) {
@@ -68,11 +123,7 @@ impl Loader<'_> {
             }
             return Ok(&[]);
         }
-        let len = usize::try_from(unit.len).unwrap_or(usize::MAX);
-        if buffer.len() < len {
-            buffer.resize(len, 0);
-        }
-        let bytes = buffer.get_mut(..len).unwrap_or_default();
+        let bytes = on_page(buffer, usize::try_from(unit.len).unwrap_or(usize::MAX));
         self.source.read_at(bytes, unit.offset).map_err(Error::Source)?;
         if let Some(tree) = self.tree {
             tree.put(unit.offset, bytes)?;

@@ -10,6 +10,7 @@ use format_spec::content_hash::LEAF_BYTES;
 use mig_core::block::{BlockSource, Extent, ExtentKind, SECTOR_BYTES};
 
 use crate::error::{Error, Result};
+use crate::recorded::Runs;
 
 /// What is in a unit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -226,6 +227,16 @@ pub struct Survey {
 
 /// Walks a source's extents. Reads metadata only.
 pub fn survey(source: &dyn BlockSource, scope: Scope, unit_bytes: u64) -> Result<Survey> {
+    survey_noting(source, scope, unit_bytes, &mut Runs::default())
+}
+
+/// [`survey`], noting what it finds for whoever walks the same extents later.
+pub fn survey_noting(
+    source: &dyn BlockSource,
+    scope: Scope,
+    unit_bytes: u64,
+    runs: &mut Runs,
+) -> Result<Survey> {
     let mut cutter = Cutter::new(source.size(), scope, unit_bytes);
     let mut survey = Survey::default();
     while let Some(at) = cutter.wants() {
@@ -236,6 +247,7 @@ pub fn survey(source: &dyn BlockSource, scope: Scope, unit_bytes: u64) -> Result
             Content::Zeroes => survey.zero += extent.len,
             Content::Untouched => survey.untouched += extent.len,
         }
+        runs.push(at, extent.len, extent.kind);
         cutter.push(extent.len, extent.kind);
         while let Some(unit) = cutter.pop() {
             if matches!(unit.content, Content::Bytes { .. }) {

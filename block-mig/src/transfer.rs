@@ -6,6 +6,7 @@ use format_spec::content_hash::ContentHash;
 use mig_core::block::{BlockSink, BlockSource};
 
 use crate::error::{Error, Result};
+use crate::fingerprint::{Fingerprint, Seed};
 use crate::journal::Keeper;
 use crate::limits;
 use crate::load::{Loader, SharedTree};
@@ -20,8 +21,11 @@ use crate::transfer::parts::{Mover, Part, Parts};
 pub struct TransferOptions<'a> {
     /// What the source's holes mean.
     pub scope: Scope,
-    /// Whether to hash what is moved. Only with [`Scope::Whole`].
+    /// Whether to make the content hash of what is moved. Only with [`Scope::Whole`].
     pub hashes: bool,
+    /// Whether to make a fingerprint of what is moved, and under which key. Only with
+    /// [`Scope::Whole`].
+    pub fingerprint: Option<Seed>,
     /// Whether compressed clusters are offered to the sink as they are.
     pub offers_compressed: bool,
     /// Worker threads.
@@ -40,6 +44,7 @@ impl Default for TransferOptions<'_> {
         Self {
             scope: Scope::Whole,
             hashes: true,
+            fingerprint: None,
             offers_compressed: true,
             workers: limits::workers(None),
             unit_bytes: limits::UNIT_BYTES,
@@ -63,6 +68,15 @@ pub struct Transferred {
     pub decompressed: u64,
     /// What the source's content hashes to.
     pub content_hash: Option<ContentHash>,
+    /// What the source read as, to be held against what the sink reads as.
+    pub fingerprint: Option<Fingerprint>,
+}
+
+impl Transferred {
+    /// Bytes of the disk, as far as they were moved or were there.
+    pub fn size(&self) -> u64 {
+        self.bytes_data.saturating_add(self.bytes_zero).saturating_add(self.bytes_kept)
+    }
 }
 
 /// Moves all of `source` into `sink`, which nobody else writes to meanwhile. Afterwards the sink's
@@ -77,13 +91,15 @@ pub fn transfer(
     if source_bytes > sink_bytes {
         return Err(Error::Size { source_bytes, sink_bytes });
     }
-    let hashes = options.hashes && options.scope == Scope::Whole;
-    let tree = if hashes { Some(SharedTree::new(source_bytes)?) } else { None };
+    let is_whole = options.scope == Scope::Whole;
+    let (hashes, seed) = (options.hashes && is_whole, options.fingerprint.filter(|_| is_whole));
+    let tree = SharedTree::with(source_bytes, hashes, seed)?;
+    let tree_fed = Some(&tree).filter(|_| hashes || seed.is_some());
     let keeper = options.keeper.filter(|_| hashes);
-    let loader = Loader { source, tree: tree.as_ref().filter(|_| keeper.is_none()) };
+    let loader = Loader { source, tree: tree_fed.filter(|_| keeper.is_none()) };
     let storer = Storer::new(sink, options.offers_compressed);
     let kept = AtomicU64::new(0);
-    let mover = Mover { source, sink, loader, storer: &storer, tree: tree.as_ref(), keeper };
+    let mover = Mover { source, sink, loader, storer: &storer, tree: tree_fed, keeper };
     let work = |(buffer, packed): &mut (Vec<u8>, Vec<u8>), unit: Part| match unit {
         Part::Known(units, entry) => {
             let bytes = mover.skip(units, entry)?;
@@ -114,7 +130,9 @@ pub fn transfer(
             .saturating_sub(bytes_kept),
         passed_on: storer.counts.passed_on.load(Ordering::Relaxed),
         decompressed: storer.counts.decompressed.load(Ordering::Relaxed),
-        content_hash: tree.map(|t| t.root()).transpose()?,
+        content_hash: hashes.then(|| tree.root()).transpose()?,
+        // What was there already was not read.
+        fingerprint: seed.filter(|_| bytes_kept == 0).map(|_| tree.fingerprint()).transpose()?,
     })
 }
 

@@ -1,8 +1,10 @@
-//! How fast and how small is a copy? Holds `bitferry copy` against `qemu-img convert`, `cp` and the
-//! bare loop of the machine, and shows the memory that huge disks take.
+//! How fast and how small is it? Holds `bitferry copy` against `qemu-img convert` and `cp`, `send`
+//! and `receive` over TCP against `nbdcopy` between two `qemu-nbd`, both against the bare loop of
+//! the machine, and shows the memory that huge disks take.
 //!
 //! ```text
-//! cargo run --release --example compare_copy -- [--dir DIR] [--mib N] [--rounds N] [--no-huge]
+//! cargo run --release --example compare_copy -- [--dir DIR] [--mib N] [--rounds N]
+//!     [--no-copy] [--no-move] [--no-huge]
 //! ```
 //!
 //! DIR should be a tmpfs with room for three times the data. Every contender runs in each round,
@@ -10,8 +12,10 @@
 //! within a round. Peers that are not installed are left out, and said to be.
 
 mod contest;
+mod copies;
 mod huge;
 mod image;
+mod moves;
 mod peak;
 
 use std::path::PathBuf;
@@ -24,11 +28,20 @@ struct Options {
     dir: PathBuf,
     mib: u64,
     rounds: usize,
+    copies: bool,
+    moves: bool,
     huge: bool,
 }
 
+impl Default for Options {
+    fn default() -> Self {
+        let dir = "/dev/shm".into();
+        Self { dir, mib: 2048, rounds: 7, copies: true, moves: true, huge: true }
+    }
+}
+
 fn options(arguments: &[String]) -> Result<Options> {
-    let mut options = Options { dir: "/dev/shm".into(), mib: 2048, rounds: 7, huge: true };
+    let mut options = Options::default();
     let mut arguments = arguments.iter();
     while let Some(argument) = arguments.next() {
         let mut value = || arguments.next().ok_or(format!("{argument} needs a value"));
@@ -36,6 +49,8 @@ fn options(arguments: &[String]) -> Result<Options> {
             "--dir" => options.dir = value()?.into(),
             "--mib" => options.mib = value()?.parse()?,
             "--rounds" => options.rounds = value()?.parse()?,
+            "--no-copy" => options.copies = false,
+            "--no-move" => options.moves = false,
             "--no-huge" => options.huge = false,
             _ => return Err(format!("{argument} is not known").into()),
         }
@@ -47,7 +62,10 @@ fn run(arguments: &[String]) -> Result<()> {
     // Contenders of ours run as processes, as the others do.
     match arguments {
         [child, kind, source, destination] if child == "child" => {
-            return contest::child(kind, source.as_ref(), destination.as_ref());
+            return copies::child(kind, source.as_ref(), destination.as_ref());
+        }
+        [child, kind, place, moved @ ..] if child == "move" => {
+            return moves::child(kind, place.as_ref(), moved);
         }
         [child, kind, directory] if child == "child" => {
             return huge::child(kind, directory.as_ref());
@@ -56,7 +74,12 @@ fn run(arguments: &[String]) -> Result<()> {
     }
     let options = options(arguments)?;
     let scratch = tempfile::Builder::new().prefix("compare_copy-").tempdir_in(&options.dir)?;
-    contest::run(scratch.path(), options.mib, options.rounds)?;
+    if options.copies {
+        copies::run(scratch.path(), options.mib, options.rounds)?;
+    }
+    if options.moves {
+        moves::run(scratch.path(), options.mib, options.rounds)?;
+    }
     if options.huge {
         huge::run(scratch.path())?;
     }

@@ -31,6 +31,16 @@ pub(crate) fn run(command: &mut Command) -> Result<Taken> {
     Ok(Taken { time, peak_kib })
 }
 
+/// Whether a peer is installed; says so where it is not.
+pub(crate) fn is_here(program: &str) -> bool {
+    let answer = Command::new(program).arg("--version").stdin(Stdio::null()).output();
+    let is_here = answer.is_ok_and(|o| o.status.success());
+    if !is_here {
+        println!("{program} is not here: left out");
+    }
+    is_here
+}
+
 /// This program again, as a child.
 pub(crate) fn child(arguments: &[&str], places: &[&Path]) -> Result<Command> {
     let mut command = Command::new(std::env::current_exe()?);

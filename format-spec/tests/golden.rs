@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use format_spec::qemu::container::{Element, SectionKind};
 use format_spec::qemu::dirty_bitmap::{bits_range, trim_buffer};
 use format_spec::qemu::stream::{Decoder, Item};
-use format_spec::qemu::{Step, block, dirty_bitmap, ram, reply};
+use format_spec::qemu::{Step, block, dirty_bitmap, multifd, ram, reply};
 use format_spec::{Malformed, Writer};
 
 const STREAMS: &[&str] = &[
@@ -21,8 +21,17 @@ const STREAMS: &[&str] = &[
     "q100-xbzrle.bin.gz",
     "q100-mapped-ram.bin.gz",
     "q100-multifd-nocomp.main.bin",
+    "q72-multifd-nocomp.main.bin.gz",
     "q100-postcopy-preempt.main.cut.bin.gz",
 ];
+const CHANNELS: &[&str] = &[
+    "q72-multifd-nocomp.ch0.bin.gz",
+    "q72-multifd-nocomp.ch1.bin.gz",
+    "q100-multifd-nocomp.ch1.bin.gz",
+    "q100-multifd-zlib.ch0.bin.gz",
+    "q100-multifd-zstd.ch0.bin.gz",
+];
+const PREEMPT: &str = "q100-postcopy-preempt.preempt.bin.gz";
 const RETURN_PATH: &str = "q100-postcopy-preempt.returnpath.bin";
 
 fn data(name: &str) -> PathBuf {
@@ -239,6 +248,87 @@ fn the_return_path_is_listed_and_written_again() {
     }
 }
 
+/// Items of a channel, and the bytes they are written to again; `step` bytes arrive at once.
+fn channel(bytes: &[u8], step: usize) -> Result<(Vec<String>, Vec<u8>), Malformed> {
+    let mut decoder = multifd::Decoder::default();
+    let (mut start, mut end) = (0, 0);
+    let (mut items, mut again) = (Vec::new(), Writer::new());
+    while start < bytes.len() {
+        assert_eq!(decoder.offset(), start as u64);
+        match decoder.next(&bytes[start..end])? {
+            Step::Item(item, len) => {
+                if !matches!(item, multifd::Item::Payload(_)) {
+                    items.push(item.to_string());
+                }
+                item.encode(&mut again);
+                start += len;
+            }
+            Step::Need(needed) if end == bytes.len() => {
+                return Err(format_spec::qemu::cut_off(start as u64, needed, end - start));
+            }
+            Step::Need(_) => end = (end + step).min(bytes.len()),
+        }
+    }
+    assert!(decoder.may_end());
+    Ok((items, again.into_bytes()))
+}
+
+#[test]
+fn channels_are_written_again_with_what_is_stale() {
+    for name in CHANNELS {
+        let bytes = load(name);
+        let (items, again) = channel(&bytes, bytes.len()).unwrap();
+        assert!(again == bytes, "{name} is not written as it was read");
+        assert_eq!(channel(&bytes, 1).unwrap(), (items.clone(), again), "{name}");
+        assert!(items[0].starts_with("hello of channel"), "{name}");
+        assert!(items[1..].iter().all(|item| item.starts_with("packet")), "{name}");
+    }
+}
+
+#[test]
+fn the_preempt_channel_is_written_again() {
+    let bytes = load(PREEMPT);
+    let mut decoder = ram::Decoder::default();
+    let mut again = Writer::new();
+    while again.len() < bytes.len() {
+        let at = again.len();
+        match decoder.next(&bytes[at..], at as u64).unwrap() {
+            Step::Item(record, len) => {
+                assert!(matches!(record, ram::Record::Page { .. }));
+                record.encode(&mut again);
+                assert_eq!(again.len(), at + len);
+            }
+            Step::Need(_) => panic!("cut off at {at}"),
+        }
+    }
+    assert_eq!(again.into_bytes(), bytes);
+}
+
+#[test]
+fn packets_that_do_not_add_up_are_refused() {
+    let bytes = load("q100-multifd-nocomp.ch1.bin.gz");
+    let at = multifd::HELLO_BYTES;
+    for (field, offset, value) in [
+        ("multifd magic", 0, 0x1122_3345_u32),
+        ("multifd version", 4, 2),
+        ("multifd pages_alloc", 12, 129),
+        ("multifd normal_pages", 16, 0x8000_0000),
+        ("multifd zero_pages", 32, 129),
+    ] {
+        let mut wrong = bytes.clone();
+        wrong[at + offset..at + offset + 4].copy_from_slice(&value.to_be_bytes());
+        let error = channel(&wrong, wrong.len()).unwrap_err();
+        assert_eq!((error.field, error.offset), (field, (at + offset) as u64));
+    }
+    // A compressed packet of more than 1 MiB: QEMU would write past its buffer.
+    let mut wrong = load("q100-multifd-zlib.ch0.bin.gz");
+    let data = (at..wrong.len()).step_by(multifd::HEADER_BYTES);
+    let data = data.into_iter().find(|at| wrong[at + 19] > 0).unwrap();
+    wrong[data + 20..data + 24].copy_from_slice(&0x0010_0001_u32.to_be_bytes());
+    let error = channel(&wrong, wrong.len()).unwrap_err();
+    assert_eq!(error.field, "multifd next_packet_size");
+}
+
 #[test]
 fn the_disks_come_out_as_they_were() {
     let mut full = vec![0; 3 << 20];
@@ -353,7 +443,8 @@ fn every_data_file_is_used_and_has_its_origin() {
     let origins = std::fs::read_to_string(data("README.md")).unwrap();
     for entry in std::fs::read_dir(data("")).unwrap() {
         let name = entry.unwrap().file_name().into_string().unwrap();
-        let is_stream = STREAMS.contains(&name.as_str()) || name == RETURN_PATH;
+        let known = [STREAMS, CHANNELS, &[PREEMPT, RETURN_PATH]].concat();
+        let is_stream = known.contains(&name.as_str());
         assert!(is_stream || name.ends_with(".txt") || name == "README.md", "{name} is not used");
         assert!(!is_stream || origins.contains(&format!("| `{name}` |")), "{name} has no origin");
     }

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use format_spec::content_hash;
 use format_spec::native::{answer, block, control, frame, hello, journal, session};
 use format_spec::qemu::{
-    block as qemu_block, command, configuration, container, dirty_bitmap, ram, reply,
+    block as qemu_block, command, configuration, container, dirty_bitmap, multifd, ram, reply,
 };
 
 const SPEC: &str = include_str!("../SPEC.md");
@@ -121,6 +121,11 @@ fn modules() -> BTreeMap<&'static str, Constants> {
                 DEVICE_NAME START COMPLETE BITS EXTRA_FLAGS ENABLED PERSISTENT AUTOLOAD
                 MIN_GRANULARITY MAX_GRANULARITY MAX_BUFFER CHUNK_BITS BUFFER_ALIGN
                 SECTOR_BYTES),
+        ),
+        (
+            "qemu::multifd",
+            constants!(multifd: MAGIC VERSION HELLO_BYTES HEADER_BYTES DEVICE_HEADER_BYTES
+                MAX_PAGES MAX_PAYLOAD BLOCK_NAME_BYTES SYNC COMPRESSION ZLIB ZSTD DEVICE_STATE),
         ),
         (
             "qemu::ram",

@@ -67,6 +67,10 @@ pub const MAX_CHECK_OVERFLOWS: usize = 1 << 20;
 pub const MAX_CHECK_TABLES: usize = 4 << 20;
 /// Findings that a check describes; further ones are counted only.
 pub const MAX_CHECK_FINDINGS: usize = 1000;
+/// Runs of leaked clusters that a check remembers for [`reclaim`](crate::check::reclaim): 1 MiB.
+pub const MAX_UNREFERENCED_RUNS: usize = 1 << 16;
+/// Most walks of one [`reclaim`](crate::check::reclaim). What is scattered wider stays leaked.
+pub const MAX_RECLAIM_WALKS: u32 = 16;
 /// Compressed clusters whose exact lengths are remembered between reading their content and passing
 /// their bytes on: 64 KiB, as many as 8 units of 2 MiB have at 4 KiB clusters.
 pub const KNOWN_COMPRESSED_LENGTHS: usize = 4096;

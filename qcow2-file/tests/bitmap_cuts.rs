@@ -57,7 +57,7 @@ fn image_with(backing_name_len: usize, bitmaps: &[PersistentBitmap]) -> Memory {
     let mut options = CreateOptions::new(SIZE);
     options.cluster_bits = if backing_name_len > 0 { 11 } else { 9 };
     options.backing = (backing_name_len > 0).then(|| Backing {
-        name: "b".repeat(backing_name_len),
+        name: "b".repeat(backing_name_len).into(),
         format: Some("raw".into()),
         reader: None,
     });

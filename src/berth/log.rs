@@ -127,6 +127,12 @@ impl Log {
     }
 }
 
+/// Whether a journal or a receipt lies beside `target`.
+pub(crate) fn has_traces(target: &Path) -> Result<bool> {
+    let log = Log::beside(target)?;
+    Ok([&log.journal, &log.receipt].iter().any(|path| path.symlink_metadata().is_ok()))
+}
+
 fn remove(path: &Path) -> Result<()> {
     match fs::remove_file(path) {
         Err(e) if e.kind() != io::ErrorKind::NotFound => Err(failed("remove", path)(e)),

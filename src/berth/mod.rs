@@ -20,6 +20,6 @@ mod tests;
 mod unfinished;
 
 pub use files::{DiskPlace, FileOptions, Files};
-pub(crate) use log::Log;
+pub(crate) use log::{Log, has_traces};
 pub(crate) use recover::{Recovered, recover};
 pub(crate) use unfinished::{NewDisk, NewKind, Unfinished};

@@ -312,7 +312,7 @@ fn create_options(
     options.backing = backing.clone();
     let (first, last) = (drafts.first()?, drafts.last()?);
     options.data_file = data_file.map(|data| DataFile {
-        name: data.name.clone(),
+        name: data.name.clone().into(),
         is_raw: data.is_raw,
         storage: first.storage(),
     });

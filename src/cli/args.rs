@@ -81,12 +81,27 @@ pub(crate) enum When {
 pub(crate) enum Verb {
     Demo(super::demo::DemoArgs),
     Copy(CopyArgs),
+    Send(super::send::SendArgs),
+    Receive(super::receive::ReceiveArgs),
     Info(InfoArgs),
     Compare(CompareArgs),
     Hash(HashArgs),
     Bitmap(super::bitmap::BitmapArgs),
+    Inspect(super::inspect::InspectArgs),
+    Control(super::control::ControlArgs),
     Completions(CompletionsArgs),
     Man(ManArgs),
+}
+
+impl Verb {
+    /// Whether standard output carries a migration stream, so that nothing else may.
+    pub(crate) fn streams_to_stdout(&self) -> bool {
+        match self {
+            Self::Send(args) => args.transport.uses_stdout(),
+            Self::Receive(args) => args.transport.uses_stdout(),
+            _ => false,
+        }
+    }
 }
 
 /// Copy an image with its bitmaps and prove the copy

@@ -4,16 +4,13 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use bitferry::copy::{self, BackingChoice, CopyOptions, Existing, Plan};
-use bitferry::report::{BitmapOutcome, BitmapReport, DiskReport, Status, Verified};
+use bitferry::report::Status;
 use bitferry::{Error, Report, exit_status};
 
 use super::args::CopyArgs;
 use super::size::{human, human_time};
 use super::watch::{Summary, Watch};
-use super::{Outcome, Output, table, target_options};
-
-/// Nothing was written because something would have been lost.
-const WOULD_LOSE: u8 = 7;
+use super::{Outcome, Output, WOULD_LOSE, outcome, table, target_options};
 
 pub(crate) fn run(args: CopyArgs, output: &Output) -> Outcome {
     let start = Instant::now();
@@ -22,10 +19,7 @@ pub(crate) fn run(args: CopyArgs, output: &Output) -> Outcome {
         let watch = Watch::with_events(output, !options.no_verify)?;
         if is_dry_run { dry_run(&options, &watch, output) } else { go(&options, &watch, output) }
     });
-    if let (Err(error), true) = (&result, output.is_json) {
-        let elapsed_ms = u64::try_from(start.elapsed().as_millis()).unwrap_or(u64::MAX);
-        output.event(&Summary::new("summary", &Report::failure(error, elapsed_ms)))?;
-    }
+    outcome::failed(&result, start, output)?;
     result
 }
 
@@ -109,48 +103,9 @@ fn report_text(options: &CopyOptions, report: &Report, output: &Output) -> Strin
         human_time(Duration::from_millis(report.total_time_ms)),
     );
     for disk in &report.disks {
-        text.push_str(&disk_text(disk, output));
+        text.push_str(&outcome::disk_text(disk, output));
     }
     text
-}
-
-/// What became of one disk.
-pub(crate) fn disk_text(disk: &DiskReport, output: &Output) -> String {
-    let proof = match disk.verified {
-        Verified::Yes => output.good("read back and equal"),
-        Verified::No => "not verified".to_owned(),
-        Verified::Mismatch => output.bad("READS BACK DIFFERENT"),
-        Verified::Unconfirmed => "not confirmed by the peer".to_owned(),
-        _ => "unknown".to_owned(),
-    };
-    let hash = disk.content_hash.as_deref().unwrap_or("not computed");
-    let mut fields = vec![
-        ("  data", format!("{}, and {} of zeroes", human(disk.bytes_data), human(disk.bytes_zero))),
-        ("  content", hash.to_owned()),
-        ("  proof", proof),
-    ];
-    fields.extend(disk.not_carried.iter().map(|what| ("  not carried", what.clone())));
-    let mut text = table::fields(&fields);
-    if disk.bitmaps.is_empty() {
-        text.push_str("  bitmaps: none\n");
-    } else {
-        let rows: Vec<_> = disk.bitmaps.iter().map(bitmap_row).collect();
-        text.push_str(&table::columns(["BITMAP", "OUTCOME", ""], &rows));
-    }
-    text
-}
-
-fn bitmap_row(bitmap: &BitmapReport) -> [String; 3] {
-    let outcome = match bitmap.outcome {
-        BitmapOutcome::Preserved => "preserved",
-        BitmapOutcome::Sent => "sent, not confirmed",
-        BitmapOutcome::Dropped => "dropped",
-        BitmapOutcome::Invalidated => "invalidated",
-        _ => "unknown",
-    };
-    let mut details = bitmap.changed.clone();
-    details.extend(bitmap.reason.clone());
-    [table::name(&bitmap.name), outcome.to_owned(), details.join("; ")]
 }
 
 fn plan_text(plan: &Plan, output: &Output) -> String {
@@ -169,25 +124,10 @@ fn plan_text(plan: &Plan, output: &Output) -> String {
     ];
     fields.extend(plan.not_carried.iter().map(|what| ("not carried", what.clone())));
     for why in &plan.refusals {
-        let why = why.strip_prefix("refused, nothing was written: ").unwrap_or(why);
-        fields.push(("refused", output.bad(why)));
+        fields.push(("refused", output.bad(outcome::without_prefix(why))));
     }
     let mut text = table::fields(&fields);
-    let rows: Vec<[String; 3]> = plan
-        .bitmaps
-        .iter()
-        .map(|bitmap| {
-            let outcome = if bitmap.becomes.is_some() { "carried" } else { "not carried" };
-            let renamed = bitmap.becomes.iter().filter(|to| **to != bitmap.name);
-            let mut details: Vec<String> =
-                renamed.map(|to| format!("as {}", table::name(to))).collect();
-            details.extend(bitmap.reason.clone());
-            [table::name(&bitmap.name), outcome.to_owned(), details.join("; ")]
-        })
-        .collect();
-    if !rows.is_empty() {
-        text.push_str(&table::columns(["BITMAP", "OUTCOME", ""], &rows));
-    }
+    text.push_str(&outcome::planned_bitmaps(&plan.bitmaps));
     text.push_str(&output.strong("nothing was written\n"));
     text
 }

@@ -7,18 +7,24 @@ mod args;
 mod bitmap;
 mod compare;
 mod completions;
+mod control;
 mod copy;
 mod demo;
 mod failure;
 mod hash;
 mod info;
+mod inspect;
 mod interrupt;
 mod man;
+mod outcome;
 mod output;
 mod progress;
+mod receive;
+mod send;
 mod size;
 mod table;
 mod target_options;
+mod transport;
 mod watch;
 
 use std::process::ExitCode;
@@ -31,6 +37,9 @@ use self::output::Output;
 /// How a verb ended: the exit status of CLI.md, or the error that has one.
 type Outcome = bitferry::Result<u8>;
 
+/// Nothing was written because something would have been lost.
+const WOULD_LOSE: u8 = 7;
+
 /// Runs the command line of this process.
 pub(crate) fn main() -> ExitCode {
     let args = match Args::try_parse() {
@@ -38,7 +47,7 @@ pub(crate) fn main() -> ExitCode {
         Err(error) => return failure::usage(&error),
     };
     start_log(args.common.verbose);
-    let output = Output::new(&args.common);
+    let output = Output::new(&args.common, args.verb.streams_to_stdout());
     match run(args.verb, &output) {
         Ok(status) => ExitCode::from(status),
         Err(error) => {
@@ -52,10 +61,14 @@ fn run(verb: Verb, output: &Output) -> Outcome {
     match verb {
         Verb::Demo(args) => demo::run(&args, output),
         Verb::Copy(args) => copy::run(args, output),
+        Verb::Send(args) => send::run(args, output),
+        Verb::Receive(args) => receive::run(args, output),
         Verb::Info(args) => info::run(args, output),
+        Verb::Inspect(args) => inspect::run(&args, output),
         Verb::Compare(args) => compare::run(args, output),
         Verb::Hash(args) => hash::run(args, output),
         Verb::Bitmap(args) => bitmap::run(args, output),
+        Verb::Control(args) => control::run(&args, output),
         Verb::Completions(args) => completions::run(&args, output),
         Verb::Man(args) => man::run(&args, output),
     }

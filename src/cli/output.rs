@@ -20,6 +20,8 @@ pub(crate) struct Output {
     /// Whether a bar is shown, if there is something to show.
     pub(crate) shows_progress: bool,
     is_coloured: bool,
+    /// Whether standard output belongs to a stream, so that results go to stderr.
+    uses_stderr: bool,
     is_closed: AtomicBool,
 }
 
@@ -29,9 +31,13 @@ pub(crate) fn may_colour() -> bool {
         && std::env::var_os("TERM").is_none_or(|v| v != "dumb")
 }
 
+fn is_terminal(is_stderr: bool) -> bool {
+    if is_stderr { io::stderr().is_terminal() } else { io::stdout().is_terminal() }
+}
+
 impl Output {
     /// Decides the form from the flags and the terminal.
-    pub(crate) fn new(common: &Common) -> Self {
+    pub(crate) fn new(common: &Common, uses_stderr: bool) -> Self {
         let shows_progress = match common.progress {
             When::Always => true,
             When::Never => false,
@@ -41,7 +47,8 @@ impl Output {
             is_json: common.json,
             is_quiet: common.quiet,
             shows_progress,
-            is_coloured: !common.json && io::stdout().is_terminal() && may_colour(),
+            is_coloured: !common.json && is_terminal(uses_stderr) && may_colour(),
+            uses_stderr,
             is_closed: AtomicBool::new(false),
         }
     }
@@ -79,8 +86,8 @@ impl Output {
         if self.is_quiet && !self.is_json {
             return Ok(());
         }
-        let mut stdout = io::BufWriter::new(io::stdout().lock());
-        self.judge(write(&mut stdout).and_then(|()| stdout.flush()))
+        let mut out = io::BufWriter::new(self.out());
+        self.judge(write(&mut out).and_then(|()| out.flush()))
     }
 
     /// Bytes as they are, asked for by name: a script, a page.
@@ -88,8 +95,12 @@ impl Output {
         if self.is_closed.load(Ordering::Relaxed) {
             return Ok(());
         }
-        let mut stdout = io::stdout().lock();
-        self.judge(stdout.write_all(bytes).and_then(|()| stdout.flush()))
+        let mut out = self.out();
+        self.judge(out.write_all(bytes).and_then(|()| out.flush()))
+    }
+
+    fn out(&self) -> Box<dyn io::Write> {
+        if self.uses_stderr { Box::new(io::stderr()) } else { Box::new(io::stdout().lock()) }
     }
 
     fn judge(&self, written: io::Result<()>) -> bitferry::Result<()> {

@@ -1,6 +1,7 @@
 //! `-o K=V,…` as in qemu-img: a doubled comma stands for one in a value.
 
 use bitferry::copy::TargetOptions;
+use bitferry::options::split;
 use bitferry::{Error, Result};
 use mig_core::block::Compression;
 
@@ -15,21 +16,6 @@ pub(crate) fn parse(texts: &[String]) -> Result<TargetOptions> {
         }
     }
     Ok(options)
-}
-
-/// Cuts at single commas.
-fn split(text: &str) -> Vec<String> {
-    let mut parts = vec![String::new()];
-    let mut letters = text.chars().peekable();
-    while let Some(c) = letters.next() {
-        if c == ',' && letters.next_if_eq(&',').is_none() {
-            parts.push(String::new());
-        } else if let Some(part) = parts.last_mut() {
-            part.push(c);
-        }
-    }
-    parts.retain(|part| !part.is_empty());
-    parts
 }
 
 fn set(options: &mut TargetOptions, pair: &str) -> Result<()> {

@@ -17,6 +17,8 @@ use std::time::Instant;
 use block_mig::Transferred;
 use format_spec::content_hash::ContentHash;
 
+pub(crate) use bitmaps::difference;
+pub(crate) use in_place::{invalidated, open_editor};
 pub use options::{
     BackingChoice, BitmapSelection, CopyOptions, Existing, Format, Rename, TargetOptions,
 };

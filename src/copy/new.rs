@@ -6,6 +6,7 @@ use std::sync::Arc;
 use block_mig::device::ChainBacking;
 use block_mig::journal::Keeper;
 use block_mig::limits::{MAX_UNIT_BYTES, UNIT_BYTES, workers};
+use block_mig::recorded::Recorded;
 use block_mig::{TransferOptions, Transferred, transfer};
 use mig_core::block::BlockSink;
 use qcow2_file::Opener;
@@ -144,12 +145,15 @@ pub(super) fn move_data(
     let options = TransferOptions {
         scope: job.source.scope(),
         hashes: !job.options.no_verify,
+        fingerprint: prove::seed(job)?,
         offers_compressed: job.passes_compressed(),
         workers: workers(job.options.workers),
         unit_bytes: largest_cluster.clamp(UNIT_BYTES, MAX_UNIT_BYTES),
         keeper,
     };
-    let moved = transfer(&*job.source.blocks(), sink, &options, &progress)?;
+    let blocks = job.source.blocks();
+    let source = Recorded { source: &*blocks, runs: &job.runs };
+    let moved = transfer(&source, sink, &options, &progress)?;
     progress.end();
     Ok(moved)
 }

@@ -1,9 +1,9 @@
 //! What a copy would do, before anything is written: everything is decided here, and what stands in
 //! the way is collected, not met halfway.
 
-use block_mig::device::ChainSource;
 use block_mig::limits::UNIT_BYTES;
-use block_mig::plan::{Survey, survey};
+use block_mig::plan::{Survey, survey_noting};
+use block_mig::recorded::Runs;
 use serde::Serialize;
 
 use super::bitmaps::{self, BitmapPlan};
@@ -68,6 +68,8 @@ pub(super) struct Job<'a> {
     pub(super) source: Source,
     pub(super) target: Target,
     pub(super) survey: Survey,
+    /// What the survey found, so that the transfer need not look again.
+    pub(super) runs: Runs,
     pub(super) space: Space,
     pub(super) bitmaps: BitmapPlan,
     pub(super) not_carried: Vec<String>,
@@ -92,11 +94,13 @@ impl<'a> Job<'a> {
         let found = in_place::inspect(options, &source, &target)?;
         let mut bitmaps = bitmaps::plan(options, &source, &target, found);
         refusals.append(&mut bitmaps.refusals);
-        let found = survey(&*source.blocks(), source.scope(), UNIT_BYTES)?;
+        let mut runs = Runs::default();
+        let found = survey_noting(&*source.blocks(), source.scope(), UNIT_BYTES, &mut runs)?;
         let mut job = Self {
             options,
             not_carried: not_carried(options, &source, &target, &found),
             survey: found,
+            runs,
             space: Space::default(),
             source,
             target,
@@ -218,20 +222,15 @@ fn not_carried(
     target: &Target,
     survey: &Survey,
 ) -> Vec<String> {
-    let mut phrases = Vec::new();
-    let chain = ChainSource(&source.disk.chain).0;
+    let mut phrases: Vec<String> = source.disk.snapshots().into_iter().collect();
     if let Some(image) = source.disk.image() {
-        if image.snapshot_count() > 0 {
-            phrases.push(format!("{} internal snapshots", image.snapshot_count()));
-        }
         let has_data_file = matches!(target, Target::Qcow2 { data_file: Some(_), .. });
         if let (Some(name), false) = (image.header().data_file(), has_data_file) {
             phrases.push(format!("external data file {name:?}: its content is in the copy itself"));
         }
     }
-    if chain.layers().len() > 1 && !matches!(options.backing, BackingChoice::Keep(_)) {
-        let count = chain.layers().len() - 1;
-        phrases.push(format!("backing chain of {count} layers: flattened into the copy"));
+    if !matches!(options.backing, BackingChoice::Keep(_)) {
+        phrases.extend(source.disk.flattened());
     }
     if survey.compressed > 0 && !passes_compressed(source, target) {
         phrases.push(format!("compression of {} bytes: stored plain", survey.compressed));

@@ -1,8 +1,10 @@
 //! The proof: the destination is opened afresh, as somebody else would find it, read back, and held
 //! against what was sent.
 
-use block_mig::Transferred;
 use block_mig::device::{ChainSource, StartOf};
+use block_mig::fingerprint::Seed;
+use block_mig::{Transferred, fingerprint_of};
+use format_spec::content_hash::ContentHash;
 use mig_core::block::BlockSource;
 use qcow2_file::bitmaps::PersistentBitmap;
 use qcow2_file::chain::Backing;
@@ -12,9 +14,10 @@ use super::plan::Job;
 use super::target::Target;
 use crate::berth::Unfinished;
 use crate::disk::{Disk, Request};
-use crate::hash::{content, content_of};
+use crate::hash::{content as content_hash, content_of};
+use crate::observe::Progress;
 use crate::report::Verified;
-use crate::{Observer, Phase, Result, Silent};
+use crate::{Error, Observer, Phase, Result, Silent};
 
 /// What the proof found.
 #[derive(Debug)]
@@ -24,6 +27,19 @@ pub(super) struct Proof {
     pub(super) content_hash: Option<String>,
     /// What differs.
     pub(super) mismatch: Option<String>,
+}
+
+/// The key under which what was read and what is read back are held against one another; none where
+/// nothing is to be proved.
+pub(super) fn seed(job: &Job<'_>) -> Result<Option<Seed>> {
+    if job.options.no_verify {
+        return Ok(None);
+    }
+    Ok(Some(crate::session::random_id().map_err(|source| Error::File {
+        action: "read",
+        path: "/dev/urandom".into(),
+        source,
+    })?))
 }
 
 /// Proves a new destination that still has its temporary names.
@@ -67,29 +83,48 @@ pub(super) fn prove(
         return Ok(unproved(moved));
     }
     let found = Disk::open(request, &Silent)?;
+    let whole = ChainSource(&found.chain);
+    let size = match job.target {
+        // A device may be longer than the disk on it.
+        Target::RawInPlace => moved.size().min(whole.size()),
+        _ => whole.size(),
+    };
+    let copied = StartOf { disk: &whole, size };
+    let (content_hash, mut mismatch) = content(job, &copied, moved, observer)?;
+    if mismatch.is_none() && !matches!(job.target, Target::Raw | Target::RawInPlace) {
+        mismatch = bitmaps::difference(stored, &found.bitmaps)?;
+    }
+    let verified = if mismatch.is_none() { Verified::Yes } else { Verified::Mismatch };
+    Ok(Proof { verified, content_hash: Some(content_hash.to_string()), mismatch })
+}
+
+/// What the source's content hashes to, and in what the copy's differs, if it does.
+fn content(
+    job: &Job<'_>,
+    copied: &StartOf<'_>,
+    moved: &Transferred,
+    observer: &dyn Observer,
+) -> Result<(ContentHash, Option<String>)> {
     let workers = block_mig::limits::workers(job.options.workers);
+    // What was written is what is there to read, but for a backing file below.
+    let written = moved.bytes_data.saturating_add(moved.bytes_kept).min(job.survey.content);
+    let total = job.source.kept.is_none().then_some(written);
+    if let (Some(hash), Some(sent)) = (moved.content_hash, moved.fingerprint) {
+        let progress = Progress::begin(observer, Phase::Prove, moved.bytes_data);
+        let read = fingerprint_of(copied, sent.seed, workers, &progress)?;
+        progress.end();
+        if read == sent {
+            return Ok((hash, None));
+        }
+    }
     let sent = match moved.content_hash {
         Some(hash) => hash,
         // Only a part was moved: the whole is read on both sides.
         None => content_of(&job.source.disk, workers, None, (Phase::Prove, observer))?,
     };
-    // What was written is what is there to read, but for a backing file below.
-    let moved_bytes = moved.bytes_data.saturating_add(moved.bytes_kept);
-    let total = job.source.kept.is_none().then(|| moved_bytes.min(job.survey.content));
-    let whole = ChainSource(&found.chain);
-    let size = match job.target {
-        // A device may be longer than the disk on it.
-        Target::RawInPlace => moved_bytes.saturating_add(moved.bytes_zero).min(whole.size()),
-        _ => whole.size(),
-    };
-    let copied = StartOf { disk: &whole, size };
-    let read = content(&copied, workers, total, (Phase::Prove, observer))?;
-    let mut mismatch = (sent != read).then(|| format!("sent {sent}, read {read}"));
-    if mismatch.is_none() && !matches!(job.target, Target::Raw | Target::RawInPlace) {
-        mismatch = bitmaps::difference(stored, &found.bitmaps)?;
-    }
-    let verified = if mismatch.is_none() { Verified::Yes } else { Verified::Mismatch };
-    Ok(Proof { verified, content_hash: Some(sent.to_string()), mismatch })
+    let read = content_hash(copied, workers, total, (Phase::Prove, observer))?;
+    let is_same = sent == read && moved.fingerprint.is_none();
+    Ok((sent, (!is_same).then(|| format!("sent {sent}, read {read}"))))
 }
 
 fn unproved(moved: &Transferred) -> Proof {

@@ -1,5 +1,6 @@
 //! What is copied: the source with whatever below it may be opened, and which of its layers count.
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use block_mig::device::{AboveSource, ChainSource};
@@ -19,7 +20,7 @@ pub(super) struct Kept {
     /// Where it is, as the user said.
     pub(super) path: PathBuf,
     /// What the destination records.
-    pub(super) name: String,
+    pub(super) name: OsString,
     /// Its format.
     pub(super) format: Format,
     /// How many layers of the source stand above it.
@@ -108,7 +109,7 @@ fn recorded_format(request: &Request<'_>) -> Result<Option<qcow2_file::Format>> 
 
 /// How a backing file is named inside the destination: by its file name where both are in the same
 /// directory and the user gave no absolute path, else absolutely.
-fn recorded_name(path: &Path, destination: &Path) -> Result<String> {
+fn recorded_name(path: &Path, destination: &Path) -> Result<OsString> {
     let is_neighbour = path.is_relative() && directory(path) == directory(destination);
     let named = match path.file_name() {
         Some(name) if is_neighbour => PathBuf::from(name),
@@ -118,7 +119,5 @@ fn recorded_name(path: &Path, destination: &Path) -> Result<String> {
             source,
         })?,
     };
-    named.into_os_string().into_string().map_err(|name| Error::Usage {
-        reason: format!("{} is not UTF-8 and cannot be recorded", Path::new(&name).display()),
-    })
+    Ok(named.into_os_string())
 }

@@ -85,7 +85,7 @@ impl Target {
         });
         // The storage is only a stand-in: the check is about names and shapes.
         create.data_file = data_file.as_ref().map(|data| qcow2_file::create::DataFile {
-            name: data.name.clone(),
+            name: data.name.clone().into(),
             is_raw: data.is_raw,
             storage: std::sync::Arc::new(qcow2_file::Memory::new()),
         });

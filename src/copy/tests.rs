@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use qcow2_file::bitmaps::{Bits, PersistentBitmap};
 use qcow2_file::create::{Backing, CreateOptions, DataFile, NewImage};
-use qcow2_file::{GuestOffset, HostFile};
+use qcow2_file::{GuestOffset, HostFile, Opener};
 use tempfile::TempDir;
 
 use super::*;
@@ -186,12 +186,75 @@ fn an_overlay_is_a_source_where_its_data_file_may_be_opened() {
     assert_eq!(run(&options, &Silent).unwrap_err().exit_status(), 2);
 }
 
+/// Changes one byte of what was written, when the copy is about to be proved.
+struct Spoiler(PathBuf);
+
+impl Observer for Spoiler {
+    fn phase(&self, phase: Phase) {
+        if phase == Phase::Prove {
+            let mut bytes = fs::read(&self.0).unwrap();
+            let at = bytes.windows(4096).rposition(|w| w.iter().all(|b| *b == 2)).unwrap();
+            bytes[at] = 0xee;
+            fs::write(&self.0, bytes).unwrap();
+        }
+    }
+}
+
+#[test]
+fn what_reads_back_different_is_not_published() {
+    for (source, destination) in [("s.qcow2", "d.qcow2"), ("s.qcow2", "d.raw")] {
+        let place = Place::new();
+        place.image(source);
+        let mut options = place.options(source, destination);
+        if destination.ends_with("raw") {
+            options.target_format = Some(Format::Raw);
+            options.bitmaps = BitmapSelection::None;
+        }
+        let spoiler = Spoiler(place.path(&format!(".{destination}.bitferry-part")));
+        let report = run(&options, &spoiler).unwrap();
+        assert_eq!(report.disks[0].verified, Verified::Mismatch);
+        assert_eq!((report.status, exit_status(&report)), (Status::Failed, 1));
+        let error = report.error.unwrap();
+        assert!(error.contains("sent bf1:") && error.contains("read bf1:"), "{error}");
+        assert_eq!(place.names(), [source], "nothing stays");
+    }
+}
+
+#[test]
+fn file_names_are_bytes() {
+    use std::os::unix::ffi::OsStrExt;
+    let place = Place::new();
+    let odd = std::ffi::OsStr::from_bytes(b"b\xffse.qcow2");
+    std::fs::rename(place.image("base.qcow2"), place.0.path().join(odd)).unwrap();
+    let mut create = CreateOptions::new(SIZE);
+    create.backing =
+        Some(Backing { name: odd.to_owned(), format: Some("qcow2".into()), reader: None });
+    let top = Arc::new(HostFile::create_new(&place.path("top.qcow2")).unwrap());
+    let image = NewImage::create(top, &create).unwrap();
+    image.write_at(&[9; 65536], GuestOffset(10 << 20)).unwrap();
+    image.finish(&[]).unwrap();
+    let mut options = place.options("top.qcow2", "flat.qcow2");
+    options.backing = BackingChoice::Flatten;
+    run(&options, &Silent).unwrap();
+    assert!(are_equal(&place.path("top.qcow2"), &place.path("flat.qcow2"), false));
+    options.destination = place.path("kept.qcow2");
+    options.backing = BackingChoice::Keep(place.0.path().join(odd));
+    options.allow_backing = true;
+    run(&options, &Silent).unwrap();
+    let kept = Opener::new().without_named_files(true).open(&options.destination).unwrap();
+    let name = kept.top().as_qcow2().unwrap().header().backing_file.clone().unwrap();
+    assert!(name.as_bytes().ends_with(odd.as_bytes()), "{name:?}");
+    let info = InfoOptions { image: options.destination, ..Default::default() };
+    let shown = crate::info::run(&info).unwrap().backing_filename.unwrap();
+    assert!(shown.contains('\u{fffd}'), "{shown}");
+}
+
 #[test]
 fn a_kept_backing_file_takes_what_stands_above_it() {
     let place = Place::new();
     let base = place.image("base.qcow2");
     let mut create = CreateOptions::new(SIZE);
-    let name = base.to_str().unwrap().to_owned();
+    let name = base.clone().into_os_string();
     create.backing = Some(Backing { name, format: Some("qcow2".into()), reader: None });
     let top = Arc::new(HostFile::create_new(&place.path("top.qcow2")).unwrap());
     let image = NewImage::create(top, &create).unwrap();

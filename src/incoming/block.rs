@@ -135,6 +135,7 @@ impl LoadHandler for BlockSection {
     }
 
     fn barrier(&self, is_durable: bool) -> Result<()> {
+        self.bitmaps.hash()?;
         self.blocks.barrier(is_durable)
     }
 

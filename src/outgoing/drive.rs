@@ -163,8 +163,13 @@ impl Driver<'_> {
             let wire_bytes = self.channels.written().saturating_sub(written);
             let round = Round { number, took: begun.elapsed(), wire_bytes, pending };
             tracing::debug!(?round, "round done");
-            if !pending.has_bulk && policy.next(&round) == Next::Complete {
-                break;
+            if pending.has_bulk {
+                continue;
+            }
+            match policy.next(&round) {
+                Next::Round => {}
+                Next::Complete => break,
+                Next::GiveUp => return Err(Error::Interrupted),
             }
         }
         Ok(())

@@ -24,6 +24,8 @@ pub enum Next {
     Round,
     /// Pause the guest and send the rest.
     Complete,
+    /// Call it off: it ends as if interrupted. The policy knows why.
+    GiveUp,
 }
 
 /// Decides when the final pass begins. Never asked while bulk work is left.

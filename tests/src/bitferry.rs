@@ -32,6 +32,8 @@ pub enum Exit {
     Refused = 7,
     /// Outcome unknown.
     Unknown = 8,
+    /// The user stopped it.
+    Interrupted = 130,
 }
 
 /// The command, ready for arguments, with the limits every test wants.

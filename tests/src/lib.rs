@@ -6,10 +6,13 @@
 #![allow(clippy::missing_panics_doc)]
 
 pub mod bitferry;
+pub mod destination;
 pub mod fuzz;
 pub mod image;
+pub mod incoming;
 pub mod json;
 pub mod peer;
+pub mod pki;
 pub mod process;
 pub mod qemu;
 pub mod qmp;

@@ -203,6 +203,65 @@ fn qemus_own_hash_of_our_bits_is_the_same() {
     assert!(qemu.quit().status.success());
 }
 
+/// Both ends of the range of QEMUs load what we write, agree about its bits, record on top of them
+/// and store them again.
+#[test]
+fn two_qemus_go_on_with_what_we_wrote() {
+    if !tools() || !require_all(&[Peer::Qemu10, Peer::Qemu72]) {
+        return;
+    }
+    let scratch = Scratch::new();
+    for (cluster, granularity_bits, size) in [
+        (512, 9, 9 * MIB + 512),
+        (65536, 16, 257 * MIB),
+        (65536, 12, 70 * MIB + 1536),
+        (2 * MIB, 20, 600 * MIB),
+    ] {
+        let image = make(&scratch, &format!("{cluster}-{granularity_bits}"), size)
+            .option(format!("cluster_size={cluster}"))
+            .done();
+        let mut bits = Bits::for_disk(size, granularity_bits);
+        bits.set_range(0..1);
+        bits.set_range(bits.len() / 3..bits.len() / 2);
+        bits.set_range(bits.len() - 1..bits.len());
+        edit(&image, |e| {
+            for (name, is_enabled) in [("on", true), ("off", false)] {
+                let (name, bits) = (name.into(), bits.clone());
+                e.add(PersistentBitmap { name, granularity_bits, is_enabled, bits }).unwrap();
+            }
+            e.add_empty("empty", granularity_bits, true).unwrap();
+        });
+        let names = ["empty", "off", "on"];
+        let mut seen: Vec<Vec<String>> = Vec::new();
+        for which in [Peer::Qemu72, Peer::Qemu10] {
+            let mut qemu = Qemu::block_only(which);
+            qemu.open("n", &image, false).unwrap();
+            seen.push(names.map(|name| qemu.bitmap_hash("n", name)).to_vec());
+            assert!(qemu.quit().status.success());
+        }
+        assert_eq!(seen[0], seen[1], "7.2 and 10 at {cluster}");
+        for (n, which) in (0..).zip([Peer::Qemu72, Peer::Qemu10]) {
+            let mut qemu = Qemu::block_only(which);
+            qemu.open("n", &image, true).unwrap_or_else(|e| panic!("{}: {e}", which.name()));
+            let listed = qemu.bitmaps("n");
+            let mut found: Vec<&str> = listed.iter().filter_map(|b| b["name"].as_str()).collect();
+            found.sort_unstable();
+            assert_eq!(found, names, "{}", which.name());
+            assert!(listed.iter().all(|b| b["persistent"] == true && b["inconsistent"] != true));
+            qemu.io("n", &format!("write -P 7 {} 512", (n + 1) * MIB));
+            assert!(qemu.quit().status.success());
+            qemu::check_is_clean(&image);
+        }
+        let written: Vec<u64> = [MIB, 2 * MIB].iter().map(|at| at >> granularity_bits).collect();
+        let mut expected = Bits::for_disk(size, granularity_bits);
+        written.iter().for_each(|g| expected.set_range(*g..*g + 1));
+        assert_eq!(bitmaps(&image).load("empty").unwrap(), expected, "{cluster}");
+        assert_eq!(bitmaps(&image).load("off").unwrap(), bits, "{cluster}");
+        written.iter().for_each(|g| bits.set_range(*g..*g + 1));
+        assert_eq!(bitmaps(&image).load("on").unwrap(), bits, "{cluster}");
+    }
+}
+
 #[test]
 fn a_killed_qemu_leaves_bitmaps_that_can_only_be_removed() {
     if !require_all(&[Peer::QemuImg, Peer::QemuIo, Peer::Qemu10]) {
@@ -265,9 +324,7 @@ fn a_guard_is_what_qemu_would_be() {
     let header = read_header(&*file).unwrap();
     assert_eq!(stale_extension(&header).unwrap().count, 2);
     let repaired = repair(&file, RepairOptions::default()).unwrap();
-    assert_eq!((repaired.stale_dropped, repaired.has_leaked), (2, true));
-    assert_eq!(qemu::check(&image).corruptions, 0);
-    qemu::qemu_img("check").args(["-r", "leaks", "-f", "qcow2"]).arg(&image).ok();
+    assert_eq!((repaired.stale_dropped, repaired.has_leaked), (2, false));
     qemu::check_is_clean(&image);
 }
 

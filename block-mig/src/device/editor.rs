@@ -1,7 +1,7 @@
-//! An existing qcow2 image, written in place, as a sink.
+//! An existing qcow2 image, written in place: as a sink, and as the disk of a running guest.
 
 use mig_core::Result;
-use mig_core::block::BlockSink;
+use mig_core::block::{BlockSink, BlockSource, Extent, ExtentKind};
 use qcow2_file::edit::{Editor, ZeroMode};
 use qcow2_file::{GuestOffset, LayerKind};
 
@@ -78,5 +78,89 @@ impl BlockSink for EditorSink<'_> {
 impl ReadBack for EditorSink<'_> {
     fn read_back(&self, buf: &mut [u8], offset: u64) -> Result<()> {
         self.editor.read_at(buf, GuestOffset(offset)).map_err(failed("read back", offset))
+    }
+}
+
+/// An image that a guest reads and writes.
+#[derive(Debug)]
+pub struct EditorDisk {
+    editor: Editor,
+}
+
+impl EditorDisk {
+    /// The disk that `editor` writes. Its backing file, if it has one, is read through it.
+    pub fn new(editor: Editor) -> Self {
+        Self { editor }
+    }
+
+    /// The editor.
+    pub fn editor(&self) -> &Editor {
+        &self.editor
+    }
+
+    /// The editor, to be closed.
+    pub fn into_editor(self) -> Editor {
+        self.editor
+    }
+
+    fn sink(&self) -> EditorSink<'_> {
+        EditorSink::new(&self.editor)
+    }
+}
+
+impl BlockSource for EditorDisk {
+    fn size(&self) -> u64 {
+        self.editor.virtual_size()
+    }
+
+    fn extent(&self, offset: u64, max_len: u64) -> Result<Extent> {
+        let found = self.editor.extent(GuestOffset(offset), max_len);
+        let found = found.map_err(failed("map", offset))?;
+        let kind = match found.kind {
+            LayerKind::Zero => ExtentKind::Zero,
+            LayerKind::Unallocated if self.sink().has_backing => ExtentKind::Data,
+            LayerKind::Unallocated => ExtentKind::Hole,
+            // Compressed clusters may be rewritten at any time: they are read, not passed on.
+            LayerKind::Data | LayerKind::Compressed => ExtentKind::Data,
+        };
+        Ok(Extent { len: found.len, kind, host: None })
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        self.editor.read_at(buf, GuestOffset(offset)).map_err(failed("read", offset))
+    }
+}
+
+impl BlockSink for EditorDisk {
+    fn size(&self) -> u64 {
+        self.editor.virtual_size()
+    }
+
+    fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
+        self.sink().write_at(buf, offset)
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64) -> Result<()> {
+        self.sink().write_zeroes(offset, len)
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> Result<()> {
+        self.sink().discard(offset, len)
+    }
+
+    fn reads_as_zero(&self, offset: u64, len: u64) -> bool {
+        self.sink().reads_as_zero(offset, len)
+    }
+
+    fn allocation_unit(&self) -> u64 {
+        self.sink().allocation_unit()
+    }
+
+    fn flush(&self) -> Result<()> {
+        self.sink().flush()
+    }
+
+    fn sync(&self) -> Result<()> {
+        self.sink().sync()
     }
 }

@@ -12,7 +12,7 @@ use mig_core::block::Compression;
 use qcow2_file::layout::header::CompressionType;
 
 pub use chain::{AboveSource, ChainBacking, ChainSource};
-pub use editor::EditorSink;
+pub use editor::{EditorDisk, EditorSink};
 pub use new_image::NewImageSink;
 pub use raw::RawSink;
 pub use start::StartOf;

@@ -106,7 +106,7 @@ impl Mover<'_> {
         let Some(keeper) = self.keeper else { return Ok(()) };
         if matches!(unit.content, Content::Bytes { .. }) {
             let nodes = keeper.arrived(unit.offset, bytes)?;
-            self.tree.map_or(Ok(()), |tree| tree.put_nodes(&nodes))?;
+            self.tree.map_or(Ok(()), |tree| tree.put_nodes(&nodes, unit.offset, bytes))?;
         } else {
             keeper.arrived_zeroes(range)?;
             self.tree.map_or(Ok(()), |tree| tree.put_zeroes(unit.offset, unit.len))?;
@@ -124,7 +124,7 @@ impl Mover<'_> {
             // Once for all parts of the unit: the first one starts where it does.
             (Some(tree), Entry::Node(node)) if range.start.is_multiple_of(UNIT_BYTES) => {
                 let index = range.start / UNIT_BYTES;
-                tree.put_nodes(&[Placed { height: LEDGER_HEIGHT, index, node }])?;
+                tree.put_nodes(&[Placed { height: LEDGER_HEIGHT, index, node }], range.start, &[])?;
             }
             (Some(tree), Entry::Zero) => tree.put_zeroes(range.start, len)?,
             _ => {}

@@ -1,6 +1,6 @@
 use super::*;
 use crate::memory::MemoryDisk;
-use crate::{Unwatched, content_hash, first_difference};
+use crate::{Unwatched, content_hash, fingerprint_of, first_difference};
 use mig_core::block::{BlockSource, ExtentKind};
 use proptest::prelude::*;
 
@@ -38,6 +38,23 @@ fn content_and_hash_are_equal_everywhere() {
             assert_eq!(first_difference(&source, &sink, 2, &Unwatched).unwrap(), None);
         }
     }
+}
+
+#[test]
+fn a_fingerprint_tells_what_reads_back_from_what_does_not() {
+    let source = source();
+    let mut sink = MemoryDisk::new(BlockSource::size(&source));
+    let options = TransferOptions { fingerprint: Some([5; 16]), ..options(2) };
+    let sent = transfer(&source, &sink, &options, &Unwatched).unwrap().fingerprint.unwrap();
+    let read = |sink: &MemoryDisk| fingerprint_of(sink, sent.seed, 2, &Unwatched).unwrap();
+    assert_eq!(read(&sink), sent);
+    let last = BlockSource::size(&source) - 512;
+    sink.fill(last, 1, 0x45, ExtentKind::Data);
+    assert_ne!(read(&sink), sent);
+    sink.fill(last, 1, 0x44, ExtentKind::Data);
+    // Also what no longer reads as zero where nothing was sent.
+    sink.fill(3 * MIB, 1, 1, ExtentKind::Data);
+    assert_ne!(read(&sink), sent);
 }
 
 #[test]

@@ -21,13 +21,21 @@ impl DigestBuilder {
         Ok(Self { granularity, bits, tree: Tree::new(bytes)? })
     }
 
+    /// Like [`new`](Self::new), but leaves may be put again when they change. Costs about 64 bytes
+    /// per leaf that is not zero.
+    pub fn replaceable(granularity: u64, bits: u64) -> Result<Self, HashError> {
+        let builder = Self::new(granularity, bits)?;
+        Ok(Self { tree: Tree::keeping(builder.byte_len(), 0)?, ..builder })
+    }
+
     /// Bytes of the bitmap: whole 64-bit words.
     pub fn byte_len(&self) -> u64 {
         self.tree.size()
     }
 
     /// Puts bytes that stand at byte `offset`, a multiple of [`LEAF_BYTES`]: whole leaves, or up to
-    /// the end. Each leaf is put once. Bits beyond the last granule are taken as zero, whatever
+    /// the end. Each leaf is put once, unless the
+    /// builder is [`replaceable`](Self::replaceable). Bits beyond the last granule are taken as zero, whatever
     /// they are.
     pub fn put(&mut self, offset: u64, bytes: &[u8]) -> Result<(), HashError> {
         let leaf = offset.checked_div(LEAF_BYTES as u64).unwrap_or_default();
@@ -54,12 +62,17 @@ impl DigestBuilder {
         self.put_clean(leaf.saturating_add(at as u64), &last)
     }
 
-    /// The digest.
-    pub fn finish(self) -> BitmapDigest {
+    /// The digest of what was put so far.
+    pub fn digest(&self) -> BitmapDigest {
         let mut hasher = blake3::Hasher::new_keyed(DIGEST_KEY);
         hasher.update(&self.granularity.to_le_bytes()).update(&self.bits.to_le_bytes());
         hasher.update(&self.tree.top());
         BitmapDigest(*hasher.finalize().as_bytes())
+    }
+
+    /// The digest.
+    pub fn finish(self) -> BitmapDigest {
+        self.digest()
     }
 
     fn put_clean(&mut self, leaf: u64, bytes: &[u8]) -> Result<(), HashError> {

@@ -84,15 +84,17 @@ pub fn zero_node(height: u8) -> Node {
 /// assert_eq!(subtree(1, &bytes, &|_| false), parent(&leaf(first), &leaf(second)));
 /// ```
 pub fn subtree(height: u8, bytes: &[u8], is_zero: &impl Fn(&[u8]) -> bool) -> Node {
+    subtree_by(height, bytes, &|bytes| if is_zero(bytes) { zero_node(0) } else { leaf(bytes) })
+}
+
+fn subtree_by(height: u8, bytes: &[u8], leaf: &impl Fn(&[u8]) -> Node) -> Node {
     if bytes.is_empty() {
         return zero_node(height);
     }
-    let Some(below) = height.checked_sub(1) else {
-        return if is_zero(bytes) { zero_node(0) } else { leaf(bytes) };
-    };
+    let Some(below) = height.checked_sub(1) else { return leaf(bytes) };
     let half = usize::try_from(span(below)).unwrap_or(usize::MAX).saturating_mul(LEAF_BYTES);
     let (left, right) = bytes.split_at_checked(half).unwrap_or((bytes, &[]));
-    let (left, right) = (subtree(below, left, is_zero), subtree(below, right, is_zero));
+    let (left, right) = (subtree_by(below, left, leaf), subtree_by(below, right, leaf));
     let zero = zero_node(below);
     if left == zero && right == zero { zero_node(height) } else { parent(&left, &right) }
 }
@@ -118,6 +120,25 @@ pub fn hash_run<'a, Z>(
 where
     Z: Fn(&[u8]) -> bool + 'a,
 {
+    hash_run_by(
+        first_leaf,
+        bytes,
+        move |bytes| {
+            if is_zero(bytes) { zero_node(0) } else { leaf(bytes) }
+        },
+    )
+}
+
+/// [`hash_run`] with another function in place of [`leaf`], for trees that stay inside one process.
+/// It must answer `zero_node(0)` for zeroes, or runs of them would not hash alike everywhere.
+pub fn hash_run_by<'a, L>(
+    first_leaf: u64,
+    bytes: &'a [u8],
+    leaf: L,
+) -> impl Iterator<Item = Placed> + 'a
+where
+    L: Fn(&[u8]) -> Node + 'a,
+{
     let mut at = first_leaf;
     let mut rest = bytes;
     std::iter::from_fn(move || {
@@ -126,7 +147,7 @@ where
         let len = usize::try_from(span(height)).ok()?.saturating_mul(LEAF_BYTES);
         let (head, tail) = rest.split_at_checked(len).unwrap_or((rest, &[]));
         let placed =
-            Placed { height, index: index_of(at, height), node: subtree(height, head, &is_zero) };
+            Placed { height, index: index_of(at, height), node: subtree_by(height, head, &leaf) };
         at = at.saturating_add(span(height));
         rest = tail;
         Some(placed)

@@ -96,12 +96,17 @@ impl<'a> Record<'a> {
 
     /// Writes the record.
     pub fn encode(&self, out: &mut Writer) {
+        self.encode_head(out);
+        if let Body::Data { content, .. } = self.body {
+            out.bytes(content);
+        }
+    }
+
+    /// Writes the record up to its content, which the caller puts behind it from where it lies.
+    pub fn encode_head(&self, out: &mut Writer) {
         out.be64(self.word);
         match self.body {
-            Body::Data { device, content } => {
-                out.text8(device).bytes(content);
-            }
-            Body::Zeroes { device } => {
+            Body::Data { device, .. } | Body::Zeroes { device } => {
                 out.text8(device);
             }
             Body::Progress | Body::None => {}

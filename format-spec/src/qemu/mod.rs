@@ -13,6 +13,7 @@ pub mod command;
 pub mod configuration;
 pub mod container;
 pub mod dirty_bitmap;
+pub mod multifd;
 pub mod ram;
 pub mod reply;
 mod scan;

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use super::{Step, attempt};
 use crate::{Malformed, Problem, Reader, Writer};
 
 /// Name of the section.
@@ -150,6 +151,16 @@ impl Decoder {
     /// Lengths of the RAM blocks listed so far, by name.
     pub fn blocks(&self) -> &BTreeMap<String, u64> {
         &self.blocks
+    }
+
+    /// Takes the next record from what has arrived, of a channel that carries nothing else: that of
+    /// postcopy-preempt. It stands at byte `offset`.
+    pub fn next<'a>(
+        &mut self,
+        input: &'a [u8],
+        offset: u64,
+    ) -> Result<Step<Record<'a>>, Malformed> {
+        attempt(input, offset, |reader| self.decode(reader))
     }
 
     /// Takes the next record.

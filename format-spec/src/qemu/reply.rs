@@ -76,6 +76,11 @@ impl Decoder {
         self.offset
     }
 
+    /// Whether the return path may end here: between messages.
+    pub fn may_end(&self) -> bool {
+        self.bits_left.is_none()
+    }
+
     /// Takes the next item from what has arrived.
     pub fn next<'a>(&mut self, input: &'a [u8]) -> Result<Step<Reply<'a>>, Malformed> {
         let step = match self.bits_left {

@@ -7,7 +7,7 @@ use super::configuration::Subsection;
 use super::container::{Element, Section, SectionKind};
 use super::reply::Reply;
 use super::stream::Item;
-use super::{block, dirty_bitmap, ram};
+use super::{block, dirty_bitmap, multifd, ram};
 use crate::native::frame;
 
 /// Length and first bytes of a content.
@@ -203,6 +203,50 @@ impl fmt::Display for Reply<'_> {
             Self::BitsEnd => write!(f, "  end of the bitmap"),
             Self::ResumeAck => write!(f, "RESUME_ACK"),
             Self::SwitchoverAck => write!(f, "SWITCHOVER_ACK"),
+        }
+    }
+}
+
+impl fmt::Display for multifd::Item<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Hello(hello) => {
+                write!(f, "hello of channel {}, uuid {}", hello.channel, Hex(hello.uuid))
+            }
+            Self::Packet(packet) => write!(f, "{packet}"),
+            Self::Device { name, instance, len, .. } => {
+                let name = name.split(|byte| *byte == 0).next().unwrap_or_default();
+                let name = String::from_utf8_lossy(name);
+                write!(f, "state of device {name:?} instance {instance}, {len} bytes")
+            }
+            Self::Payload(bytes) => write!(f, "  {}", Content(bytes)),
+        }
+    }
+}
+
+impl fmt::Display for multifd::Packet<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "packet {}", self.packet_num)?;
+        if self.flags & multifd::SYNC != 0 {
+            f.write_str(" SYNC")?;
+        }
+        match self.flags & multifd::COMPRESSION {
+            0 => {}
+            multifd::ZLIB => f.write_str(" zlib")?,
+            multifd::ZSTD => f.write_str(" zstd")?,
+            other => write!(f, " compression {other:#x}")?,
+        }
+        if self.normal_pages == 0 && self.zero_pages == 0 {
+            return Ok(());
+        }
+        write!(f, ", {} pages and {} of zeroes", self.normal_pages, self.zero_pages)?;
+        match self.block_name() {
+            Some(name) => write!(f, " of {name:?}")?,
+            None => f.write_str(" of a block without name")?,
+        }
+        match (self.page_offsets().min(), self.page_offsets().max()) {
+            (Some(first), Some(last)) => write!(f, " from {first:#x} to {last:#x}"),
+            _ => Ok(()),
         }
     }
 }

@@ -141,6 +141,11 @@ impl Decoder {
         matches!(self.expected, Expected::AfterEof | Expected::Nothing)
     }
 
+    /// Whether nothing more may come, not even a VM description.
+    pub fn has_ended(&self) -> bool {
+        self.expected == Expected::Nothing
+    }
+
     /// The names that `dirty-bitmap` records leave out.
     pub fn dirty_bitmap(&self) -> &dirty_bitmap::Decoder {
         &self.dirty_bitmap
@@ -205,6 +210,7 @@ impl Decoder {
                 let bitmaps = &mut self.dirty_bitmap;
                 attempt(input, at, |reader| bitmaps.decode(reader))?.map(Item::DirtyBitmap)
             }
+            Expected::Nothing if input.is_empty() => Step::Need(1),
             Expected::Nothing => {
                 let problem = Problem::Other("is followed by unexpected bytes");
                 return Err(Malformed::new(at, "end of the stream", problem));

@@ -30,13 +30,15 @@ pub struct AtomicBits {
     /// Set bits. Each change is counted by the thread that made it, a moment later: it may be wrong
     /// by what is under way, and even negative.
     count: AtomicI64,
+    /// Bytes of the chunks that were made.
+    held: AtomicU64,
 }
 
 impl AtomicBits {
     /// `len` clear bits. Takes 24 bytes for every [`CHUNK_BYTES`] that they would need.
     pub fn new(len: u64) -> Self {
         let chunks = (0..len.div_ceil(CHUNK_BITS)).map(|_| OnceLock::new()).collect();
-        Self { len, chunks, count: AtomicI64::new(0) }
+        Self { len, chunks, count: AtomicI64::new(0), held: AtomicU64::new(0) }
     }
 
     /// Number of bits.
@@ -57,6 +59,11 @@ impl AtomicBits {
     /// Number of set bits, in constant time. Exact when nobody is changing any.
     pub fn count(&self) -> u64 {
         u64::try_from(self.count.load(Ordering::Acquire)).unwrap_or(0)
+    }
+
+    /// Bytes of memory that hold bits.
+    pub fn held_bytes(&self) -> u64 {
+        self.held.load(Ordering::Relaxed)
     }
 
     /// Whether bit `index` is set.
@@ -130,14 +137,36 @@ impl AtomicBits {
         }
     }
 
+    /// Sets every set bit in `other`, then clears it here. Not to be called while bits are set here.
+    pub fn move_to(&self, other: &Self) {
+        let mut from = 0;
+        while let Some(run) = self.next_run(from, u64::MAX) {
+            from = run.end;
+            other.set_range(run.clone());
+            self.clear_range(run);
+        }
+    }
+
     /// Fills `buf` with the little-endian bytes from byte `offset` on, a multiple of 8; zeroes
     /// behind the end. Answers whether any is not zero.
     pub fn read_bytes(&self, offset: u64, buf: &mut [u8]) -> bool {
         let mut any = 0;
-        for (index, bytes) in (offset / 8..).zip(buf.chunks_mut(8)) {
-            let word = self.word(index);
-            any |= word;
-            bytes.iter_mut().zip(word.to_le_bytes()).for_each(|(to, from)| *to = from);
+        let mut index = offset / 8;
+        let mut rest = buf;
+        while !rest.is_empty() {
+            let within = usize::try_from(index % CHUNK_WORDS as u64).unwrap_or(CHUNK_WORDS);
+            let len = ((CHUNK_WORDS - within) * 8).min(rest.len());
+            let (head, tail) = rest.split_at_mut(len);
+            let words =
+                self.chunk(index / CHUNK_WORDS as u64).and_then(|words| words.get(within..));
+            let mut words = words.unwrap_or_default().iter().map(|w| w.load(Ordering::Acquire));
+            for bytes in head.chunks_mut(8) {
+                let word = words.next().unwrap_or(0);
+                any |= word;
+                bytes.iter_mut().zip(word.to_le_bytes()).for_each(|(to, from)| *to = from);
+            }
+            index += (len / 8) as u64;
+            rest = tail;
         }
         any != 0
     }
@@ -254,7 +283,9 @@ impl AtomicBits {
         let words = chunk.get_or_init(|| {
             // The last chunk is as long as the bits need.
             let left = self.len.div_ceil(64) - chunk_at * CHUNK_WORDS as u64;
-            (0..left.min(CHUNK_WORDS as u64)).map(|_| AtomicU64::new(0)).collect()
+            let words = left.min(CHUNK_WORDS as u64);
+            self.held.fetch_add(words * 8, Ordering::Relaxed);
+            (0..words).map(|_| AtomicU64::new(0)).collect()
         });
         words.get(usize::try_from(index % CHUNK_WORDS as u64).ok()?)
     }

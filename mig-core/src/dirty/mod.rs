@@ -38,8 +38,8 @@ impl DirtySet {
     pub fn new(size: u64, unit_bits: u8) -> Self {
         let unit_bits = u32::from(unit_bits).min(63);
         let units = size.div_ceil(1 << unit_bits);
-        let bits = || AtomicBits::new(units);
-        Self { size, unit_bits, dirty: bits(), in_flight: bits() }
+        let (dirty, in_flight) = (AtomicBits::new(units), AtomicBits::new(units));
+        Self { size, unit_bits, dirty, in_flight }
     }
 
     /// Bytes covered.
@@ -91,19 +91,15 @@ impl DirtySet {
         self.dirty.clear_range(units);
     }
 
-    /// All that was taken so far has arrived. Not to be called while others take.
+    /// All that was taken so far has arrived: a barrier behind it was acknowledged, and nothing was
+    /// taken since that barrier.
     pub fn acknowledged(&self) {
         self.in_flight.clear_range(0..u64::MAX);
     }
 
     /// All that is in flight is dirty again. Not to be called while others take.
     pub fn give_back(&self) {
-        let mut from = 0;
-        while let Some(run) = self.in_flight.next_run(from, u64::MAX) {
-            from = run.end;
-            self.dirty.set_range(run.clone());
-            self.in_flight.clear_range(run);
-        }
+        self.in_flight.move_to(&self.dirty);
     }
 
     fn touched(&self, range: Range<u64>) -> Range<u64> {

@@ -92,7 +92,7 @@ fn planned_steps(
     let header = read_header(file)?;
     let mut old = vec![0; 1 << header.cluster_bits];
     file.read(&mut old, 0)?;
-    let name_len = header.backing_file.as_ref().map_or(0, String::len);
+    let name_len = header.backing_file.as_ref().map_or(0, |n| n.len());
     let steps = steps(&old, extension, name_len);
     let steps = steps.filter(|steps| {
         // A list that this arithmetic does not fit must not reach the disk.
@@ -314,7 +314,7 @@ mod tests {
             compression_type: CompressionType::Zlib,
             further_fields: Vec::new(),
             extensions,
-            backing_file: (name_len > 0).then(|| "n".repeat(name_len)),
+            backing_file: (name_len > 0).then(|| "n".repeat(name_len).into()),
         }
     }
 
@@ -326,7 +326,7 @@ mod tests {
     /// none where that cannot be helped, and to the same backing file.
     fn walk(from: &Header, to: Option<BitmapsExtension>) -> bool {
         let old = from.encode().unwrap();
-        let name_len = from.backing_file.as_ref().map_or(0, String::len);
+        let name_len = from.backing_file.as_ref().map_or(0, |n| n.len());
         let mut before = old.clone();
         let mut has_lost = false;
         for after in steps(&old, to, name_len).unwrap() {

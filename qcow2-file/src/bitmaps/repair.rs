@@ -24,8 +24,9 @@ const INCOMPATIBLE_AT: u64 = 72;
 pub struct RepairOptions {
     /// Remove bitmaps whose content was not saved.
     pub may_remove_inconsistent: bool,
-    /// Drop bitmaps whose entry, table or refcounts break the format. Their clusters are leaked:
-    /// nobody can say what else uses them.
+    /// Drop bitmaps whose entry, table or refcounts break the format. What their clusters are used
+    /// for besides only a walk over all metadata can say, which is made afterwards; what nothing
+    /// else refers to is then free.
     pub may_drop_broken: bool,
 }
 
@@ -42,7 +43,7 @@ pub struct Repaired {
     pub broken_dropped: Vec<String>,
     /// Whether the whole directory was dropped because it could not be read.
     pub is_directory_dropped: bool,
-    /// Whether clusters were leaked that `qemu-img check -r leaks` reclaims.
+    /// Whether clusters stay leaked that `qemu-img check -r leaks` would free.
     pub has_leaked: bool,
 }
 
@@ -59,9 +60,9 @@ pub fn repair(file: &Arc<dyn Storage>, options: RepairOptions) -> Result<Repaire
     let header = read_writable(&**file)?;
     let Some(extension) = header.bitmaps() else { return Ok(Repaired::default()) };
     if stale_extension(&header).is_some() {
-        drop_directory(file, &header)?;
+        let dropped = drop_directory(file, &header)?;
         let stale_dropped = extension.count;
-        return Ok(Repaired { stale_dropped, has_leaked: true, ..Repaired::default() });
+        return Ok(Repaired { stale_dropped, is_directory_dropped: false, ..dropped });
     }
     let report = check(file, &header)?;
     let is_broken = report.worst() == Some(Severity::Corrupt);
@@ -99,9 +100,11 @@ pub fn repair(file: &Arc<dyn Storage>, options: RepairOptions) -> Result<Repaire
     if repaired.is_nothing() {
         return Ok(repaired);
     }
-    repaired.has_leaked = is_broken;
     match commit(file, &header, change) {
-        Ok(()) => Ok(repaired),
+        Ok(()) => {
+            repaired.has_leaked = is_broken && has_leaks_left(file)?;
+            Ok(repaired)
+        }
         // What only the walk over all metadata finds: clusters shared with the guest's data.
         Err(Error::Malformed { .. }) if options.may_drop_broken => drop_directory(file, &header),
         Err(other) => Err(other),
@@ -160,23 +163,23 @@ fn restore(file: &dyn Storage, extension: BitmapsExtension) {
     }
 }
 
-/// Removes all bitmaps and the extension and frees their clusters. Where the bitmaps break the
-/// format, only the extension goes and their clusters are leaked: the answer is whether they were.
-/// Refuses an image that would be corrupt without them too.
+/// Removes all bitmaps and the extension and frees their clusters. The answer is whether some stay
+/// leaked. Refuses an image that would be corrupt without its bitmaps too.
 pub fn strip(file: &Arc<dyn Storage>) -> Result<bool> {
     let header = read_writable(&**file)?;
     let Some(extension) = header.bitmaps() else { return Ok(false) };
     let is_corrupt = check(file, &header)?.worst() == Some(Severity::Corrupt);
     if stale_extension(&header).is_some() || is_corrupt {
-        drop_directory(file, &header)?;
-        return Ok(true);
+        return Ok(drop_directory(file, &header)?.has_leaked);
     }
     let Some(bitmaps) = Bitmaps::open(file.clone(), &header)? else { return Ok(false) };
     let removed = bitmaps.list().iter().map(|e| e.located.entry.clone()).collect();
     let change = Change { slots: Vec::new(), removed, replaced: Some(extension) };
     match commit(file, &header, change) {
         Ok(()) => Ok(false),
-        Err(Error::Malformed { .. }) => drop_directory(file, &header).map(|_| true),
+        Err(Error::Malformed { .. }) => {
+            drop_directory(file, &header).map(|dropped| dropped.has_leaked)
+        }
         Err(other) => Err(other),
     }
 }
@@ -195,8 +198,8 @@ pub fn clear_unfinished(file: &dyn Storage) -> Result<bool> {
     Ok(true)
 }
 
-/// Takes the extension out of the header and leaks everything it led to. Only where the image is
-/// sound without it: a corrupt image is not written to.
+/// Takes the extension out of the header, and frees what nothing refers to then. Only where the
+/// image is sound without it: a corrupt image is not written to.
 fn drop_directory(file: &Arc<dyn Storage>, header: &Header) -> Result<Repaired> {
     let mut without = header.clone();
     without.set_bitmaps(None);
@@ -208,5 +211,13 @@ fn drop_directory(file: &Arc<dyn Storage>, header: &Header) -> Result<Repaired> 
         return Err(Error::Refused { file: file.name(), reason: reason.into() });
     }
     set_extension(&**file, None)?;
-    Ok(Repaired { is_directory_dropped: true, has_leaked: true, ..Repaired::default() })
+    let has_leaked = has_leaks_left(file)?;
+    Ok(Repaired { is_directory_dropped: true, has_leaked, ..Repaired::default() })
+}
+
+/// Frees what nothing refers to any more, and answers whether leaks stay all the same.
+fn has_leaks_left(file: &Arc<dyn Storage>) -> Result<bool> {
+    let header = read_header(&**file)?;
+    crate::check::reclaim(file, &header)?;
+    Ok(crate::check::check(file, &header)?.leaks > 0)
 }

@@ -1,6 +1,8 @@
 //! The only place that opens a file because an image names it, under the user's permission.
 
 use std::collections::HashSet;
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -288,13 +290,17 @@ impl Opening<'_> {
         &self,
         file: &HostFile,
         role: &'static str,
-        named: &str,
+        named: &OsStr,
     ) -> Result<Option<PathBuf>> {
         if self.opener.without_named_files {
             return Ok(None);
         }
         if !self.opener.allow_named_files {
-            return Err(Error::NotAllowed { file: file.name(), role, named: named.to_owned() });
+            return Err(Error::NotAllowed {
+                file: file.name(),
+                role,
+                named: named.to_string_lossy().into_owned(),
+            });
         }
         if has_protocol(named) {
             let reason = format!("names the {role} {named:?}, which is not a plain path");
@@ -306,8 +312,9 @@ impl Opening<'_> {
 
 /// Whether a name starts with `word:`, as QEMU tells a protocol from a path: by a colon before the
 /// first slash.
-fn has_protocol(named: &str) -> bool {
-    named.split('/').next().is_some_and(|first| first.contains(':'))
+fn has_protocol(named: &OsStr) -> bool {
+    let first = named.as_bytes().split(|b| *b == b'/').next();
+    first.is_some_and(|first| first.contains(&b':'))
 }
 
 fn refused(file: &dyn Storage, reason: String) -> Error {
@@ -321,10 +328,10 @@ mod tests {
     #[test]
     fn tells_protocols_from_paths() {
         for named in ["json:{}", "nbd://h/x", "nbd:unix:/s", "file:base.raw", "https://h/x"] {
-            assert!(has_protocol(named), "{named}");
+            assert!(has_protocol(OsStr::new(named)), "{named}");
         }
         for named in ["base.raw", "/a:b", "./a:b", "../x", "dir/a:b"] {
-            assert!(!has_protocol(named), "{named}");
+            assert!(!has_protocol(OsStr::new(named)), "{named}");
         }
     }
 }

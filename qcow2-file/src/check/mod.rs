@@ -4,7 +4,7 @@
 //! wrong COPIED flags, references past the end of the file, and structures that break the format.
 //! It agrees with `qemu-img check` on whether an image is clean, leaking or corrupt, and is
 //! stricter where metadata overlaps with counts that match. It does not repair, and does not read
-//! guest data.
+//! guest data. [`reclaim`] gives leaked clusters back.
 //!
 //! Cost: each table is read once per pass. One pass covers [`limits::CHECK_COUNTS_BYTES`] of
 //! counts, 2^26 clusters, so a full disk of 16 TiB at 64 KiB clusters takes five passes over 2 GiB
@@ -14,9 +14,11 @@
 
 mod compare;
 mod counts;
+mod reclaim;
 mod roots;
 mod walk;
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use format_spec::{Malformed, Problem};
@@ -29,6 +31,8 @@ use crate::limits;
 use crate::storage::{Storage, StorageExt};
 use counts::{Counts, Referrer};
 use roots::Roots;
+
+pub use reclaim::reclaim;
 
 /// What kind of mistake a finding is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -70,6 +74,8 @@ pub struct CheckReport {
     pub corruptions: u64,
     /// The most telling finding of those that make writing dangerous.
     unsafe_finding: Option<(FindingKind, Malformed)>,
+    /// Clusters that are counted and that nobody refers to, as far as there was room.
+    unreferenced: Vec<Range<u64>>,
 }
 
 impl CheckReport {
@@ -81,6 +87,15 @@ impl CheckReport {
     /// Whether anything but leaks was found.
     pub fn is_corrupt(&self) -> bool {
         self.corruptions > 0
+    }
+
+    fn note_unreferenced(&mut self, cluster: u64) {
+        let has_room = self.unreferenced.len() < limits::MAX_UNREFERENCED_RUNS;
+        match self.unreferenced.last_mut() {
+            Some(last) if last.end == cluster => last.end += 1,
+            _ if has_room => self.unreferenced.push(cluster..cluster + 1),
+            _ => {}
+        }
     }
 
     fn add(&mut self, kind: FindingKind, what: Malformed) {

@@ -1,6 +1,8 @@
 //! What a new image shall be, checked before anything is written.
 
+use std::ffi::{OsStr, OsString};
 use std::fmt;
+use std::os::unix::ffi::OsStrExt;
 use std::sync::Arc;
 
 use crate::chain::Chain;
@@ -48,7 +50,7 @@ pub struct CreateOptions {
 #[derive(Debug, Clone)]
 pub struct Backing {
     /// Its name as it is recorded.
-    pub name: String,
+    pub name: OsString,
     /// Its format as it is recorded: "raw", "qcow2".
     pub format: Option<String>,
     /// Reads it, for writes that cover an allocation unit in part. Without it such a write is
@@ -67,7 +69,7 @@ pub trait BackingReader: Send + Sync + fmt::Debug {
 #[derive(Debug, Clone)]
 pub struct DataFile {
     /// Its name as it is recorded.
-    pub name: String,
+    pub name: OsString,
     /// Whether it must read as a raw disk by itself at any time. The map is then complete from the
     /// start, so that what the storage holds already is the disk's content.
     pub is_raw: bool,
@@ -149,9 +151,9 @@ impl CreateOptions {
         checks.into_iter().find_map(|(bad, reason)| bad.then_some(reason)).or_else(|| {
             let backing = self.backing.as_ref();
             let names = [
-                backing.map(|b| b.name.as_str()),
-                backing.and_then(|b| b.format.as_deref()),
-                self.data_file.as_ref().map(|d| d.name.as_str()),
+                backing.map(|b| b.name.as_os_str()),
+                backing.and_then(|b| b.format.as_deref()).map(OsStr::new),
+                self.data_file.as_ref().map(|d| d.name.as_os_str()),
             ];
             let bad = names.into_iter().flatten().any(is_bad_name);
             bad.then_some(
@@ -224,8 +226,9 @@ fn bit(is_set: bool, mask: u64) -> u64 {
     if is_set { mask } else { 0 }
 }
 
-fn is_bad_name(name: &str) -> bool {
-    name.is_empty() || name.len() > limits::MAX_FILE_NAME_BYTES as usize || name.contains('\0')
+fn is_bad_name(name: &OsStr) -> bool {
+    let name = name.as_bytes();
+    name.is_empty() || name.len() > limits::MAX_FILE_NAME_BYTES as usize || name.contains(&0)
 }
 
 /// Names by which a program that does not know a feature can report it.
@@ -292,7 +295,7 @@ mod tests {
         let has_names =
             |h: &Header| h.extensions.iter().any(|e| matches!(e, Extension::FeatureNames(_)));
         assert!(!has_names(&options.header(&file).unwrap()));
-        let backing = |len| Backing { name: "b".repeat(len), format: None, reader: None };
+        let backing = |len| Backing { name: "b".repeat(len).into(), format: None, reader: None };
         options.backing = Some(backing(300));
         assert!(options.header(&file).is_ok());
         options.backing = Some(backing(500));

@@ -169,7 +169,7 @@ mod tests {
             compression_type: CompressionType::Zlib,
             further_fields: Vec::new(),
             extensions: vec![Extension::Unknown { kind: 0x1234, data }, names],
-            backing_file: (backing_len > 0).then(|| "n".repeat(backing_len)),
+            backing_file: (backing_len > 0).then(|| "n".repeat(backing_len).into()),
         }
     }
 

@@ -1,5 +1,8 @@
 //! Header extensions. qcow2 spec, "Header extensions".
 
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt;
+
 use format_spec::{Malformed, Problem, Reader, Writer};
 
 use crate::limits;
@@ -20,8 +23,8 @@ pub enum Extension {
     FeatureNames(Vec<FeatureName>),
     /// Where the bitmap directory is. Valid only with the autoclear bit.
     Bitmaps(BitmapsExtension),
-    /// Name of the external data file.
-    DataFile(String),
+    /// Name of the external data file: any bytes that a path can have.
+    DataFile(OsString),
     /// Anything else.
     Unknown {
         /// The type found.
@@ -79,20 +82,29 @@ pub fn decode_all(mut reader: Reader<'_>) -> Result<Vec<Extension>, Malformed> {
 
 fn decode_one(kind: u32, data: &[u8], at: u64) -> Result<Extension, Malformed> {
     Ok(match kind {
-        BACKING_FORMAT => Extension::BackingFormat(name(data, at, "backing format name")?),
-        DATA_FILE => Extension::DataFile(name(data, at, "data file name")?),
+        BACKING_FORMAT => Extension::BackingFormat(format_name(data, at)?),
+        DATA_FILE => Extension::DataFile(file_name(data, at)?),
         FEATURE_NAMES => Extension::FeatureNames(feature_names(data, at)?),
         BITMAPS => Extension::Bitmaps(bitmaps(data, at)?),
         _ => Extension::Unknown { kind, data: data.to_vec() },
     })
 }
 
-fn name(data: &[u8], at: u64, field: &'static str) -> Result<String, Malformed> {
-    let bad = || Malformed::new(at, field, Problem::BadName);
+fn name<'a>(data: &'a [u8], at: u64, field: &'static str) -> Result<&'a [u8], Malformed> {
     if data.len() > limits::MAX_FILE_NAME_BYTES as usize || data.contains(&0) {
-        return Err(bad());
+        return Err(Malformed::new(at, field, Problem::BadName));
     }
-    String::from_utf8(data.to_vec()).map_err(|_| bad())
+    Ok(data)
+}
+
+fn format_name(data: &[u8], at: u64) -> Result<String, Malformed> {
+    let field = "backing format name";
+    let text = std::str::from_utf8(name(data, at, field)?);
+    Ok(text.map_err(|_| Malformed::new(at, field, Problem::BadName))?.to_owned())
+}
+
+fn file_name(data: &[u8], at: u64) -> Result<OsString, Malformed> {
+    Ok(OsStr::from_bytes(name(data, at, "data file name")?).to_owned())
 }
 
 fn feature_names(data: &[u8], at: u64) -> Result<Vec<FeatureName>, Malformed> {
@@ -153,7 +165,10 @@ impl Extension {
     pub fn encode(&self, out: &mut Writer) {
         let mut body = Writer::new();
         match self {
-            Self::BackingFormat(name) | Self::DataFile(name) => {
+            Self::BackingFormat(name) => {
+                body.bytes(name.as_bytes());
+            }
+            Self::DataFile(name) => {
                 body.bytes(name.as_bytes());
             }
             Self::FeatureNames(names) => {

@@ -1,5 +1,8 @@
 //! The header: fixed fields, extensions, backing file name. qcow2 spec, "Header".
 
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt;
+
 use format_spec::{Malformed, Problem, Reader, Writer};
 
 use super::extension::{self, BitmapsExtension, Extension};
@@ -90,7 +93,7 @@ pub struct Header {
     /// Extensions in file order.
     pub extensions: Vec<Extension>,
     /// The backing file's name as it stands in the image.
-    pub backing_file: Option<String>,
+    pub backing_file: Option<OsString>,
 }
 
 impl Header {
@@ -224,9 +227,9 @@ impl Header {
     }
 
     /// The external data file's name as it stands in the image.
-    pub fn data_file(&self) -> Option<&str> {
+    pub fn data_file(&self) -> Option<&OsStr> {
         self.extensions.iter().find_map(|e| match e {
-            Extension::DataFile(name) => Some(name.as_str()),
+            Extension::DataFile(name) => Some(name.as_os_str()),
             _ => None,
         })
     }
@@ -275,7 +278,7 @@ impl Header {
         let known = if is_v3 { V3_BYTES.checked_add(8)? } else { V2_BYTES };
         let further = u32::try_from(self.further_fields.len()).ok()?;
         let header_length = known.checked_add(further)?;
-        let backing_len = u32::try_from(self.backing_file.as_ref().map_or(0, String::len)).ok()?;
+        let backing_len = u32::try_from(self.backing_file.as_ref().map_or(0, |n| n.len())).ok()?;
         let backing_at = u64::from(header_length).checked_add(tail.len() as u64)?;
         let mut w = Writer::new();
         w.be32(MAGIC).be32(self.version);
@@ -363,9 +366,10 @@ fn decode_backing(
     let mut r = Reader::new(bytes, 0);
     r.take(usize::try_from(offset).unwrap_or(usize::MAX), "backing file name")?;
     let raw = r.take(len as usize, "backing file name")?;
-    let name = std::str::from_utf8(raw).ok().filter(|n| !n.contains('\0'));
-    let bad = Malformed::new(offset, "backing file name", Problem::BadName);
-    header.backing_file = Some(name.ok_or(bad)?.to_owned()).filter(|n| !n.is_empty());
+    if raw.contains(&0) {
+        return Err(Malformed::new(offset, "backing file name", Problem::BadName));
+    }
+    header.backing_file = Some(OsStr::from_bytes(raw).to_owned()).filter(|n| !n.is_empty());
     Ok(offset)
 }
 

@@ -50,6 +50,10 @@ pub struct HostFile {
     /// by page to find its end, so asking again for every extent in it would take quadratic time.
     /// That what was data may be a hole by now does no harm: it reads all the same.
     known_data: Mutex<Range<u64>>,
+    /// Held while a regular file is written. The kernel takes one write to a file at a time and
+    /// lets the next one spin for its turn, on a core that could be reading or hashing; here it
+    /// sleeps.
+    turn: Mutex<()>,
 }
 
 impl HostFile {
@@ -99,7 +103,8 @@ impl HostFile {
         let knows_holes = AtomicBool::new(!is_device);
         let path = path.to_owned();
         let known_data = Mutex::new(0..0);
-        Ok(Self { file, name, path, id, is_device, knows_holes, known_data })
+        let turn = Mutex::new(());
+        Ok(Self { file, name, path, id, is_device, knows_holes, known_data, turn })
     }
 
     /// The path it was opened by.
@@ -135,6 +140,11 @@ impl HostFile {
 
     fn known_data(&self) -> MutexGuard<'_, Range<u64>> {
         self.known_data.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits for this writer's turn. A device takes writes side by side.
+    fn turn(&self) -> Option<MutexGuard<'_, ()>> {
+        (!self.is_device).then(|| self.turn.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     fn seek(&self, to: SeekFrom) -> rustix::io::Result<u64> {
@@ -179,6 +189,7 @@ impl Storage for HostFile {
     }
 
     fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        let _turn = self.turn();
         self.file.write_all_at(buf, offset)
     }
 

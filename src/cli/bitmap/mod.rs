@@ -98,7 +98,7 @@ struct RepairArgs {
     /// Remove bitmaps whose content was not saved
     #[arg(long)]
     remove_inconsistent: bool,
-    /// Drop bitmaps that break the format; their clusters are leaked, see `qemu-img check -r leaks`
+    /// Drop bitmaps that break the format; what nothing else uses of them is freed
     #[arg(long)]
     drop_broken: bool,
     /// Remove all bitmaps

@@ -6,6 +6,7 @@
 
 mod destination;
 mod disk;
+mod moving;
 mod qemu;
 mod workshop;
 
@@ -14,11 +15,12 @@ use std::time::{Duration, Instant};
 
 use clap::Args as Group;
 
-use bitferry::outgoing::{SentImage, send_image};
+use bitferry::outgoing::SentImage;
 use bitferry::report::{BitmapOutcome, BitmapReport, DiskReport, Status, Verified};
 use bitferry::{Error, Observer as _, Report, exit_status};
 
 use self::destination::Destination;
+use self::moving::Moved;
 use self::workshop::Workshop;
 use super::size::{human, human_time};
 use super::watch::{Summary, Watch};
@@ -66,16 +68,17 @@ fn show(watch: &Watch<'_>, output: &Output, started: Instant) -> bitferry::Resul
     say(watch, output, &format!("\n{}\n", output.strong("2. The move")))?;
     let moved = Instant::now();
     let destination = Destination::start(&copy)?;
-    let sent = send_image(&destination.connection()?, &source, watch);
+    let result = moving::run(&destination.connection()?, &source, watch);
     let pid = destination.id();
-    let sent = destination.end(sent)?;
+    let result = destination.end(result)?;
     watch.finish();
-    say(watch, output, &move_text(&sent, pid, moved.elapsed()))?;
+    say(watch, output, &move_text(&result, pid, moved.elapsed()))?;
+    let sent = &result.sent;
 
     say(watch, output, &format!("\n{}\n", output.strong("3. The proof")))?;
-    say(watch, output, &proof_text(&sent, output))?;
+    say(watch, output, &proof_text(sent, output))?;
     say(watch, output, &qemu::verdict(&source, &copy, output)?)?;
-    let report = report(&sent, elapsed_ms(started));
+    let report = report(&result, elapsed_ms(started));
     say(watch, output, &closing_text(started.elapsed(), output))?;
     Ok(report)
 }
@@ -104,18 +107,25 @@ fn disk_text(source: &Path, took: Duration) -> bitferry::Result<String> {
     Ok(text + &super::info::bitmap_table(&info.bitmaps))
 }
 
-fn move_text(sent: &SentImage, pid: u32, took: Duration) -> String {
+fn move_text(moved: &Moved, pid: u32, took: Duration) -> String {
+    let sent = &moved.sent;
     paragraph(&format!(
-        "This process (pid {}) sent it to a second one (pid {pid}) over a socket in {}: {} on the \
-         wire for {} of data; {} of zeroes went as a few words. The second process wrote a qcow2 \
-         image of its own under a temporary name, stored the bitmaps in it, made it durable, \
-         opened it afresh, read it back, and told this one what it read. Only when both agreed was \
-         it given its final name.",
+        "The guest went on writing while this process (pid {}) sent the disk to a second one (pid \
+         {pid}): {} writes in {}. First everything went over, then, round after round ({} in all), \
+         what the guest had changed meanwhile, {} of it; the bitmaps went along. {} on the wire for \
+         {} of data; {} of zeroes went as a few words. Then the guest was paused, the rest was \
+         sent, the second process stored the bitmaps in a qcow2 image of its own under a temporary \
+         name, made it durable, opened it afresh, read it back, and told this one what it read. \
+         Only when both agreed was it given its final name. The guest was paused for {}.",
         std::process::id(),
+        moved.writes,
         human_time(took),
+        moved.rounds,
+        human(moved.repeated),
         human(sent.wire_bytes),
         human(sent.sent.bytes_data),
         human(sent.sent.bytes_zero),
+        human_time(moved.downtime),
     ))
 }
 
@@ -170,7 +180,8 @@ fn paragraph(text: &str) -> String {
     lines
 }
 
-fn report(sent: &SentImage, total_time_ms: u64) -> Report {
+fn report(moved: &Moved, total_time_ms: u64) -> Report {
+    let sent = &moved.sent;
     let bitmap = |name: &String| BitmapReport {
         name: name.clone(),
         outcome: BitmapOutcome::Preserved,
@@ -182,7 +193,7 @@ fn report(sent: &SentImage, total_time_ms: u64) -> Report {
         status: Status::Completed,
         error: None,
         total_time_ms,
-        downtime_ms: None,
+        downtime_ms: Some(u64::try_from(moved.downtime.as_millis()).unwrap_or(u64::MAX)),
         wire_bytes: sent.wire_bytes,
         repeated_bytes: 0,
         resumed: false,

@@ -12,6 +12,8 @@ use std::sync::Arc;
 
 use qcow2_file::{Access, HostFile, Opener};
 
+pub(crate) use self::qcow2::{invalidated, open_editor};
+
 use super::Done;
 use super::options::{CopyOptions, Format};
 use super::plan::Job;

@@ -28,7 +28,7 @@ pub(super) fn copy(job: &Job<'_>, observer: &dyn Observer) -> Result<Done> {
         .accept_unfinished(true)
         .lock(true)
         .open(&job.options.destination)?;
-    let editor = open(job, &chain)?;
+    let editor = open_editor(&chain, job.options.allow_backing)?;
     if editor.header().version < 3 {
         observer.warning(&format!(
             "{} is written in place, and as an image of version 2 it cannot say so: until the copy \
@@ -61,12 +61,14 @@ pub(super) fn copy(job: &Job<'_>, observer: &dyn Observer) -> Result<Done> {
     Ok(Done { moved, proof, invalidated: invalidated(&found), is_resumed, repeated })
 }
 
-fn open(job: &Job<'_>, chain: &Chain) -> Result<Editor> {
+/// An editor for the top of a locked chain, which marks the image as unfinished before it writes
+/// guest data. What it stands on is opened where that is allowed.
+pub(crate) fn open_editor(chain: &Chain, allow_named_files: bool) -> Result<Editor> {
     let own = chain.files().first();
     let data = own.and_then(|f| f.data.clone()).map(|d| d as Arc<dyn Storage>);
     let options = EditorOptions {
         data,
-        backing: backing(job, chain)?,
+        backing: backing(chain, allow_named_files)?,
         is_in_place_copy: true,
         ..EditorOptions::default()
     };
@@ -74,14 +76,12 @@ fn open(job: &Job<'_>, chain: &Chain) -> Result<Editor> {
 }
 
 /// What the destination stands on, as a disk of its own.
-fn backing(job: &Job<'_>, chain: &Chain) -> Result<Option<Arc<dyn Backing>>> {
+fn backing(chain: &Chain, allow_named_files: bool) -> Result<Option<Arc<dyn Backing>>> {
     let (Some(files), Some(layer)) = (chain.files().get(1), chain.layers().get(1)) else {
         return Ok(None);
     };
-    let opener = Opener::new()
-        .format(Some(layer.format()))
-        .allow_named_files(job.options.allow_backing)
-        .lock(true);
+    let opener =
+        Opener::new().format(Some(layer.format())).allow_named_files(allow_named_files).lock(true);
     Ok(Some(Arc::new(opener.open(files.file.path())?)))
 }
 
@@ -111,7 +111,7 @@ fn prove_bitmaps(found: &Disk, stored: &[PersistentBitmap], proof: &mut Proof) -
 
 /// Bitmaps of the destination that cannot be trusted. They were so before, if only since an earlier
 /// try was interrupted: this copy has kept the others right.
-fn invalidated(found: &Disk) -> Vec<BitmapReport> {
+pub(crate) fn invalidated(found: &Disk) -> Vec<BitmapReport> {
     let listed = found.bitmaps.directory().map(Bitmaps::list).unwrap_or_default();
     let broken = listed.iter().filter(|entry| entry.state != State::Consistent);
     let report = |entry: &Entry| BitmapReport {

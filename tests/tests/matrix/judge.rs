@@ -244,7 +244,9 @@ impl World {
         }
         // The same writes to a twin of the source are what the bits must look like.
         let twin = self.twin();
-        let mut qemu = Qemu::block_only(Peer::Qemu10);
+        let peers = [Peer::Qemu10, Peer::Qemu72];
+        let peers: Vec<Peer> = peers.into_iter().filter(|p| p.find().is_some()).collect();
+        let mut qemu = Qemu::block_only(*random.pick(&peers));
         qemu.open("copy", &self.copy, true).expect("opens for writing");
         qemu.open("twin", &twin, true).expect("opens for writing");
         for write in writes(self.case.size, random, 4) {

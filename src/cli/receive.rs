@@ -1,0 +1,132 @@
+//! `receive`: one migration into image files.
+
+use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver};
+use std::time::Instant;
+
+use clap::Args as Group;
+use serde::Serialize;
+
+use bitferry::connect::{self, Listener, Options, Refused, Uri};
+use bitferry::control::Supervised;
+use bitferry::copy::{BitmapSelection, Rename};
+use bitferry::options::DiskOption;
+use bitferry::receive::{self, Arrivals, ReceiveOptions};
+use bitferry::status::Migration;
+
+use super::transport::TransportArgs;
+use super::watch::Watch;
+use super::{Outcome, Output, outcome};
+
+const EXAMPLES: &str = "\
+Examples:
+  bitferry receive --disk vda=/images/vm.qcow2 tcp::4444
+      listens on every address; tcp:HOST:0 chooses a free port and says which
+  bitferry receive --disk vda=vm.qcow2 --tls-dir /etc/pki/bitferry tcp::4444
+      only from a source that shows a certificate
+  bitferry receive --in-place --disk drive0=vm.qcow2 tcp::4444
+      from a QEMU, with the capability dirty-bitmaps, or up to 9.0 with migrate -b
+  bitferry receive --disk vda=vm.qcow2 - < vm.stream
+      what `bitferry send … -` wrote";
+
+/// Receive one migration, publish its disks, exit
+///
+/// Disks get their names only when everything is durable and, unless the source leaves the proof
+/// out, read back and found equal on both sides. Connections that are no migration are turned away.
+#[derive(Debug, Group)]
+#[command(after_long_help = EXAMPLES)]
+pub(crate) struct ReceiveArgs {
+    #[command(flatten)]
+    pub(crate) transport: TransportArgs,
+    /// The place of a disk: ID is its name at the source, a doubled comma stands for one in PATH;
+    /// made as qcow2 unless format= says otherwise; may be repeated
+    #[arg(long, value_name = "ID=PATH[,format=F]", required = true)]
+    pub(crate) disk: Vec<DiskOption>,
+    /// Write into images that exist; the only way for what a QEMU sends, which does not say how
+    /// large its disks are
+    #[arg(long)]
+    pub(crate) in_place: bool,
+    /// Replace images that exist; the old ones stay until the new ones are complete
+    #[arg(long, conflicts_with = "in_place")]
+    pub(crate) force: bool,
+    /// Begin anew instead of going on with what an interrupted run left
+    #[arg(long)]
+    pub(crate) fresh: bool,
+    /// Open the backing and data files that the images name
+    #[arg(long)]
+    pub(crate) allow_backing: bool,
+    /// From a QEMU: what it does not send is there already, as with its migrate -i
+    #[arg(long, requires = "in_place")]
+    pub(crate) shared_base: bool,
+    /// From a QEMU: bitmaps to store: all, none or names
+    #[arg(long, value_name = "all|none|NAME,…", default_value = "all", hide_default_value = true)]
+    pub(crate) bitmaps: BitmapSelection,
+    /// From a QEMU: give a bitmap another name; may be repeated
+    #[arg(long, value_name = "[NODE/]OLD=NEW")]
+    pub(crate) rename_bitmap: Vec<Rename>,
+}
+
+/// Where a source may connect, told as soon as it may.
+#[derive(Debug, Serialize)]
+#[serde(tag = "event", rename = "listening", rename_all = "kebab-case")]
+struct Listening {
+    uri: String,
+}
+
+pub(crate) fn run(args: ReceiveArgs, output: &Output) -> Outcome {
+    let started = Instant::now();
+    let result = go(args, output);
+    outcome::failed(&result, started, output)?;
+    result
+}
+
+fn go(args: ReceiveArgs, output: &Output) -> Outcome {
+    let watch = Watch::with_events(output, true)?;
+    let (listener, refused) = listen(&args.transport)?;
+    let options = ReceiveOptions {
+        disks: args.disk,
+        in_place: args.in_place,
+        replaces: args.force,
+        fresh: args.fresh,
+        allow_backing: args.allow_backing,
+        shared_base: args.shared_base,
+        bitmaps: args.bitmaps,
+        renames: args.rename_bitmap,
+        ..ReceiveOptions::default()
+    };
+    options.check()?;
+    let migration = Arc::new(Migration::default());
+    let _control = args.transport.control(&migration, &Arc::default())?;
+    announce(&listener, &args.transport.uri, output)?;
+    let supervised = Supervised::new(&watch, migration);
+    let arrivals = Arrivals::new(&listener, &supervised, refused);
+    let result = receive::run(&options, &arrivals, &supervised);
+    supervised.end(result.as_ref().err());
+    let report = result?;
+    listener.end()?;
+    watch.finish();
+    outcome::finish(&report, &format!("received from {}", args.transport.uri), output)
+}
+
+fn listen(transport: &TransportArgs) -> bitferry::Result<(Listener, Receiver<String>)> {
+    let (tell, told) = mpsc::channel();
+    let refused = Refused::new(move |error| {
+        let why = bitferry::report::error_chain(error);
+        // Nobody listens when the migration is over.
+        let _ = tell.send(format!("a connection was turned away: {why}"));
+    });
+    let options = Options { refused, ..transport.options() };
+    Ok((connect::listen(&transport.uri, &options)?, told))
+}
+
+/// Says where it listens, where somebody could not know it.
+fn announce(listener: &Listener, asked: &Uri, output: &Output) -> bitferry::Result<()> {
+    if !matches!(asked, Uri::Tcp { .. } | Uri::Unix(_)) {
+        return Ok(());
+    }
+    let uri = listener.uri().to_string();
+    if output.is_json {
+        return output.event(&Listening { uri });
+    }
+    output.text(format!("listening on {uri}\n"))
+}

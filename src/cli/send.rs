@@ -1,0 +1,164 @@
+//! `send`: disks at rest to a destination.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use clap::Args as Group;
+
+use bitferry::connect::{self, Options};
+use bitferry::control::Supervised;
+use bitferry::copy::BitmapSelection;
+use bitferry::options::DiskOption;
+use bitferry::send::{self, Plan, PlannedDisk, SendOptions};
+use bitferry::status::Migration;
+use mig_core::meter::Meter;
+
+use super::size::{self, human};
+use super::transport::{Compress, TransportArgs};
+use super::watch::{Summary, Watch};
+use super::{Outcome, Output, WOULD_LOSE, outcome, table};
+
+const EXAMPLES: &str = "\
+Examples:
+  bitferry send --disk vda=vm.qcow2 tcp:host.example:4444
+      to `bitferry receive --disk vda=vm.qcow2 tcp::4444` at the other host
+  bitferry send --disk vda=a.qcow2 --disk vdb=b.raw --channels 4 --compress zstd tcp:host:4444
+      two disks over four connections, compressed
+  bitferry send --disk vda=vm.qcow2 --tls-dir /etc/pki/bitferry tcp:host.example:4444
+      encrypted, both sides with a certificate
+  bitferry send --disk vda=vm.qcow2 file:vm.stream
+      into a file, for `bitferry receive --disk vda=vm.qcow2 file:vm.stream`";
+
+/// Send disks with their bitmaps to a destination
+///
+/// The destination publishes nothing before both sides agree that everything reads back as it was
+/// sent. Over a file, a pipe or a command nobody answers: the destination proves what it received,
+/// and this side reports it as unconfirmed.
+#[derive(Debug, Group)]
+#[command(after_long_help = EXAMPLES)]
+pub(crate) struct SendArgs {
+    #[command(flatten)]
+    pub(crate) transport: TransportArgs,
+    /// A disk: ID is its name at the destination, a doubled comma stands for one in PATH; may be
+    /// repeated
+    #[arg(long, value_name = "ID=PATH[,format=F][,readonly]", required = true)]
+    pub(crate) disk: Vec<DiskOption>,
+    /// Open the backing and data files that the images name, and read through them
+    #[arg(long)]
+    pub(crate) allow_backing: bool,
+    /// Read through the backing chains into whole images; implies --allow-backing
+    #[arg(long)]
+    pub(crate) flatten: bool,
+    /// Bitmaps to carry: all, none or names
+    #[arg(long, value_name = "all|none|NAME,…", default_value = "all", hide_default_value = true)]
+    pub(crate) bitmaps: BitmapSelection,
+    /// Give a bitmap another name at the destination, on the disk NODE or on all; may be repeated
+    #[arg(long, value_name = "[NODE/]OLD=NEW")]
+    pub(crate) rename_bitmap: Vec<bitferry::copy::Rename>,
+    /// Go on without inconsistent bitmaps, and say so
+    #[arg(long)]
+    pub(crate) skip_broken_bitmaps: bool,
+    /// Data connections
+    #[arg(long, value_name = "N", default_value_t = 1, hide_default_value = true)]
+    #[arg(value_parser = clap::value_parser!(u16).range(1..=255), help_heading = "Transport")]
+    pub(crate) channels: u16,
+    /// Compress on the wire: none, zlib[:LEVEL] or zstd[:LEVEL]
+    #[arg(long, value_name = "METHOD", default_value = "none", hide_default_value = true)]
+    #[arg(help_heading = "Transport")]
+    pub(crate) compress: Compress,
+    /// Bytes per second at most, on all connections together; K, M, G and T are powers of 1024
+    #[arg(long, value_name = "RATE", value_parser = size::parse, help_heading = "Transport")]
+    pub(crate) bandwidth: Option<u64>,
+    /// The other end of - or exec: answers, on standard input or the command's output
+    #[arg(long, help_heading = "Transport")]
+    pub(crate) two_way: bool,
+    /// Leave out the proof that the destination reads back what was sent
+    #[arg(long)]
+    pub(crate) no_verify: bool,
+    /// Begin anew instead of going on with what an interrupted run left at the destination
+    #[arg(long)]
+    pub(crate) fresh: bool,
+    /// Say what would be sent and what would be lost; connect nothing
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+}
+
+pub(crate) fn run(args: SendArgs, output: &Output) -> Outcome {
+    let started = Instant::now();
+    let result = go(args, output);
+    outcome::failed(&result, started, output)?;
+    result
+}
+
+fn go(args: SendArgs, output: &Output) -> Outcome {
+    let watch = Watch::with_events(output, !args.no_verify)?;
+    let transport = Options { is_two_way: args.two_way, ..args.transport.options() };
+    let (transport_args, is_dry_run) = (args.transport.clone(), args.dry_run);
+    let uri = &transport_args.uri;
+    let options = options(args);
+    if is_dry_run {
+        return dry_run(&options, &watch, output);
+    }
+    let dialer = connect::dial(uri, &transport)?;
+    let rate = options.meter.bandwidth().unwrap_or(0);
+    let migration = Arc::new(Migration::new(rate, Duration::ZERO));
+    let _control = transport_args.control(&migration, &options.meter)?;
+    let supervised = Supervised::new(&watch, migration);
+    let result = send::run(&options, &dialer, &supervised);
+    supervised.end(result.as_ref().err());
+    let report = result?;
+    // A command at the other end has the last word.
+    dialer.end()?;
+    watch.finish();
+    outcome::finish(&report, &format!("sent to {uri}"), output)
+}
+
+fn options(args: SendArgs) -> SendOptions {
+    SendOptions {
+        disks: args.disk,
+        allow_backing: args.allow_backing || args.flatten,
+        bitmaps: args.bitmaps,
+        renames: args.rename_bitmap,
+        skip_broken_bitmaps: args.skip_broken_bitmaps,
+        no_verify: args.no_verify,
+        destination: args.transport.uri.to_string(),
+        fresh: args.fresh,
+        channels: args.channels,
+        compression: args.compress.0,
+        // None as well as 0 mean no limit, as in QEMU.
+        meter: Arc::new(Meter::new(args.bandwidth.filter(|rate| *rate > 0))),
+    }
+}
+
+fn dry_run(options: &SendOptions, watch: &Watch<'_>, output: &Output) -> Outcome {
+    let plan = send::plan(options, watch)?;
+    watch.finish();
+    if output.is_json {
+        output.event(&Summary::new("plan", &plan))?;
+    } else {
+        output.text(plan_text(&plan, output))?;
+    }
+    Ok(if plan.refusals.is_empty() { 0 } else { WOULD_LOSE })
+}
+
+fn plan_text(plan: &Plan, output: &Output) -> String {
+    let mut text: String = plan.disks.iter().map(|disk| disk_text(disk, output)).collect();
+    for why in &plan.refusals {
+        text.push_str(&format!("refused: {}\n", output.bad(outcome::without_prefix(why))));
+    }
+    text.push_str(&output.strong("nothing was sent\n"));
+    text
+}
+
+fn disk_text(disk: &PlannedDisk, output: &Output) -> String {
+    let (data, zero) = (human(disk.bytes_data), human(disk.bytes_zero));
+    let mut fields = vec![
+        ("  source", format!("{} ({})", disk.source, disk.source_format)),
+        ("  virtual size", human(disk.virtual_size)),
+        ("  to send", format!("{data}, and {zero} of zeroes")),
+    ];
+    fields.extend(disk.not_carried.iter().map(|what| ("  not carried", what.clone())));
+    let mut text = format!("{}\n{}", output.strong(&table::name(&disk.id)), table::fields(&fields));
+    text.push_str(&outcome::planned_bitmaps(&disk.bitmaps));
+    text
+}

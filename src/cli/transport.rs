@@ -1,0 +1,119 @@
+//! What `send` and `receive` have in common: where the stream goes, and how.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use clap::Args as Group;
+
+use bitferry::connect::{Options, Tls, Uri};
+use bitferry::control::{Metered, Server};
+use bitferry::status::Migration;
+use mig_core::meter::Meter;
+use mig_core::stream::{Compression, Method};
+
+/// Options of whatever has a URI.
+#[derive(Debug, Clone, Group)]
+pub(crate) struct TransportArgs {
+    /// tcp:HOST:PORT, unix:PATH, fd:N, file:PATH[,offset=N], exec:COMMAND, or - for standard input
+    /// and output
+    #[arg(value_name = "URI")]
+    pub(crate) uri: Uri,
+    /// Run the command of exec:COMMAND
+    #[arg(long, help_heading = "Transport")]
+    pub(crate) allow_exec: bool,
+    /// Encrypt with TLS 1.3 and demand a certificate of the other side: DIR holds ca-cert.pem, and
+    /// server-cert.pem and server-key.pem to receive, client-cert.pem and client-key.pem to send
+    #[arg(long, value_name = "DIR", help_heading = "Transport")]
+    pub(crate) tls_dir: Option<PathBuf>,
+    /// Name that the other side's certificate must have, where it is not the HOST of the URI
+    #[arg(long, value_name = "NAME", requires = "tls_dir", help_heading = "Transport")]
+    pub(crate) tls_peer: Option<String>,
+    /// Answer commands of `bitferry control` there: how it stands, another bandwidth, calling it
+    /// off
+    #[arg(long, value_name = "unix:PATH", help_heading = "Transport")]
+    pub(crate) control: Option<String>,
+}
+
+impl TransportArgs {
+    /// Listens for commands, if that was asked for, until it is dropped. They are about `migration`
+    /// and, where it sends, `meter`.
+    pub(crate) fn control(
+        &self,
+        migration: &Arc<Migration>,
+        meter: &Arc<Meter>,
+    ) -> bitferry::Result<Option<Server>> {
+        let Some(place) = &self.control else { return Ok(None) };
+        let Some(path) = place.strip_prefix("unix:").filter(|path| !path.is_empty()) else {
+            let reason = format!("--control takes unix:PATH, not {place:?}");
+            return Err(bitferry::Error::Usage { reason });
+        };
+        let (migration, meter) = (migration.clone(), meter.clone());
+        let server = Server::start(Path::new(path), Arc::new(Metered { migration, meter }));
+        let failed =
+            |source| bitferry::Error::File { action: "listen at", path: path.into(), source };
+        server.map(Some).map_err(failed)
+    }
+
+    /// How to connect or listen.
+    pub(crate) fn options(&self) -> Options {
+        let tls = self.tls_dir.as_ref().map(|dir| Tls::new(dir, self.tls_peer.clone()));
+        Options { tls, allows_exec: self.allow_exec, ..Options::default() }
+    }
+
+    /// Whether the stream needs standard output for itself.
+    pub(crate) fn uses_stdout(&self) -> bool {
+        self.uri == Uri::Stdio
+    }
+}
+
+/// Highest levels of both methods.
+const MAX_LEVELS: [(&str, Method, i32); 2] =
+    [("zlib", Method::Zlib, 9), ("zstd", Method::Zstd, 22)];
+
+/// What `--compress` says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Compress(pub(crate) Option<Compression>);
+
+impl std::str::FromStr for Compress {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == "none" {
+            return Ok(Self(None));
+        }
+        let (name, level) = match text.split_once(':') {
+            Some((name, level)) => (name, Some(level)),
+            None => (text, None),
+        };
+        let known = MAX_LEVELS.iter().find(|(known, ..)| *known == name);
+        let (_, method, max) = known.ok_or("it is none, zlib, zlib:LEVEL, zstd or zstd:LEVEL")?;
+        let in_range = |level: &str| level.parse().ok().filter(|level| (1..=*max).contains(level));
+        let level = match level {
+            None => None,
+            Some(level) => {
+                let level = in_range(level);
+                Some(level.ok_or_else(|| format!("the level of {name} is 1 to {max}"))?)
+            }
+        };
+        Ok(Self(Some(Compression { method: *method, level })))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn compression_has_a_method_and_perhaps_a_level() {
+        let parse = |text: &str| text.parse::<Compress>().map(|c| c.0);
+        assert_eq!(parse("none"), Ok(None));
+        assert_eq!(parse("zlib"), Ok(Some(Compression { method: Method::Zlib, level: None })));
+        assert_eq!(
+            parse("zstd:19"),
+            Ok(Some(Compression { method: Method::Zstd, level: Some(19) }))
+        );
+        for text in ["", "lz4", "zlib:", "zlib:0", "zlib:10", "zstd:23", "zstd:x", "none:1"] {
+            assert!(parse(text).is_err(), "{text}");
+        }
+    }
+}

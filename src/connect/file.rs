@@ -1,0 +1,79 @@
+//! `file:PATH[,offset=N]`: a stream at rest.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, IoSlice, Seek as _, SeekFrom, Write};
+use std::os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _};
+use std::path::Path;
+use std::sync::Arc;
+
+use mig_core::transport::Connection;
+
+use super::error::{Error, Result};
+use super::line::{Ends, NoWriter};
+
+/// To a file, from `offset` on. What stood there and behind is lost, as with QEMU.
+pub(super) fn create(path: &Path, offset: u64) -> Result<Connection> {
+    let failed = |source| Error::File { action: "write", path: path.to_owned(), source };
+    refuse_pipe(path)?;
+    // A stream holds the guest's secrets.
+    let open = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(path);
+    let mut file = open.map_err(failed)?;
+    if file.metadata().map_err(failed)?.is_file() {
+        file.set_len(offset).map_err(failed)?;
+    }
+    file.seek(SeekFrom::Start(offset)).map_err(failed)?;
+    Ok(Connection {
+        reader: Box::new(io::empty()),
+        writer: Box::new(FileWriter(file)),
+        line: Arc::new(Ends(Vec::new())),
+        peer: path.display().to_string(),
+    })
+}
+
+/// From a file, from `offset` on.
+pub(super) fn open(path: &Path, offset: u64) -> Result<Connection> {
+    let failed = |source| Error::File { action: "read", path: path.to_owned(), source };
+    refuse_pipe(path)?;
+    let mut file = File::open(path).map_err(failed)?;
+    file.seek(SeekFrom::Start(offset)).map_err(failed)?;
+    let peer = path.display().to_string();
+    Ok(Connection {
+        reader: Box::new(file),
+        writer: Box::new(NoWriter(peer.clone())),
+        line: Arc::new(Ends(Vec::new())),
+        peer,
+    })
+}
+
+/// Opening a named pipe waits for its other end, without limit.
+fn refuse_pipe(path: &Path) -> Result<()> {
+    let is_pipe = std::fs::metadata(path).is_ok_and(|m| m.file_type().is_fifo());
+    if is_pipe {
+        return Err(Error::Usage {
+            uri: format!("file:{}", path.display()),
+            reason: "is a named pipe: open it in the shell, and use - or fd:N",
+        });
+    }
+    Ok(())
+}
+
+/// Flushing makes durable: a file is all that is left of its stream.
+struct FileWriter(File);
+
+impl Write for FileWriter {
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        self.0.write(buf)
+    }
+
+    fn write_vectored(&mut self, bufs: &[IoSlice<'_>]) -> io::Result<usize> {
+        self.0.write_vectored(bufs)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        match self.0.sync_data() {
+            // Nothing to make durable there: a terminal, /dev/null.
+            Err(e) if e.kind() == io::ErrorKind::InvalidInput => Ok(()),
+            result => result,
+        }
+    }
+}

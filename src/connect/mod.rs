@@ -1,0 +1,323 @@
+//! Connections: where a stream comes from and goes to.
+//!
+//! [`Uri`] and [`Location`] say where, in QEMU's and in scp's words; [`dial`] and [`listen`] make of
+//! it what the engine knows as [`Dial`] and [`Listen`]. Once connected, a stream is blocking, with
+//! an idle limit and a way to hang up; asynchronous code runs only until then. Nothing here knows
+//! what is in the stream.
+
+mod accept;
+mod bind;
+mod child;
+mod control;
+mod descriptor;
+mod error;
+mod file;
+mod inherited;
+pub mod limits;
+mod line;
+mod location;
+mod once;
+mod socket;
+mod ssh;
+mod tls;
+mod uri;
+
+use std::ffi::OsString;
+use std::io;
+use std::process::Command;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+pub use mig_core::transport::{Connection, Dial, HangUp, Listen, Nature};
+
+pub use self::error::{End, Error, Result};
+pub use self::location::{Location, LocationError, LocationFault, Remote};
+pub use self::ssh::{REMOTE, SSH};
+pub use self::tls::{Tls, TlsError};
+pub use self::uri::{Uri, UriError, UriFault};
+
+use self::accept::SocketListener;
+use self::child::{Child, Pipes};
+use self::descriptor::Descriptor;
+use self::once::Once;
+use self::socket::{Place, SocketDialer};
+
+/// How connections are made, and what bounds them.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Encrypts, with a certificate on both sides.
+    pub tls: Option<Tls>,
+    /// Whether `exec:` may run commands.
+    pub allows_exec: bool,
+    /// Whether who is dialled through `-` or `exec:` answers.
+    pub is_two_way: bool,
+    /// Longest time in which a read or write moves no byte.
+    pub idle: Duration,
+    /// Longest time to connect, the handshake included.
+    pub connect: Duration,
+    /// Longest time an accepted connection may take to introduce itself.
+    pub introduction: Duration,
+    /// Who is told of connections that a listener turned away.
+    pub refused: Refused,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            tls: None,
+            allows_exec: false,
+            is_two_way: false,
+            idle: limits::IDLE,
+            connect: limits::CONNECT,
+            introduction: limits::INTRODUCTION,
+            refused: Refused::default(),
+        }
+    }
+}
+
+/// Who is told of connections that a listener turned away: they are no reason to stop, and the user
+/// of a peer that got its certificates wrong needs to know.
+#[derive(Clone, Default)]
+pub struct Refused(Option<Arc<dyn Fn(&Error) + Send + Sync>>);
+
+impl Refused {
+    /// Calls `tell` with the reason, on the thread that accepts.
+    pub fn new(tell: impl Fn(&Error) + Send + Sync + 'static) -> Self {
+        Self(Some(Arc::new(tell)))
+    }
+
+    fn tell(&self, error: &Error) {
+        tracing::info!(%error, "connection turned away");
+        if let Some(tell) = &self.0 {
+            tell(error);
+        }
+    }
+}
+
+impl std::fmt::Debug for Refused {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Refused")
+    }
+}
+
+/// The command at the other end of a connection, once it runs.
+type Running = Arc<Mutex<Option<Arc<Child>>>>;
+
+/// Makes connections to one destination.
+pub struct Dialer {
+    inner: Box<dyn Dial>,
+    running: Running,
+    idle: Duration,
+}
+
+/// Accepts connections at one place.
+pub struct Listener {
+    inner: Inner,
+    uri: Uri,
+    running: Running,
+    idle: Duration,
+}
+
+enum Inner {
+    Sockets(Box<SocketListener>),
+    Once(Once),
+}
+
+/// Prepares to connect to a destination. Nothing is connected yet.
+pub fn dial(uri: &Uri, options: &Options) -> Result<Dialer> {
+    refuse_tls_without_socket(uri, options)?;
+    let running = Running::default();
+    let inner: Box<dyn Dial> = match uri.clone() {
+        Uri::Tcp { port: 0, .. } => return Err(usage(uri, "needs the port of the destination")),
+        Uri::Tcp { host, .. } if host.is_empty() => return Err(usage(uri, "needs a host")),
+        Uri::Tcp { host, port } => Box::new(SocketDialer::new(Place::Tcp { host, port }, options)?),
+        Uri::Unix(path) => Box::new(SocketDialer::new(Place::Unix(path), options)?),
+        Uri::Fd(number) => {
+            let descriptor = Descriptor::inherited(number)?;
+            let (is_one_way, options) = (descriptor.is_one_way(), options.clone());
+            Box::new(once(uri, is_one_way, move || descriptor.dial(&options)))
+        }
+        Uri::File { path, offset } => {
+            Box::new(once(uri, true, move || file::create(&path, offset)))
+        }
+        Uri::Exec(command) => {
+            let pipes = if options.is_two_way { Pipes::Both } else { Pipes::Input };
+            Box::new(exec(uri, command, pipes, (&running, options))?)
+        }
+        Uri::Stdio => {
+            let (is_two_way, options) = (options.is_two_way, options.clone());
+            let make = move || descriptor::dial_stdio(is_two_way, &options);
+            Box::new(once(uri, !is_two_way, make))
+        }
+    };
+    Ok(Dialer { inner, running, idle: options.idle })
+}
+
+/// Runs `bitferry` with `args` at another host, over ssh, and dials it.
+pub fn dial_ssh(destination: &str, args: Vec<OsString>, options: &Options) -> Dialer {
+    let running = Running::default();
+    let inner = Box::new(over_ssh(destination, args, (&running, options)));
+    Dialer { inner, running, idle: options.idle }
+}
+
+/// Listens. Sockets are bound now, so that a peer may connect as soon as this returns.
+pub fn listen(uri: &Uri, options: &Options) -> Result<Listener> {
+    refuse_tls_without_socket(uri, options)?;
+    let running = Running::default();
+    let mut listening = uri.clone();
+    let mut bound = |bound| {
+        let listener = SocketListener::new(bound, options)?;
+        listening = listener.uri().clone();
+        Ok::<_, Error>(Inner::Sockets(Box::new(listener)))
+    };
+    let inner = match uri.clone() {
+        Uri::Tcp { host, port } => bound(bind::tcp(&host, port)?)?,
+        Uri::Unix(path) => bound(bind::unix(&path)?)?,
+        Uri::Fd(number) => {
+            let descriptor = Descriptor::inherited(number)?;
+            let (is_one_way, options) = (descriptor.is_one_way(), options.clone());
+            Inner::Once(once(uri, is_one_way, move || descriptor.accept(&options)))
+        }
+        Uri::File { path, offset } => {
+            Inner::Once(once(uri, true, move || file::open(&path, offset)))
+        }
+        Uri::Exec(command) => Inner::Once(exec(uri, command, Pipes::Both, (&running, options))?),
+        Uri::Stdio => {
+            let options = options.clone();
+            Inner::Once(once(uri, false, move || descriptor::accept_stdio(&options)))
+        }
+    };
+    Ok(Listener { inner, uri: listening, running, idle: options.idle })
+}
+
+/// Runs `bitferry` with `args` at another host, over ssh, and takes what it sends.
+pub fn listen_ssh(destination: &str, args: Vec<OsString>, options: &Options) -> Listener {
+    let running = Running::default();
+    let inner = Inner::Once(over_ssh(destination, args, (&running, options)));
+    Listener { inner, uri: Uri::Exec(format!("ssh {destination}")), running, idle: options.idle }
+}
+
+fn once(
+    uri: &Uri,
+    is_one_way: bool,
+    make: impl FnOnce() -> Result<Connection> + Send + 'static,
+) -> Once {
+    Once::new(uri.to_string(), is_one_way, make)
+}
+
+fn exec(
+    uri: &Uri,
+    command: String,
+    pipes: Pipes,
+    (running, options): (&Running, &Options),
+) -> Result<Once> {
+    if !options.allows_exec {
+        return Err(Error::ExecNotAllowed { uri: uri.to_string() });
+    }
+    let (running, idle) = (Arc::clone(running), options.idle);
+    Ok(once(uri, pipes == Pipes::Input, move || {
+        let mut shell = Command::new("sh");
+        shell.arg("-c").arg(&command);
+        start(shell, command, pipes, (&running, idle))
+    }))
+}
+
+fn over_ssh(
+    destination: &str,
+    args: Vec<OsString>,
+    (running, options): (&Running, &Options),
+) -> Once {
+    let (running, idle) = (Arc::clone(running), options.idle);
+    let (name, destination) = (format!("ssh {destination}"), destination.to_owned());
+    Once::new(name.clone(), false, move || {
+        start(ssh::command(&destination, &args), name, Pipes::Both, (&running, idle))
+    })
+}
+
+fn start(
+    command: Command,
+    name: String,
+    pipes: Pipes,
+    (running, idle): (&Running, Duration),
+) -> Result<Connection> {
+    let (child, connection) = Child::start(command, name, pipes, idle)?;
+    *running.lock().unwrap_or_else(PoisonError::into_inner) = Some(child);
+    Ok(connection)
+}
+
+fn usage(uri: &Uri, reason: &'static str) -> Error {
+    Error::Usage { uri: uri.to_string(), reason }
+}
+
+fn refuse_tls_without_socket(uri: &Uri, options: &Options) -> Result<()> {
+    match uri {
+        Uri::File { .. } | Uri::Exec(_) | Uri::Stdio if options.tls.is_some() => {
+            Err(usage(uri, "cannot be encrypted: TLS is for tcp:, unix: and sockets"))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn end(running: &Running, limit: Duration) -> Result<()> {
+    let child = running.lock().unwrap_or_else(PoisonError::into_inner).take();
+    child.map_or(Ok(()), |child| child.end(limit))
+}
+
+impl Dialer {
+    /// After the connection was dropped: waits until a command at its other end has ended, which it
+    /// has to do successfully. At once where there is none.
+    pub fn end(&self) -> Result<()> {
+        end(&self.running, self.idle)
+    }
+}
+
+impl Dial for Dialer {
+    fn nature(&self) -> Nature {
+        self.inner.nature()
+    }
+
+    fn dial(&self) -> io::Result<Connection> {
+        self.inner.dial()
+    }
+}
+
+impl Listener {
+    /// Where it listens; with the port that was chosen where 0 was asked for.
+    pub fn uri(&self) -> &Uri {
+        &self.uri
+    }
+
+    /// From now on a connection that has said nothing yet is handed out too: QEMU's preempt channel
+    /// begins in silence.
+    pub fn expect_silence(&self) {
+        if let Inner::Sockets(listener) = &self.inner {
+            listener.expect_silence();
+        }
+    }
+
+    /// As [`Dialer::end`].
+    pub fn end(&self) -> Result<()> {
+        end(&self.running, self.idle)
+    }
+
+    fn inner(&self) -> &dyn Listen {
+        match &self.inner {
+            Inner::Sockets(listener) => &**listener,
+            Inner::Once(once) => once,
+        }
+    }
+}
+
+impl Listen for Listener {
+    fn nature(&self) -> Nature {
+        self.inner().nature()
+    }
+
+    fn accept(&self, limit: Option<Duration>) -> io::Result<Connection> {
+        self.inner().accept(limit)
+    }
+
+    fn close(&self) {
+        self.inner().close();
+    }
+}

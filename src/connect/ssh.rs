@@ -1,0 +1,91 @@
+//! `bitferry` at another host, started with ssh: no daemon, no port.
+
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
+use std::process::Command;
+
+/// Names the program to start instead of `ssh`.
+pub const SSH: &str = "BITFERRY_SSH";
+/// Names `bitferry` at the other host, where the remote shell does not find it by that name.
+pub const REMOTE: &str = "BITFERRY_REMOTE";
+
+/// The command that runs `bitferry` with `args` at `destination`, which is `[USER@]HOST` as
+/// [`Remote`](super::Remote) has it.
+pub(super) fn command(destination: &str, args: &[OsString]) -> Command {
+    let named = |variable, default: &str| {
+        std::env::var_os(variable).filter(|v| !v.is_empty()).unwrap_or_else(|| default.into())
+    };
+    let mut command = Command::new(named(SSH, "ssh"));
+    // Compressing ciphertext or what is compressed already only costs; no terminal is wanted there.
+    command.args(["-T", "-o", "Compression=no", "--", destination]);
+    command.arg(remote_line(&named(REMOTE, "bitferry"), args));
+    command
+}
+
+/// One line for the remote shell, in which each word stays what it is.
+fn remote_line(program: &OsStr, args: &[OsString]) -> OsString {
+    let mut line = quote(program.as_bytes());
+    for arg in args {
+        line.push(b' ');
+        line.extend(quote(arg.as_bytes()));
+    }
+    OsString::from_vec(line)
+}
+
+/// A word for a POSIX shell, whatever bytes it holds.
+fn quote(word: &[u8]) -> Vec<u8> {
+    let is_plain = |b: &u8| b.is_ascii_alphanumeric() || b"-_=./,:+@%".contains(b);
+    if !word.is_empty() && word.iter().all(is_plain) {
+        return word.to_vec();
+    }
+    let mut quoted = vec![b'\''];
+    for byte in word {
+        match byte {
+            b'\'' => quoted.extend_from_slice(b"'\\''"),
+            byte => quoted.push(*byte),
+        }
+    }
+    quoted.push(b'\'');
+    quoted
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::process::Stdio;
+
+    /// What a shell makes of a line.
+    fn words(line: &OsStr) -> Vec<Vec<u8>> {
+        let mut script = OsString::from("for w in ");
+        script.push(line);
+        script.push("; do printf '%s\\0' \"$w\"; done");
+        let shell = Command::new("sh").arg("-c").arg(script).stdin(Stdio::null()).output().unwrap();
+        assert!(shell.status.success());
+        shell.stdout.split_inclusive(|b| *b == 0).map(|w| w[..w.len() - 1].to_vec()).collect()
+    }
+
+    #[test]
+    fn nothing_is_expanded_at_the_other_end() {
+        let args: Vec<OsString> =
+            ["a b", "", "it's", "$HOME", "`id`", "*", "~", "-x", "a\nb", "\\", "\"", "é", "!!"]
+                .map(OsString::from)
+                .into();
+        let mut expected: Vec<Vec<u8>> = vec![b"bit ferry".to_vec()];
+        expected.extend(args.iter().map(|a| a.as_bytes().to_vec()));
+        assert_eq!(words(&remote_line(OsStr::new("bit ferry"), &args)), expected);
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        #[test]
+        fn each_word_arrives_as_it_is(words_in in prop::collection::vec(
+            prop::collection::vec(1u8..=255, 0..12), 1..5)
+        ) {
+            let args: Vec<_> = words_in.iter().cloned().map(OsString::from_vec).collect();
+            let mut expected = vec![b"x".to_vec()];
+            expected.extend(words_in);
+            prop_assert_eq!(words(&remote_line(OsStr::new("x"), &args)), expected);
+        }
+    }
+}

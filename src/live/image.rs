@@ -1,0 +1,80 @@
+//! A qcow2 image with its bitmaps while a guest of this process uses it.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use bitmap_mig::LiveBitmaps;
+use block_mig::TrackedDisk;
+use block_mig::device::EditorDisk;
+use qcow2_file::bitmaps::{Bitmaps, PersistentBitmap, State};
+use qcow2_file::edit::{Editor, EditorOptions};
+use qcow2_file::{Access, Chain, Opener};
+
+use crate::{Error, Result};
+
+/// An image that is open for a guest, locked, its enabled bitmaps marked as in use on disk.
+/// Dropping it is like a power cut: they stay marked. See [`close`](Self::close).
+pub struct LiveImage {
+    path: PathBuf,
+    disk: Arc<TrackedDisk<EditorDisk>>,
+    bitmaps: Arc<LiveBitmaps>,
+    /// Holds the image's lock.
+    _chain: Chain,
+}
+
+impl LiveImage {
+    /// Opens an image that stands alone. Its consistent bitmaps are loaded; others stay as they are
+    /// on disk and take no part.
+    pub fn open(path: &Path) -> Result<Self> {
+        let opener = Opener::new().format(Some(qcow2_file::Format::Qcow2)).lock(true);
+        let chain = opener.access(Access::ReadWrite).open(path)?;
+        let file = chain.top().file().clone();
+        let header = qcow2_file::preflight::read_header(&*file)?;
+        let stored = Bitmaps::open(file.clone(), &header)?;
+        let bitmaps = Arc::new(LiveBitmaps::new(header.size & !511));
+        for entry in stored.iter().flat_map(Bitmaps::list) {
+            if let (State::Consistent, Some(stored)) = (&entry.state, &stored) {
+                let loaded = bitmap_mig::load(stored, entry.name())?;
+                bitmaps.add_loaded(&loaded).map_err(unusable)?;
+            }
+        }
+        let editor = Editor::open(file, EditorOptions::default())?;
+        let disk = Arc::new(TrackedDisk::new(EditorDisk::new(editor), bitmaps.clone()));
+        Ok(Self { path: path.to_owned(), disk, bitmaps, _chain: chain })
+    }
+
+    /// The disk, through which everybody reads and writes.
+    pub fn disk(&self) -> &Arc<TrackedDisk<EditorDisk>> {
+        &self.disk
+    }
+
+    /// Its bitmaps.
+    pub fn bitmaps(&self) -> &Arc<LiveBitmaps> {
+        &self.bitmaps
+    }
+
+    /// Stores the bitmaps and closes the image. Nobody else may hold the disk any more.
+    pub fn close(self) -> Result<()> {
+        let path = self.path;
+        let disk = Arc::into_inner(self.disk).ok_or_else(|| Error::Usage {
+            reason: format!("{} is still used by somebody", path.display()),
+        })?;
+        let editor = disk.into_inner().into_editor();
+        if let Some(guard) = editor.guard() {
+            for found in guard.list().iter().filter(|found| found.state == State::Consistent) {
+                guard.remove(&found.name)?;
+            }
+            for info in self.bitmaps.all().iter().filter(|info| info.is_persistent) {
+                let bits = self.bitmaps.snapshot(&info.name).map_err(unusable)?;
+                let granularity_bits = u8::try_from(info.granularity.trailing_zeros()).unwrap_or(0);
+                let (name, is_enabled) = (info.name.clone(), info.is_enabled);
+                guard.add(PersistentBitmap { name, granularity_bits, is_enabled, bits })?;
+            }
+        }
+        Ok(editor.close()?)
+    }
+}
+
+fn unusable(error: bitmap_mig::live::JobError) -> Error {
+    Error::Usage { reason: error.to_string() }
+}

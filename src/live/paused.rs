@@ -1,0 +1,49 @@
+//! The guest with its disks and bitmaps: paused and resumed as one.
+
+use std::time::Instant;
+
+use mig_core::guest::{Guest, GuestError};
+
+use super::builder::LiveDisk;
+use crate::status::{Migration, Status};
+
+/// What the driver pauses: the guest itself, then what is in flight of its disks, then backup jobs.
+pub(super) struct Whole<'a> {
+    pub(super) guest: &'a mut dyn Guest,
+    pub(super) disks: &'a [LiveDisk],
+    pub(super) migration: &'a Migration,
+    /// Since when the guest is paused.
+    pub(super) since: Option<Instant>,
+}
+
+impl Whole<'_> {
+    /// The destination has taken over: nothing of it is ours any more.
+    pub(super) fn retire(&self) {
+        for disk in self.disks {
+            disk.disk.retire();
+            disk.bitmaps.retire();
+        }
+    }
+}
+
+impl Guest for Whole<'_> {
+    fn pause(&mut self) -> Result<(), GuestError> {
+        let since = Instant::now();
+        self.guest.pause()?;
+        self.disks.iter().for_each(|disk| disk.disk.pause());
+        // A job that is at work may need no guest to come to its end.
+        self.disks.iter().for_each(|disk| disk.bitmaps.freeze());
+        self.since = Some(since);
+        self.migration.enter(Status::Device);
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), GuestError> {
+        self.since = None;
+        for disk in self.disks {
+            disk.bitmaps.thaw();
+            disk.disk.resume();
+        }
+        self.guest.resume()
+    }
+}

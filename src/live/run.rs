@@ -1,0 +1,193 @@
+//! One migration: attempts until one succeeds or nothing can be hoped for.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use bitmap_mig::live::{Numbers, SaveLive, Sender};
+use block_mig::limits::UNIT_BYTES;
+use block_mig::plan::{Scope, survey};
+use block_mig::save::SaveCounts;
+use block_mig::{SaveBlocks, SaveDisk, SaveOptions};
+use format_spec::native::block::DiskId;
+use mig_core::guest::Guest;
+use mig_core::heart::Heart;
+use mig_core::meter::Meter;
+use mig_core::section::SaveHandler;
+use mig_core::stream;
+use mig_core::transport::Dial;
+
+use super::builder::{LiveDisk, Outgoing};
+use super::paused::Whole;
+use super::steering::{Eye, Steering, millis};
+use super::{DiskReport, Report};
+use crate::observe::Progress;
+use crate::outgoing::{Outcome, OutgoingOptions, Sent, send};
+use crate::policy::Reason;
+use crate::status::{Amounts, Status};
+use crate::{Error, Phase, Result};
+
+/// How often parameters are looked at while data is being sent.
+const LOOK_INTERVAL: Duration = Duration::from_millis(50);
+/// Pause between two attempts to connect again.
+const RETRY_PAUSE: Duration = Duration::from_millis(200);
+
+impl Outgoing<'_> {
+    /// Migrates `guest`, which runs, to the destination that `dial` reaches. An error means that it
+    /// goes on here. After success its disks are [retired](block_mig::TrackedDisk::retire).
+    pub fn run(&self, dial: &dyn Dial, guest: &mut dyn Guest) -> Result<Report> {
+        let migration = &*self.migration;
+        migration.update(|info| {
+            info.status = Status::Setup;
+            let total = self.disks.iter().map(|disk| disk.disk.size()).sum();
+            info.disk = Some(Amounts { total, remaining: total, ..Amounts::default() });
+        });
+        let mut whole = Whole { guest, disks: &self.disks, migration, since: None };
+        let mut steering = Steering::new(migration, self.limits);
+        let mut counts = Vec::new();
+        let mut reconnects = 0;
+        let mut lost: Option<Instant> = None;
+        let result = loop {
+            let error = match self.attempt(dial, &mut whole, &mut steering, &mut counts) {
+                Err(error) if self.may_go_on(&error) => error,
+                ended => break ended,
+            };
+            // Only a connection that was made begins the wait anew.
+            let is_new = !matches!(error, stream::Error::Connect(_)) || lost.is_none();
+            let since = *lost.insert(lost.filter(|_| !is_new).unwrap_or_else(Instant::now));
+            if since.elapsed() >= self.reconnect {
+                break Err(error);
+            }
+            tracing::warn!(%error, "the connection was lost; trying again");
+            reconnects += u32::from(is_new);
+            steering.restart();
+            std::thread::sleep(RETRY_PAUSE.min(self.reconnect));
+        };
+        self.disks.iter().for_each(|disk| disk.disk.stop_tracking());
+        migration.set_throttle(0);
+        let downtime = whole.since.map(|since| since.elapsed()).unwrap_or_default();
+        match result {
+            Ok(sent) => {
+                // Where nobody knows whether it has taken over, the guest only stays paused.
+                if !matches!(sent.outcome, Outcome::Unknown(_)) {
+                    whole.retire();
+                }
+                self.note_end(&sent, downtime);
+                let disks = self.disks.iter().zip(&counts);
+                let disks = disks.map(|(disk, counts)| report(&disk.name, counts)).collect();
+                Ok(Report { sent, downtime, passes: steering.passes, reconnects, disks })
+            }
+            Err(error) => Err(self.note_failure(error, steering.reason)),
+        }
+    }
+
+    /// One attempt, from the first connection on. On an error everything is as before it.
+    fn attempt(
+        &self,
+        dial: &dyn Dial,
+        whole: &mut Whole<'_>,
+        steering: &mut Steering<'_>,
+        counts: &mut Vec<Arc<SaveCounts>>,
+    ) -> Result<Sent, stream::Error> {
+        let meter = Arc::new(Meter::default());
+        let total = self.content()?;
+        let progress = Progress::begin(self.observer, Phase::Transfer, total);
+        let eye =
+            Eye::new(&self.migration, &meter, steering.deadline(), (self.observer, &progress));
+        let ids = || (0..).map(DiskId);
+        let disks = ids().zip(&self.disks).map(|(id, live)| SaveDisk {
+            id,
+            name: live.name.clone(),
+            source: &*live.disk,
+            dirty: Some(live.disk.start_tracking()),
+        });
+        let options = SaveOptions { hashes: self.hashes, workers: self.workers, monitor: &eye };
+        let blocks = SaveBlocks::new(disks.collect(), options).map_err(Error::from)?;
+        *counts = blocks.counts();
+        let numbers = Arc::new(Numbers::default());
+        let senders = ids().zip(&self.disks).map(|(id, live)| {
+            let choose = self.choose.clone();
+            let carry = Box::new(move |info: &_| choose(info));
+            Sender::new(live.bitmaps.clone(), id, numbers.clone(), carry)
+        });
+        let bitmaps = SaveLive::new(senders.collect(), self.hashes);
+        let mut handlers: Vec<Box<dyn SaveHandler + '_>> =
+            vec![Box::new(blocks), Box::new(bitmaps)];
+        handlers.extend(self.states.iter().map(|make| make()));
+        let options = OutgoingOptions {
+            session: self.session,
+            channels: self.channels,
+            compression: self.compression,
+            resumes: !self.reconnect.is_zero(),
+            meter: meter.clone(),
+            monitor: &eye,
+            timing: self.timing,
+        };
+        self.migration.enter(Status::Active);
+        let watch = Heart::new();
+        std::thread::scope(|scope| {
+            // Whoever waits for bandwidth learns of a new limit, and of a call to stop.
+            scope.spawn(|| watch.run(LOOK_INTERVAL, || eye.steer_meter()));
+            let result = send(dial, handlers, whole, steering, &options);
+            watch.stop();
+            result
+        })
+    }
+
+    /// Bytes of content to be sent at least, as the disks say.
+    fn content(&self) -> Result<u64> {
+        let of_disk = |live: &LiveDisk| survey(&*live.disk, Scope::Whole, UNIT_BYTES);
+        let contents = self.disks.iter().map(|live| of_disk(live).map(|survey| survey.content));
+        Ok(contents.sum::<block_mig::Result<u64>>()?)
+    }
+
+    /// Whether an attempt failed for a reason that may pass.
+    fn may_go_on(&self, error: &stream::Error) -> bool {
+        let is_connection = matches!(
+            error,
+            stream::Error::Connection { .. } | stream::Error::Connect(_) | stream::Error::Ended
+        );
+        is_connection && !self.reconnect.is_zero() && !self.migration.is_cancelled()
+    }
+
+    fn note_end(&self, sent: &Sent, downtime: Duration) {
+        self.migration.update(|info| {
+            info.downtime = Some(millis(downtime));
+            if let Some(disk) = &mut info.disk {
+                (disk.transferred, disk.remaining) = (sent.wire_bytes, 0);
+            }
+            match &sent.outcome {
+                Outcome::Unknown(error) => {
+                    info.error_desc = Some(crate::report::error_chain(error));
+                }
+                _ => info.status = Status::Completed,
+            }
+        });
+    }
+
+    fn note_failure(&self, error: stream::Error, reason: Option<Reason>) -> Error {
+        let is_cancelled = self.migration.is_cancelled();
+        let error = match (reason, error) {
+            (Some(Reason::Cancelled), _) => Error::Interrupted,
+            (Some(reason), _) => Error::NotConverged(reason),
+            (None, stream::Error::Interrupted) if !is_cancelled => {
+                Error::NotConverged(Reason::Timeout)
+            }
+            (None, error) => error.into(),
+        };
+        self.migration.update(|info| {
+            info.error_desc = Some(crate::report::error_chain(&error));
+            info.status = if is_cancelled { Status::Cancelled } else { Status::Failed };
+        });
+        error
+    }
+}
+
+fn report(name: &str, counts: &SaveCounts) -> DiskReport {
+    DiskReport {
+        name: name.to_owned(),
+        bytes_data: counts.data.load(Ordering::Relaxed),
+        bytes_repeated: counts.repeated.load(Ordering::Relaxed),
+        bytes_zero: counts.zero.load(Ordering::Relaxed),
+    }
+}

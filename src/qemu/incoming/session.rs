@@ -1,0 +1,304 @@
+//! Takes the stream apart and hands each item to whoever keeps the rules about it.
+
+use std::collections::BTreeMap;
+use std::io::{self, Read, Write};
+
+use format_spec::Writer;
+use format_spec::qemu::block::{self, CHUNK_BYTES};
+use format_spec::qemu::container::{Element, SectionName};
+use format_spec::qemu::reply::Reply;
+use format_spec::qemu::stream::{Decoder, Item};
+use format_spec::qemu::{Step, dirty_bitmap, ram};
+use format_spec::{Blame, Malformed};
+
+use super::super::buffer::Buffer;
+use super::super::error::{Error, Result, Subject};
+use super::bitmaps::{Bitmaps, Fate};
+use super::course::{Course, Reaction};
+use super::disk::{Body, Disk};
+use super::limits::{MAX_DEVICES, MAX_LISTED};
+use super::options::IncomingOptions;
+use crate::Observer;
+
+/// What a stream brought that ended well.
+pub(super) struct Received<'o> {
+    pub(super) disks: Vec<Disk<'o>>,
+    /// Bitmaps, by disk and name on the wire.
+    pub(super) bitmaps: BTreeMap<String, BTreeMap<String, Fate>>,
+    pub(super) wire_bytes: u64,
+}
+
+/// A migration while it arrives.
+pub(super) struct Session<'w, 'o, R> {
+    buffer: Buffer<R>,
+    decoder: Decoder,
+    state: State<'w, 'o>,
+}
+
+/// What the items act on.
+struct State<'w, 'o> {
+    writer: &'w mut dyn Write,
+    options: &'o IncomingOptions,
+    course: Course,
+    disks: Vec<Disk<'o>>,
+    bitmaps: Bitmaps<'o>,
+    dropped: Dropped,
+    has_content: bool,
+    has_ended: bool,
+}
+
+/// What is not kept.
+#[derive(Default)]
+struct Dropped {
+    /// Bytes of guest memory that the source has.
+    memory: u64,
+    /// Devices whose state came.
+    devices: Vec<String>,
+    /// The device whose state came last, and where it began.
+    last: Option<(String, u64)>,
+}
+
+impl<'w, 'o, R: Read> Session<'w, 'o, R> {
+    /// Before the first byte. Answers go to `writer`.
+    pub(super) fn new(
+        reader: R,
+        writer: &'w mut dyn Write,
+        options: &'o IncomingOptions,
+        disks: Vec<Disk<'o>>,
+    ) -> Self {
+        let bitmaps = Bitmaps::new(options, disks.iter().map(Disk::holder).collect());
+        let (course, dropped) = (Course::default(), Dropped::default());
+        let (has_content, has_ended) = (false, false);
+        let state =
+            State { writer, options, course, disks, bitmaps, dropped, has_content, has_ended };
+        Self { buffer: Buffer::new(reader), decoder: Decoder::new(), state }
+    }
+
+    /// Receives everything.
+    pub(super) fn receive(&mut self, observer: &dyn Observer) -> Result<()> {
+        loop {
+            let at = self.decoder.offset();
+            let step = self.decoder.next(self.buffer.bytes(), self.buffer.is_whole());
+            match step.map_err(|error| self.state.explain(error))? {
+                Step::Item(item, len) => {
+                    self.state.item(&item, &self.decoder, at, observer)?;
+                    self.buffer.consume(len);
+                    if observer.is_cancelled() {
+                        return Err(Error::Interrupted);
+                    }
+                }
+                Step::Need(_) if self.buffer.is_whole() => {
+                    if self.buffer.bytes().is_empty() && self.decoder.may_end() {
+                        break;
+                    }
+                    return Err(self.lost(io::Error::new(
+                        io::ErrorKind::UnexpectedEof,
+                        "the source closed it before the stream was complete",
+                    )));
+                }
+                Step::Need(needed) => {
+                    if let Err(error) = self.buffer.fill(needed) {
+                        return Err(self.lost(error));
+                    }
+                }
+            }
+            if self.decoder.has_ended() || (self.state.has_ended && self.state.course.is_postcopy())
+            {
+                break;
+            }
+        }
+        self.state.dropped.tell(observer);
+        self.state.check_content(self.decoder.offset())
+    }
+
+    /// Whether the source waits to be told how it went.
+    pub(super) fn awaits_outcome(&self) -> bool {
+        self.state.course.has_return_path() && !self.state.options.is_one_way
+    }
+
+    /// All that came, once [`receive`](Self::receive) has ended well.
+    pub(super) fn into_received(self) -> Received<'o> {
+        let State { disks, bitmaps, .. } = self.state;
+        let wire_bytes = self.decoder.offset();
+        Received { disks, bitmaps: bitmaps.into_fates(), wire_bytes }
+    }
+
+    fn lost(&self, source: io::Error) -> Error {
+        Error::Connection { action: "read from", offset: self.decoder.offset(), source }
+    }
+}
+
+impl State<'_, '_> {
+    fn item(
+        &mut self,
+        item: &Item<'_>,
+        decoder: &Decoder,
+        at: u64,
+        observer: &dyn Observer,
+    ) -> Result<()> {
+        match item {
+            Item::Element(element) => self.element(element, at),
+            Item::Block(record) => self.block(record, at, observer),
+            Item::DirtyBitmap(record) => self.dirty_bitmap(record, decoder, at),
+            Item::Ram(ram::Record::MemSize(bytes)) => {
+                self.dropped.memory = self.dropped.memory.max(*bytes);
+                Ok(())
+            }
+            Item::NativeStart | Item::Native(_) => Err(Error::Unsupported {
+                offset: at,
+                reason: "this is our own dialect and not QEMU's; leave --dialect out".to_owned(),
+            }),
+            Item::Ram(_) | Item::Start | Item::Footer(_) | Item::PackageEnd | Item::Bytes(_) => {
+                Ok(())
+            }
+        }
+    }
+
+    fn element(&mut self, element: &Element<'_>, at: u64) -> Result<()> {
+        match element {
+            Element::Command(command) => {
+                if let Reaction::Pong(value) = self.course.command(command, at)? {
+                    self.answer(&Reply::Pong(value))?;
+                }
+            }
+            Element::Section(section) => {
+                self.has_content |= section.name.is_some_and(|s| s.name == block::SECTION);
+                self.dropped.section(section.name, at);
+            }
+            Element::Eof => self.has_ended = true,
+            Element::Configuration(_) | Element::VmDescription(_) => {}
+        }
+        Ok(())
+    }
+
+    fn answer(&mut self, reply: &Reply<'_>) -> Result<()> {
+        if self.options.is_one_way {
+            return Ok(());
+        }
+        let mut out = Writer::new();
+        reply.encode(&mut out);
+        let written = self.writer.write_all(&out.into_bytes()).and_then(|()| self.writer.flush());
+        written.map_err(|source| Error::Connection { action: "write to", offset: 0, source })
+    }
+
+    fn block(
+        &mut self,
+        record: &block::Record<'_>,
+        at: u64,
+        observer: &dyn Observer,
+    ) -> Result<()> {
+        let (device, content): (&str, Option<&[u8; CHUNK_BYTES]>) = match record.body {
+            block::Body::Data { device, content } => (device, Some(content)),
+            block::Body::Zeroes { device } => (device, None),
+            block::Body::Progress | block::Body::None => return Ok(()),
+        };
+        let disk = self.disks.iter_mut().find(|disk| disk.place.id == device);
+        let Some(disk) = disk else { return Err(self.no_place(device, at)) };
+        disk.write(record.offset(), content, (at, self.options.allow_backing), observer)?;
+        let sum = |bytes: &dyn Fn(&Disk<'_>) -> u64| {
+            self.disks.iter().fold(0u64, |sum, disk| sum.saturating_add(bytes(disk)))
+        };
+        let total = sum(&|disk| disk.size);
+        let done = sum(&|disk| disk.counts.data.saturating_add(disk.counts.zero));
+        observer.progress(done.min(total), total);
+        Ok(())
+    }
+
+    /// QEMU 7.2 goes over to its end when little is left to send, and does not count what it has
+    /// not read yet: it may leave out most of a disk and call that completed.
+    fn check_content(&self, at: u64) -> Result<()> {
+        if !self.has_content || self.options.shared_base {
+            return Ok(());
+        }
+        let missing = |disk: &&Disk<'_>| disk.missing_chunks().is_some_and(|(n, _)| n > 0);
+        let Some(disk) = self.disks.iter().find(missing) else { return Ok(()) };
+        let (missing, all) = disk.missing_chunks().unwrap_or_default();
+        Err(Error::Misfit {
+            subject: Subject { disk: disk.place.id.clone(), bitmap: None },
+            offset: at,
+            reason: format!(
+                "the stream ends, and {missing} of {all} MiB did not come. QEMU 7.2 ends too early \
+                 where its bandwidth times downtime-limit is more than 1 MiB: set downtime-limit \
+                 to 0 until `info migrate` shows at most 1 MiB of each disk as remaining. With \
+                 `migrate -i` say --shared-base: that the rest is there already"
+            ),
+            blame: Blame::PeerBehaviour,
+        })
+    }
+
+    fn no_place(&self, device: &str, at: u64) -> Error {
+        let known: Vec<_> = self.disks.iter().map(|disk| format!("{:?}", disk.place.id)).collect();
+        let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
+        let what = if device.is_empty() {
+            "the source's disk has no name (-blockdev alone gives none; -drive id=NAME does)"
+        } else {
+            "its content has no place"
+        };
+        let is_untouched = self.is_untouched();
+        Error::Misfit {
+            subject: Subject { disk: device.to_owned(), bitmap: None },
+            offset: at,
+            reason: format!("{what}; the disks named with --disk are {known}"),
+            blame: if is_untouched { Blame::WouldLose } else { Blame::Device },
+        }
+    }
+
+    fn dirty_bitmap(
+        &mut self,
+        record: &dirty_bitmap::Record<'_>,
+        decoder: &Decoder,
+        at: u64,
+    ) -> Result<()> {
+        let names = decoder.dirty_bitmap();
+        let is_untouched = self.is_untouched();
+        self.bitmaps.record(record, (names.device(), names.bitmap()), at, is_untouched)
+    }
+
+    fn is_untouched(&self) -> bool {
+        self.disks.iter().all(|disk| matches!(disk.body, Body::Untouched))
+    }
+
+    /// A device's state says nowhere how long it is. Where what comes after one makes no sense, its
+    /// end is what is in doubt.
+    fn explain(&self, error: Malformed) -> Error {
+        match &self.dropped.last {
+            Some((name, begun)) => Error::Unsupported {
+                offset: error.offset,
+                reason: format!(
+                    "where the state of section {name:?}, which began at offset {begun}, ends \
+                     cannot be told: {error}"
+                ),
+            },
+            None => error.into(),
+        }
+    }
+}
+
+impl Dropped {
+    fn section(&mut self, name: Option<SectionName<'_>>, at: u64) {
+        let live = [ram::SECTION, block::SECTION, dirty_bitmap::SECTION];
+        let device = name.filter(|section| !live.contains(&section.name));
+        if let Some(SectionName { name, .. }) = device
+            && self.devices.len() < MAX_DEVICES
+        {
+            self.devices.push(name.to_owned());
+        }
+        self.last = device.map(|section| (section.name.to_owned(), at));
+    }
+
+    fn tell(&self, observer: &dyn Observer) {
+        if self.memory > 0 {
+            let bytes = self.memory;
+            observer.warning(&format!("{bytes} bytes of guest memory were received and dropped"));
+        }
+        if !self.devices.is_empty() {
+            let listed: Vec<_> = self.devices.iter().take(MAX_LISTED).cloned().collect();
+            let more = if self.devices.len() > MAX_LISTED { ", …" } else { "" };
+            observer.warning(&format!(
+                "the state of {} devices was received and dropped: {}{more}",
+                self.devices.len(),
+                listed.join(", ")
+            ));
+        }
+    }
+}

@@ -1,0 +1,257 @@
+//! The end of a migration that ended well: content made durable, bitmaps stored and made valid, all
+//! of it read back, and what is said of it.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+
+use qcow2_file::bitmaps::{BitmapEditor, PersistentBitmap};
+use qcow2_file::{Format, Opener};
+
+use super::super::error::{Error, Result};
+use super::bitmaps::Fate;
+use super::disk::{Body, Disk};
+use super::options::IncomingOptions;
+use crate::copy::{BitmapSelection, difference, invalidated};
+use crate::disk::{Disk as OpenDisk, Stored};
+use crate::report::{BitmapOutcome, BitmapReport, DiskReport, Verified};
+use crate::{Observer, Phase};
+
+/// The bitmaps of one disk of the stream.
+type Fates = BTreeMap<String, Fate>;
+
+/// A disk whose changes are ready to be made.
+struct Ready<'d, 'o> {
+    disk: &'d mut Disk<'o>,
+    stored: Vec<PersistentBitmap>,
+    reports: Vec<BitmapReport>,
+    /// For an image that got bitmaps only.
+    editor: Option<BitmapEditor>,
+}
+
+/// Stores everything, and says what became of it. An error leaves images that were written marked
+/// as unfinished, and the others without the new bitmaps.
+pub(super) fn store(
+    disks: &mut [Disk<'_>],
+    mut fates: BTreeMap<String, Fates>,
+    options: &IncomingOptions,
+    observer: &dyn Observer,
+) -> Result<Vec<DiskReport>> {
+    observer.phase(Phase::Seal);
+    for disk in disks.iter() {
+        match &disk.body {
+            Body::Untouched => {}
+            Body::Raw(sink) => mig_core::block::BlockSink::sync(sink)?,
+            Body::Qcow2(editor) => editor.sync()?,
+        }
+    }
+    observer.phase(Phase::Bitmaps);
+    let mut ready = Vec::new();
+    for disk in disks.iter_mut() {
+        let fates = fates.remove(&disk.place.id).unwrap_or_default();
+        ready.push(prepare(disk, fates)?);
+    }
+    if observer.is_cancelled() {
+        return Err(Error::Interrupted);
+    }
+    observer.phase(Phase::Publish);
+    for index in 0..ready.len() {
+        let committed = ready.get_mut(index).map_or(Ok(()), commit);
+        if let Err(error) = committed {
+            take_back(ready.get(..index).unwrap_or_default());
+            return Err(error);
+        }
+    }
+    observer.phase(Phase::Prove);
+    let mut reports = Vec::new();
+    for ready in ready {
+        reports.push(report(ready)?);
+    }
+    if let Some(first) = reports.first_mut() {
+        first.bitmaps.extend(missing(options, &first.bitmaps));
+    }
+    reports.extend(fates.into_iter().map(|(id, fates)| homeless(id, fates)));
+    Ok(reports)
+}
+
+/// Gets the changes of a disk ready. Nothing is written.
+fn prepare<'d, 'o>(disk: &'d mut Disk<'o>, fates: Fates) -> Result<Ready<'d, 'o>> {
+    let mut stored = Vec::new();
+    let mut reports = Vec::new();
+    let mut replaced = Vec::new();
+    for (name, fate) in fates {
+        reports.push(bitmap_report(&name, &fate));
+        if let Fate::Loaded(loading) = fate
+            && loading.is_complete
+        {
+            if loading.replaces {
+                replaced.push(loading.name.clone());
+            }
+            let name = loading.name.clone();
+            stored.push(loading.into_bitmap().into_stored_as(&name));
+        }
+    }
+    let editor = match &disk.body {
+        Body::Qcow2(editor) => {
+            if let Some(guard) = editor.guard() {
+                replaced.iter().try_for_each(|name| guard.remove(name))?;
+                stored.iter().cloned().try_for_each(|bitmap| guard.add(bitmap))?;
+            }
+            None
+        }
+        Body::Untouched if !stored.is_empty() => {
+            if disk.is_unfinished {
+                return Err(unfinished(disk));
+            }
+            let mut editor = BitmapEditor::open(Arc::clone(disk.chain.top().file()))?;
+            replaced.iter().try_for_each(|name| editor.remove(name))?;
+            stored.iter().cloned().try_for_each(|bitmap| editor.add(bitmap))?;
+            Some(editor)
+        }
+        Body::Untouched | Body::Raw(_) => None,
+    };
+    Ok(Ready { disk, stored, reports, editor })
+}
+
+fn unfinished(disk: &Disk<'_>) -> Error {
+    let path = disk.place.path.display();
+    let reason = format!(
+        "bitmaps of disk {:?} arrived and no content, and {path} holds an in-place copy that was \
+         not finished, which they cannot belong to",
+        disk.place.id
+    );
+    let hint = "migrate the disk again, too, or clear the mark with `bitferry bitmap repair \
+                --clear-unfinished`";
+    crate::Error::WouldLose { reason, hint: hint.to_owned() }.into()
+}
+
+/// Makes the changes of a disk, durably.
+fn commit(ready: &mut Ready<'_, '_>) -> Result<()> {
+    if let Some(editor) = ready.editor.take() {
+        return Ok(editor.commit()?);
+    }
+    match std::mem::replace(&mut ready.disk.body, Body::Untouched) {
+        Body::Qcow2(editor) => Ok(editor.close()?),
+        _ => Ok(()),
+    }
+}
+
+/// Removes bitmaps again that were stored into images without content: the source goes on with its
+/// own. Whoever calls has an error to tell already.
+fn take_back(ready: &[Ready<'_, '_>]) {
+    for Ready { disk, stored, .. } in ready.iter().filter(|r| r.disk.counts == Default::default()) {
+        let Ok(mut editor) = BitmapEditor::open(Arc::clone(disk.chain.top().file())) else {
+            continue;
+        };
+        let is_removed = |bitmap: &PersistentBitmap| editor.remove(&bitmap.name).is_ok();
+        if stored.iter().map(is_removed).filter(|removed| *removed).count() > 0 {
+            let _ = editor.commit();
+        }
+    }
+}
+
+fn bitmap_report(name: &str, fate: &Fate) -> BitmapReport {
+    let dropped = |reason: &str, is_wanted| BitmapReport {
+        name: name.to_owned(),
+        outcome: BitmapOutcome::Dropped,
+        changed: Vec::new(),
+        reason: Some(reason.to_owned()),
+        is_wanted,
+    };
+    match fate {
+        Fate::Unwanted => dropped("it was not asked for", false),
+        Fate::Homeless => dropped("there is no image for its disk", true),
+        Fate::Loaded(loading) if !loading.is_complete => {
+            dropped("the source did not say that it is complete", true)
+        }
+        Fate::Loaded(loading) => BitmapReport {
+            name: name.to_owned(),
+            outcome: BitmapOutcome::Preserved,
+            changed: loading.changes(name),
+            reason: None,
+            is_wanted: true,
+        },
+    }
+}
+
+/// Reads back what was stored, and puts it into words.
+fn report(ready: Ready<'_, '_>) -> Result<DiskReport> {
+    let Ready { disk, stored, reports: mut bitmaps, .. } = ready;
+    let has_content = disk.counts != Default::default();
+    let mut verified = if has_content { Verified::Unconfirmed } else { Verified::Yes };
+    if disk.chain.top().as_qcow2().is_some() && (has_content || !stored.is_empty()) {
+        let found = reopen(&disk.place.path)?;
+        if let Some(reason) = difference(&stored, &found.bitmaps).map_err(Error::from)? {
+            verified = Verified::Mismatch;
+            let preserved = bitmaps.iter_mut().filter(|b| b.outcome == BitmapOutcome::Preserved);
+            for bitmap in preserved {
+                bitmap.outcome = BitmapOutcome::Invalidated;
+                bitmap.reason = Some(reason.clone());
+            }
+        }
+        bitmaps.extend(invalidated(&found));
+    }
+    Ok(DiskReport {
+        id: disk.place.id.clone(),
+        bytes_data: disk.counts.data,
+        bytes_zero: disk.counts.zero,
+        content_hash: None,
+        verified,
+        not_carried: not_carried(disk, has_content, !stored.is_empty()),
+        bitmaps,
+    })
+}
+
+/// Opens the image as anybody would, without what it stands on. We hold the locks.
+fn reopen(path: &Path) -> Result<OpenDisk> {
+    let opener = Opener::new().format(Some(Format::Qcow2)).without_named_files(true);
+    let chain = opener.open(path)?;
+    let bitmaps = chain.top().as_qcow2().map_or(Stored::None, Stored::of);
+    Ok(OpenDisk { chain, bitmaps })
+}
+
+fn not_carried(disk: &Disk<'_>, has_content: bool, has_bitmaps: bool) -> Vec<String> {
+    let mut phrases = Vec::new();
+    match disk.missing_chunks() {
+        Some((missing @ 1.., all)) if has_content => phrases.push(format!(
+            "{missing} of {all} MiB did not come, as with `migrate -i`: there the image keeps its \
+             own content"
+        )),
+        _ => {}
+    }
+    if !has_content && !has_bitmaps {
+        phrases.push("nothing was sent for it".to_owned());
+        if disk.is_unfinished {
+            phrases.push("it still holds an in-place copy that was not finished".to_owned());
+        }
+    }
+    phrases
+}
+
+/// Bitmaps that were asked for by name and did not come.
+fn missing(options: &IncomingOptions, arrived: &[BitmapReport]) -> Vec<BitmapReport> {
+    let BitmapSelection::Named(names) = &options.bitmaps else { return Vec::new() };
+    let is_missing = |name: &&String| arrived.iter().all(|b| b.name != **name);
+    let report = |name: &String| BitmapReport {
+        name: name.clone(),
+        outcome: BitmapOutcome::Dropped,
+        changed: Vec::new(),
+        reason: Some("the source sent no bitmap of this name".to_owned()),
+        is_wanted: true,
+    };
+    names.iter().filter(is_missing).map(report).collect()
+}
+
+/// What is said of a disk of the stream for which there is no image, and whose bitmaps nobody
+/// asked for.
+fn homeless(id: String, fates: Fates) -> DiskReport {
+    DiskReport {
+        id,
+        bytes_data: 0,
+        bytes_zero: 0,
+        content_hash: None,
+        verified: Verified::No,
+        not_carried: vec!["no image was named for it".to_owned()],
+        bitmaps: fates.iter().map(|(name, fate)| bitmap_report(name, fate)).collect(),
+    }
+}

@@ -1,0 +1,170 @@
+//! Disk contents as records of the `block` section: workers read, whoever is done first writes
+//! first.
+
+use std::io::Write;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use block_mig::Monitor;
+use block_mig::load::SharedTree;
+use block_mig::pool::Pool;
+use format_spec::qemu::block::{CHUNK_BYTES, Record};
+use mig_core::block::{BlockSource, is_zero};
+
+use super::chunks::{Chunk, placed};
+use super::session::Session;
+use super::stream::Stream;
+use crate::qemu::{Error, Result};
+
+/// A disk whose chunks are sent.
+#[derive(Clone, Copy)]
+pub struct OutgoingDisk<'a> {
+    /// Name of the block backend at the destination, at most 255 bytes.
+    pub name: &'a str,
+    /// Its content. What is read of a chunk is at least as new as the call that sends it.
+    pub source: &'a dyn BlockSource,
+    /// Where its content is hashed: only for a pass over the whole disk at rest.
+    pub tree: Option<&'a SharedTree>,
+}
+
+/// How chunks are sent.
+#[derive(Clone, Copy)]
+pub struct Pass<'a> {
+    /// Worker threads; each holds one chunk.
+    pub workers: usize,
+    /// Told of every byte that was read, and asked whether to stop.
+    pub monitor: &'a dyn Monitor,
+    /// Bytes that the monitor is told of before the whole is done, for the destination's progress.
+    pub total: u64,
+}
+
+/// What was sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Sent {
+    /// Bytes of the disk in records with content.
+    pub data: u64,
+    /// Bytes of the disk in records of zeroes.
+    pub zero: u64,
+}
+
+/// What workers share.
+struct Shared<'s, W> {
+    stream: &'s mut Stream<W>,
+    sent: Sent,
+    percent: u8,
+    /// The pool knows errors of disks only; the stream's is kept here.
+    failure: Option<Error>,
+}
+
+impl Session {
+    /// Sends chunks of a disk, as a part of the `block` section. May be called for any disk, any
+    /// number of times, between [`start_blocks`](Session::start_blocks) and
+    /// [`end_blocks`](Session::end_blocks). When it returns everything is written.
+    pub fn blocks(
+        &mut self,
+        disk: &OutgoingDisk<'_>,
+        chunks: impl Iterator<Item = block_mig::Result<Chunk>>,
+        pass: &Pass<'_>,
+    ) -> Result<Sent> {
+        self.block_part(|stream| send(stream, disk, chunks, pass))
+    }
+}
+
+fn send<W: Write + Send>(
+    stream: &mut Stream<W>,
+    disk: &OutgoingDisk<'_>,
+    chunks: impl Iterator<Item = block_mig::Result<Chunk>>,
+    pass: &Pass<'_>,
+) -> Result<Sent> {
+    let sent = Sent::default();
+    let shared = Mutex::new(Shared { stream, sent, percent: 0, failure: None });
+    let work = |buffer: &mut Vec<u8>, chunk: Chunk| {
+        let len = chunk.len_on(disk.source.size());
+        let record = load(disk, chunk, buffer)?;
+        let mut shared = lock(&shared);
+        let total = pass.total;
+        let written = shared.put(&record, len, total);
+        if let Err(error) = written {
+            shared.failure.get_or_insert(error);
+            return Err(block_mig::Error::Cancelled);
+        }
+        drop(shared);
+        if !chunk.is_zero {
+            pass.monitor.advance(len);
+        }
+        Ok(())
+    };
+    let pool = Pool { workers: pass.workers, monitor: pass.monitor };
+    let result = pool.run(chunks, || vec![0; CHUNK_BYTES], work);
+    let shared = shared.into_inner().unwrap_or_else(PoisonError::into_inner);
+    if let Some(error) = shared.failure {
+        return Err(error);
+    }
+    match result {
+        Err(block_mig::Error::Cancelled) => Err(Error::Interrupted),
+        Err(error) => Err(crate::Error::from(error).into()),
+        Ok(()) => Ok(shared.sent),
+    }
+}
+
+/// Reads a chunk and makes its record. Its bytes stand in `buffer`, which has room for one.
+fn load<'b>(
+    disk: &OutgoingDisk<'b>,
+    chunk: Chunk,
+    buffer: &'b mut [u8],
+) -> block_mig::Result<Record<'b>> {
+    let (offset, size) = (chunk.offset, disk.source.size());
+    let len = chunk.len_on(size);
+    let zeroes = Record::zeroes(offset, disk.name);
+    if chunk.is_zero {
+        disk.tree.map_or(Ok(()), |tree| tree.put_zeroes(offset, len))?;
+        return Ok(zeroes);
+    }
+    // Where a record does not fit the disk at all, only zeroes can be sent.
+    let start = placed(offset, size);
+    let read_at = start.unwrap_or(offset);
+    let before = usize::try_from(offset.saturating_sub(read_at)).unwrap_or(usize::MAX);
+    let end = before.saturating_add(usize::try_from(len).unwrap_or(usize::MAX));
+    let bytes = buffer.get_mut(..end).unwrap_or_default();
+    disk.source.read_at(bytes, read_at).map_err(block_mig::Error::Source)?;
+    let own = bytes.get(before..).unwrap_or_default();
+    disk.tree.map_or(Ok(()), |tree| tree.put(offset, own))?;
+    if is_zero(own) {
+        return Ok(zeroes);
+    }
+    match (start, buffer.first_chunk()) {
+        (Some(start), Some(content)) => Ok(Record::data(start, disk.name, content)),
+        _ => Err(block_mig::Error::Size { source_bytes: size, sink_bytes: CHUNK_BYTES as u64 }),
+    }
+}
+
+impl<W: Write> Shared<'_, W> {
+    fn put(&mut self, record: &Record<'_>, len: u64, total: u64) -> Result<()> {
+        match record.body {
+            format_spec::qemu::block::Body::Data { content, .. } => {
+                self.stream.content(|out| record.encode_head(out), content)?;
+                self.sent.data = self.sent.data.saturating_add(len);
+                self.tell(total)
+            }
+            _ => {
+                self.stream.write(|out| record.encode(out))?;
+                self.sent.zero = self.sent.zero.saturating_add(len);
+                Ok(())
+            }
+        }
+    }
+
+    /// Tells the destination how far this pass is, when the number changes.
+    fn tell(&mut self, total: u64) -> Result<()> {
+        let percent = self.sent.data.saturating_mul(100).checked_div(total).unwrap_or(0);
+        let percent = u8::try_from(percent.min(99)).unwrap_or(99);
+        if percent == self.percent {
+            return Ok(());
+        }
+        self.percent = percent;
+        self.stream.write(|out| Record::progress(percent).encode(out))
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

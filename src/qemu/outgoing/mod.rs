@@ -1,0 +1,263 @@
+//! Disks at rest and their bitmaps to a stock QEMU that waits with `-incoming`.
+//!
+//! Phases: [`prepare`] (open, choose, ask the destination's monitor, refuse), then
+//! [`Prepared::send`]: header, disks created, chunks, bits, end, the destination's answer,
+//! confirmation, report. [`run`] does both. [`Session`] is the stream by itself, for who drives it
+//! otherwise.
+//!
+//! What QEMU does not do, and what is done about it here:
+//!
+//! * It drops bitmaps whose node it does not find, and any that are not complete by then, and
+//!   reports success. Only its monitor knows: with [`Options::peer_qmp`] each bitmap is asked for
+//!   by name, count and hash; without it the report says `sent`, never `preserved`.
+//! * It aborts on bits of a disk of another size, on contents for a disk without a guest device,
+//!   and fails on a bitmap that is there already. With a monitor that is found before anything is
+//!   sent.
+//! * It dies of a chunk that reaches beyond the end of a disk: the last one is moved down.
+//! * QEMU 10 that is paused (`-S`) keeps persistent bitmaps in memory and loses them when it quits
+//!   before `cont` or `blockdev-set-active`: a warning says so.
+
+pub mod bitmaps;
+pub mod blocks;
+pub mod chunks;
+mod confirm;
+mod options;
+mod plan;
+mod preflight;
+mod report;
+mod selection;
+pub mod session;
+mod stream;
+#[cfg(test)]
+mod tests;
+
+use std::io;
+use std::time::Instant;
+
+use block_mig::limits::workers;
+use block_mig::load::SharedTree;
+use mig_core::transport::Connection;
+use qcow2_file::bitmaps::Bits;
+
+pub use options::{Options, SourceDisk};
+pub use plan::Prepared;
+pub use session::{Ending, Greeting, Session};
+
+use self::blocks::{OutgoingDisk, Pass};
+use self::confirm::{Fingerprint, Verdict};
+use self::plan::PlannedBitmap;
+use self::report::DiskDone;
+use crate::observe::Progress;
+use crate::qemu::{self, bitmap_sha256};
+use crate::report::{Report, Status};
+use crate::{Error, Observer, Phase, Result};
+
+/// Opens the disks and decides what is sent. What would lose a bitmap, kill the destination or make
+/// no sense is refused here, before there is a connection.
+pub fn prepare<'a>(options: &'a Options, observer: &dyn Observer) -> Result<Prepared<'a>> {
+    Prepared::decide(options, observer)
+}
+
+/// [`prepare`], then [`Prepared::send`]. A refusal closes the connection with nothing sent, of
+/// which a waiting QEMU dies: connect after [`prepare`] to spare it.
+pub fn run(connection: Connection, options: &Options, observer: &dyn Observer) -> Result<Report> {
+    prepare(options, observer)?.send(connection, observer)
+}
+
+/// How much is known of the destination's end.
+enum Heard {
+    /// It says that it loaded the stream, or cannot say anything here.
+    Ended,
+    /// It said nothing for as long as one waits: why.
+    Silence(String),
+}
+
+/// What is known in the end.
+struct Outcome {
+    status: Status,
+    error: Option<String>,
+    /// Of each bitmap that was sent; or why there are none.
+    verdicts: Result<Vec<Verdict>, String>,
+}
+
+impl Outcome {
+    /// Nobody can tell, for this reason.
+    fn unknown(why: String) -> Self {
+        Self { status: Status::Unknown, error: Some(why.clone()), verdicts: Err(why) }
+    }
+
+    /// It ended well, and this is known of the bitmaps.
+    fn completed(verdicts: Result<Vec<Verdict>, String>) -> Self {
+        Self { status: Status::Completed, error: None, verdicts }
+    }
+}
+
+impl Prepared<'_> {
+    /// Sends everything on a fresh connection and finds out what became of it. An error means that
+    /// the destination does not have the disks; a status `unknown` that nobody could tell.
+    pub fn send(mut self, connection: Connection, observer: &dyn Observer) -> Result<Report> {
+        let started = Instant::now();
+        let greeting = Greeting {
+            machine: self.options.machine.clone(),
+            uuid: self.options.uuid,
+            is_one_way: self.options.is_one_way,
+        };
+        let mut session = Session::open(connection, &greeting)?;
+        let streamed = self.stream(&mut session, observer);
+        let (disks, sent) = streamed.map_err(|error| self.explain(&mut session, error))?;
+        observer.phase(Phase::Prove);
+        let heard = self.heard(&mut session)?;
+        let outcome = self.confirm(&sent, heard, observer)?;
+        Ok(Report {
+            status: outcome.status,
+            error: outcome.error,
+            total_time_ms: u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX),
+            downtime_ms: None,
+            wire_bytes: session.wire_bytes(),
+            repeated_bytes: 0,
+            resumed: false,
+            disks: report::disks(&self, &disks, &outcome.verdicts),
+            ram: None,
+        })
+    }
+
+    /// Everything up to the end of the stream, which [`Session::finish`] writes.
+    fn stream(
+        &self,
+        session: &mut Session,
+        observer: &dyn Observer,
+    ) -> qemu::Result<(Vec<DiskDone>, Vec<Fingerprint>)> {
+        let bitmaps = self.bitmaps();
+        let wire: Vec<_> = bitmaps.iter().map(|bitmap| bitmap.wire.clone()).collect();
+        if self.options.blocks {
+            session.start_blocks()?;
+        }
+        // Before the contents, so that a destination that cannot create one fails at once.
+        if !wire.is_empty() {
+            session.start_bitmaps(&wire)?;
+        }
+        let disks = if self.options.blocks {
+            self.contents(session, observer)?
+        } else {
+            vec![DiskDone::default(); self.disks.len()]
+        };
+        let mut sent = Vec::with_capacity(bitmaps.len());
+        if !wire.is_empty() {
+            observer.phase(Phase::Bitmaps);
+            session.end_bitmaps(&wire, |index| {
+                let bits = self.load(bitmaps.get(index))?;
+                let granularity = wire.get(index).map_or(0, |bitmap| bitmap.granularity.into());
+                let count = bits.count().saturating_mul(granularity);
+                sent.push(Fingerprint { count, sha256: bitmap_sha256(&bits) });
+                Ok(bits)
+            })?;
+        }
+        Ok((disks, sent))
+    }
+
+    /// The disks, one after another.
+    fn contents(
+        &self,
+        session: &mut Session,
+        observer: &dyn Observer,
+    ) -> qemu::Result<Vec<DiskDone>> {
+        let mut totals = Vec::with_capacity(self.disks.len());
+        for disk in &self.disks {
+            let source = disk.blocks();
+            let mut total = 0u64;
+            for chunk in disk.chunks(&*source) {
+                let chunk = chunk.map_err(Error::from)?;
+                let len = if chunk.is_zero { 0 } else { chunk.len_on(disk.size()) };
+                total = total.saturating_add(len);
+            }
+            totals.push(total);
+        }
+        let progress = Progress::begin(observer, Phase::Transfer, totals.iter().sum());
+        let mut done = Vec::with_capacity(self.disks.len());
+        for (disk, total) in self.disks.iter().zip(totals) {
+            let source = disk.blocks();
+            let hashes = !disk.is_above && !self.options.no_verify;
+            let tree = hashes.then(|| SharedTree::new(disk.size())).transpose();
+            let tree = tree.map_err(Error::from)?;
+            let outgoing = OutgoingDisk { name: &disk.id, source: &*source, tree: tree.as_ref() };
+            let pass = Pass { workers: workers(self.options.workers), monitor: &progress, total };
+            let sent = session.blocks(&outgoing, disk.chunks(&*source), &pass)?;
+            let root = tree.map(|tree| tree.root()).transpose().map_err(Error::from)?;
+            done.push(DiskDone {
+                sent: Some(sent),
+                content_hash: root.map(|root| root.to_string()),
+            });
+        }
+        progress.end();
+        session.end_blocks()?;
+        Ok(done)
+    }
+
+    fn load(&self, bitmap: Option<&PlannedBitmap>) -> qemu::Result<Bits> {
+        let found = bitmap.and_then(|bitmap| {
+            let directory = self.disks.get(bitmap.disk)?.disk.bitmaps.directory()?;
+            Some((directory, bitmap))
+        });
+        let (directory, bitmap) = found.ok_or_else(|| Error::Usage {
+            reason: "a bitmap went away while it was sent".to_owned(),
+        })?;
+        Ok(directory.load(&bitmap.source_name)?)
+    }
+
+    /// Ends the stream and hears what the destination says. Silence is no failure: it may have
+    /// loaded everything.
+    fn heard(&mut self, session: &mut Session) -> Result<Heard> {
+        match session.finish() {
+            Ok(Ending::Loaded | Ending::Unheard) => Ok(Heard::Ended),
+            Err(qemu::Error::Connection { action: "read from", source, .. })
+                if matches!(source.kind(), io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock) =>
+            {
+                Ok(Heard::Silence(
+                    "it did not say how it ended for as long as one waits".to_owned(),
+                ))
+            }
+            Err(error) => Err(self.explain(session, error)),
+        }
+    }
+
+    /// What the destination itself says of a failure, where it can still be asked.
+    fn explain(&mut self, session: &mut Session, error: qemu::Error) -> Error {
+        let error = session.reason_of(error);
+        if !matches!(error, qemu::Error::Connection { .. } | qemu::Error::Peer(_)) {
+            return error.into();
+        }
+        let migration = self.peer.as_mut().and_then(|peer| peer.migration().ok());
+        match migration.and_then(|migration| migration.error) {
+            Some(said) => qemu::Error::Peer(said).into(),
+            None => error.into(),
+        }
+    }
+
+    /// Asks the destination's monitor, where there is one, what it has. What cannot be found out is
+    /// unknown.
+    fn confirm(
+        &mut self,
+        sent: &[Fingerprint],
+        heard: Heard,
+        observer: &dyn Observer,
+    ) -> Result<Outcome> {
+        let bitmaps = self.bitmaps();
+        let Some(peer) = &mut self.peer else {
+            return Ok(match heard {
+                Heard::Ended => Outcome::completed(Err(report::unasked())),
+                Heard::Silence(why) => Outcome::unknown(why),
+            });
+        };
+        let asked = confirm::wait(peer, observer)
+            .and_then(|()| confirm::verdicts(peer, &bitmaps, sent, observer));
+        match asked {
+            Ok(verdicts) => Ok(Outcome::completed(Ok(verdicts))),
+            Err(qemu::Error::Monitor(error)) => {
+                let said = crate::report::error_chain(&error);
+                let why = format!("the destination's monitor does not answer any more: {said}");
+                Ok(Outcome::unknown(why))
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+}

@@ -1,0 +1,196 @@
+//! What the destination would die of, found by asking its monitor first. Pure but for the asking.
+
+use super::options::Options;
+use super::plan::{PlannedBitmap, Prepared};
+use crate::qemu::peer::{Inventory, Peer};
+use crate::qemu::{Error, Result, Subject};
+use crate::{Observer, copy::BitmapSelection};
+
+/// State of a QEMU that waits for a migration.
+const WAITING: &str = "inmigrate";
+
+/// Asks the destination whether it can take what is to be sent.
+pub(super) fn check(
+    prepared: &Prepared<'_>,
+    peer: &mut Peer,
+    observer: &dyn Observer,
+) -> crate::Result<()> {
+    let state = peer.run_state().map_err(Error::from)?;
+    if state != WAITING {
+        let reason = format!(
+            "the QEMU behind --peer-qmp does not wait for a migration, it is {state:?}: give the \
+             monitor of one that was started with -incoming"
+        );
+        return Err(crate::Error::Usage { reason });
+    }
+    let inventory = peer.inventory().map_err(Error::from)?;
+    for disk in prepared.disks.iter().filter(|_| prepared.options.blocks) {
+        check_disk((&disk.id, disk.size()), &inventory)?;
+    }
+    for bitmap in prepared.bitmaps() {
+        if let Some(warning) = check_bitmap(&bitmap, &inventory)? {
+            observer.warning(&warning);
+        }
+    }
+    warn_of_nothing(prepared.options, observer);
+    Ok(())
+}
+
+/// A transfer of nothing is no mistake, and hardly what was meant.
+fn warn_of_nothing(options: &Options, observer: &dyn Observer) {
+    if !options.blocks && options.bitmaps == BitmapSelection::None {
+        observer.warning("neither contents nor bitmaps are to be sent");
+    }
+}
+
+/// Whether the destination can write the contents of a disk.
+fn check_disk((id, size): (&str, u64), inventory: &Inventory) -> Result<()> {
+    let unfit = |reason: String| {
+        let subject = Subject { disk: id.to_owned(), bitmap: None };
+        Err(Error::Unfit { subject, reason })
+    };
+    let (Some(device), Some(node)) = (inventory.device(id), inventory.node(id)) else {
+        let names: Vec<_> = inventory.devices.iter().map(|d| format!("{:?}", d.name)).collect();
+        return unfit(format!(
+            "the destination has no block backend of that name (it has {}), and contents are not \
+             sent to nodes: start it with -drive if=none,id={id}",
+            if names.is_empty() { "none".to_owned() } else { names.join(", ") }
+        ));
+    };
+    if !device.has_guest_device {
+        return unfit(format!(
+            "no guest device uses it at the destination, and QEMU would abort: start it with \
+             -device virtio-blk-pci,drive={id}"
+        ));
+    }
+    if node.is_read_only {
+        return unfit("it is read-only at the destination".to_owned());
+    }
+    if node.size < size {
+        let has = node.size;
+        return unfit(format!("the destination's disk has {has} bytes, and {size} are to be sent"));
+    }
+    Ok(())
+}
+
+/// Whether the destination can create a bitmap. A warning where it would drop it and go on: that is
+/// seen and reported in the end.
+fn check_bitmap(bitmap: &PlannedBitmap, inventory: &Inventory) -> Result<Option<String>> {
+    let wire = &bitmap.wire;
+    let (node, name) = match inventory.place(&wire.device, &wire.name) {
+        Ok(place) => place,
+        Err(why) => {
+            return Ok(Some(format!(
+                "{why}: it will drop bitmap {:?} of disk {:?}, and perhaps all, and not fail",
+                wire.name, wire.device
+            )));
+        }
+    };
+    let unfit = |reason: String| {
+        let subject = Subject { disk: wire.device.clone(), bitmap: Some(wire.name.clone()) };
+        Err(Error::Unfit { subject, reason })
+    };
+    if node.bitmap(name).is_some() {
+        return unfit(format!(
+            "the destination's node {:?} has a bitmap {name:?} already: remove it there, or use \
+             --rename-bitmap",
+            node.name
+        ));
+    }
+    if node.size != wire.disk_size {
+        return unfit(format!(
+            "the destination's node {:?} has {} bytes and the bitmap is of a disk of {} bytes: \
+             QEMU would abort",
+            node.name, node.size, wire.disk_size
+        ));
+    }
+    Ok(None)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::qemu::outgoing::bitmaps::OutgoingBitmap;
+    use crate::qemu::peer::{BitmapAlias, Device, Node, NodeAlias, NodeBitmap};
+
+    fn inventory() -> Inventory {
+        let device = |name: &str, node: &str, has_guest_device| Device {
+            name: name.to_owned(),
+            node: node.to_owned(),
+            has_guest_device,
+        };
+        let taken = NodeBitmap {
+            name: "taken".to_owned(),
+            granularity: 65536,
+            count: 0,
+            is_recording: true,
+            is_busy: false,
+            is_persistent: true,
+            is_inconsistent: false,
+        };
+        let node = |name: &str, size, is_read_only| Node {
+            name: name.to_owned(),
+            size,
+            is_read_only,
+            bitmaps: vec![taken.clone()],
+        };
+        Inventory {
+            devices: vec![
+                device("d0", "n0", true),
+                device("bare", "n0", false),
+                device("cd", "n1", true),
+            ],
+            nodes: vec![node("n0", 4096, false), node("n1", 4096, true)],
+            mapping: None,
+        }
+    }
+
+    #[test]
+    fn contents_need_a_backend_with_a_device_and_room() {
+        let check = |id, size| check_disk((id, size), &inventory()).err().map(|e| e.to_string());
+        assert_eq!(check("d0", 4096), None);
+        assert_eq!(check("d0", 512), None);
+        for (id, size, says) in [
+            ("d0", 8192, "has 4096 bytes"),
+            ("n0", 4096, "-drive if=none,id=n0"),
+            ("bare", 4096, "virtio-blk-pci"),
+            ("cd", 4096, "read-only"),
+        ] {
+            let said = check(id, size).expect("refused");
+            assert!(said.contains(says) && said.contains(id), "{said}");
+        }
+    }
+
+    fn bitmap(device: &str, name: &str, disk_size: u64) -> PlannedBitmap {
+        let wire = OutgoingBitmap {
+            device: device.to_owned(),
+            name: name.to_owned(),
+            disk_size,
+            granularity: 65536,
+            is_enabled: true,
+            is_persistent: true,
+        };
+        PlannedBitmap { disk: 0, source_name: "x".to_owned(), wire }
+    }
+
+    #[test]
+    fn bitmaps_need_a_free_name_and_the_same_size() {
+        let check = |device, name, size| check_bitmap(&bitmap(device, name, size), &inventory());
+        assert_eq!(check("d0", "b", 4096).unwrap(), None);
+        assert_eq!(check("n0", "b", 4096).unwrap(), None);
+        assert!(check("nowhere", "b", 4096).unwrap().is_some());
+        assert!(check("d0", "taken", 4096).unwrap_err().to_string().contains("--rename-bitmap"));
+        assert!(check("d0", "b", 8192).unwrap_err().to_string().contains("abort"));
+    }
+
+    #[test]
+    fn a_mapping_hides_what_it_does_not_name() {
+        let bitmaps = vec![BitmapAlias { name: "taken".to_owned(), alias: "b".to_owned() }];
+        let alias = NodeAlias { node: "n0".to_owned(), alias: "X".to_owned(), bitmaps };
+        let inventory = Inventory { mapping: Some(vec![alias]), ..inventory() };
+        let check = |device, name| check_bitmap(&bitmap(device, name, 4096), &inventory);
+        assert!(check("d0", "b").unwrap().unwrap().contains("alias \"d0\""));
+        assert!(check("X", "c").unwrap().unwrap().contains("alias \"c\""));
+        assert!(check("X", "b").unwrap_err().to_string().contains("\"taken\""));
+    }
+}

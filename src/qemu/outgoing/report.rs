@@ -1,0 +1,124 @@
+//! What a migration to QEMU did, in the words of the report.
+
+use bitmap_mig::{Choice, Fate};
+
+use super::blocks::Sent;
+use super::confirm::Verdict;
+use super::plan::{PlannedDisk, Prepared};
+use crate::report::{BitmapOutcome, BitmapReport, DiskReport, Verified};
+
+/// Stands for bitmaps whose names cannot be known.
+const NAMELESS: &str = "*";
+/// What is said of a bitmap of which only the peer could tell.
+const UNASKED: &str = "only the destination could confirm it, and its monitor was not asked \
+                       (--peer-qmp): QEMU reports success even where it drops a bitmap";
+
+/// What is known of one disk in the end.
+#[derive(Debug, Clone, Default)]
+pub(super) struct DiskDone {
+    /// What was sent of its content.
+    pub(super) sent: Option<Sent>,
+    /// What its content hashes to.
+    pub(super) content_hash: Option<String>,
+}
+
+/// The reports of all disks. `verdicts` are those of the carried bitmaps, in their order; or why
+/// there are none.
+pub(super) fn disks(
+    prepared: &Prepared<'_>,
+    done: &[DiskDone],
+    verdicts: &Result<Vec<Verdict>, String>,
+) -> Vec<DiskReport> {
+    let mut verdicts = match verdicts {
+        Ok(verdicts) => verdicts.clone().into_iter(),
+        Err(why) => {
+            let count = prepared.bitmaps().len();
+            vec![Verdict::Unsure(why.clone()); count].into_iter()
+        }
+    };
+    let disks = prepared.disks.iter().zip(done);
+    disks.map(|(disk, done)| report(prepared, disk, done, &mut verdicts)).collect()
+}
+
+/// Why there is no verdict where no monitor was asked.
+pub(super) fn unasked() -> String {
+    UNASKED.to_owned()
+}
+
+fn report(
+    prepared: &Prepared<'_>,
+    disk: &PlannedDisk,
+    done: &DiskDone,
+    verdicts: &mut impl Iterator<Item = Verdict>,
+) -> DiskReport {
+    let choices = disk.decision.choices.iter();
+    let mut bitmaps: Vec<_> = choices.map(|choice| bitmap(choice, verdicts)).collect();
+    bitmaps.extend(disk.unlistable.as_ref().map(|why| BitmapReport {
+        is_wanted: prepared.options.bitmaps != crate::copy::BitmapSelection::None,
+        ..dropped(NAMELESS, why.clone())
+    }));
+    let sent = done.sent.unwrap_or_default();
+    DiskReport {
+        id: disk.id.clone(),
+        bytes_data: sent.data,
+        bytes_zero: sent.zero,
+        content_hash: done.content_hash.clone(),
+        verified: verified(prepared.options.no_verify, done, &bitmaps),
+        not_carried: not_carried(disk, done),
+        bitmaps,
+    }
+}
+
+/// A monitor can confirm bitmaps, not contents.
+fn verified(no_verify: bool, done: &DiskDone, bitmaps: &[BitmapReport]) -> Verified {
+    let is_confirmed = |bitmap: &BitmapReport| bitmap.outcome == BitmapOutcome::Preserved;
+    let mut wanted = bitmaps.iter().filter(|bitmap| bitmap.is_wanted).peekable();
+    if no_verify {
+        Verified::No
+    } else if done.sent.is_none() && wanted.peek().is_some() && wanted.all(is_confirmed) {
+        Verified::Yes
+    } else {
+        Verified::Unconfirmed
+    }
+}
+
+fn bitmap(choice: &Choice, verdicts: &mut impl Iterator<Item = Verdict>) -> BitmapReport {
+    let name = &choice.bitmap.name;
+    let new = match &choice.fate {
+        Fate::Unwanted => {
+            let why = "it was not asked for".to_owned();
+            return BitmapReport { is_wanted: false, ..dropped(name, why) };
+        }
+        Fate::Left(reason) => return dropped(name, reason.clone()),
+        Fate::Carried(new) => new,
+    };
+    let mut changed: Vec<_> =
+        (name != new).then(|| format!("name: {name} -> {new}")).into_iter().collect();
+    let (outcome, reason) = match verdicts.next() {
+        Some(Verdict::Preserved(more)) => {
+            changed.extend(more);
+            (BitmapOutcome::Preserved, None)
+        }
+        Some(Verdict::Dropped(reason)) => return dropped(name, reason),
+        Some(Verdict::Unsure(reason)) => (BitmapOutcome::Sent, Some(reason)),
+        None => (BitmapOutcome::Sent, Some(unasked())),
+    };
+    BitmapReport { name: name.clone(), outcome, changed, reason, is_wanted: true }
+}
+
+fn dropped(name: &str, reason: String) -> BitmapReport {
+    BitmapReport {
+        name: name.to_owned(),
+        outcome: BitmapOutcome::Dropped,
+        changed: Vec::new(),
+        reason: Some(reason),
+        is_wanted: true,
+    }
+}
+
+/// What the disk has and QEMU's stream does not carry.
+fn not_carried(disk: &PlannedDisk, done: &DiskDone) -> Vec<String> {
+    let snapshots = disk.disk.image().map_or(0, qcow2_file::Image::snapshot_count);
+    let is_left = done.sent.is_some() && snapshots > 0;
+    is_left.then(|| format!("{snapshots} internal snapshots")).into_iter().collect()
+}

@@ -1,0 +1,278 @@
+//! A stream to QEMU: sections open and close, and the destination says how it ended.
+//!
+//! It knows names, chunks and bits, and no images: whoever drives it decides what is sent when.
+//! [`run`](super::run) drives it for disks at rest. For a running guest the order is the same:
+//! [`start_blocks`](Session::start_blocks), [`start_bitmaps`](Session::start_bitmaps), then
+//! [`blocks`](Session::blocks) as often as there is something new (a chunk may be sent again, the
+//! last one counts), then, *with the guest paused*, what is left, [`bits`](Session::bits) and
+//! [`complete`](Session::complete) of each bitmap, and [`finish`](Session::finish).
+
+use std::io::{Read, Write};
+use std::sync::Arc;
+
+use format_spec::Writer;
+use format_spec::qemu::command::Command;
+use format_spec::qemu::configuration::{Configuration, Subsection};
+use format_spec::qemu::container::{
+    Element, Section, SectionKind, SectionName, encode_footer, encode_start,
+};
+use format_spec::qemu::reply::{Decoder, Reply};
+use format_spec::qemu::{Step, block, dirty_bitmap};
+use mig_core::transport::{Connection, HangUp};
+
+use super::stream::Stream;
+use crate::qemu::buffer::Buffer;
+use crate::qemu::{Error, Result};
+
+/// Number of the `block` section in our streams. QEMU takes 0 for another one.
+const BLOCK_ID: u32 = 1;
+/// Number of the `dirty-bitmap` section in our streams.
+const BITMAP_ID: u32 = 2;
+/// A description of no devices. Without one QEMU warns, and succeeds all the same.
+const VMDESCRIPTION: &[u8] = b"{}";
+/// What is said of a destination that is gone.
+const WORDLESS: &str =
+    "it closed the connection without a word: it failed or died, and its own messages say why";
+
+/// How a stream begins.
+#[derive(Debug, Clone, Default)]
+pub struct Greeting {
+    /// Machine type; an empty one fits every destination.
+    pub machine: String,
+    /// The machine's UUID, which the destination compares with its own if it has one.
+    pub uuid: Option<[u8; 16]>,
+    /// Whether nothing comes back.
+    pub is_one_way: bool,
+}
+
+/// How a stream ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ending {
+    /// The destination says that it loaded everything, which it also says of bitmaps that it
+    /// dropped.
+    Loaded,
+    /// Nothing comes back on this connection.
+    Unheard,
+}
+
+/// A stream that is being written. Dropping it hangs up, and the destination fails.
+pub struct Session {
+    pub(super) stream: Stream<Box<dyn Write + Send>>,
+    replies: Buffer<Box<dyn Read + Send>>,
+    line: Arc<dyn HangUp>,
+    is_one_way: bool,
+    /// The last names on the wire, which are not repeated.
+    names: Names,
+}
+
+#[derive(Debug, Default)]
+pub(super) struct Names {
+    device: String,
+    bitmap: String,
+}
+
+impl std::fmt::Debug for Session {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Session").field("offset", &self.stream.offset()).finish_non_exhaustive()
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        self.line.hang_up();
+    }
+}
+
+impl Session {
+    /// Begins the stream on a fresh connection.
+    pub fn open(connection: Connection, greeting: &Greeting) -> Result<Self> {
+        let Connection { reader, writer, line, .. } = connection;
+        let mut session = Self {
+            stream: Stream::new(writer),
+            replies: Buffer::new(reader),
+            line,
+            is_one_way: greeting.is_one_way,
+            names: Names::default(),
+        };
+        session.stream.write(|out| {
+            encode_start(out);
+            let subsections = greeting.uuid.map(Subsection::Uuid).into_iter().collect();
+            let configuration = Configuration { machine: &greeting.machine, subsections };
+            Element::Configuration(configuration).encode(out);
+            if !greeting.is_one_way {
+                Element::Command(Command::OpenReturnPath).encode(out);
+            }
+        })?;
+        Ok(session)
+    }
+
+    /// Bytes of the stream so far.
+    pub fn wire_bytes(&self) -> u64 {
+        self.stream.offset()
+    }
+
+    /// Announces that disks come. Once, before their chunks.
+    pub fn start_blocks(&mut self) -> Result<()> {
+        self.section(SectionKind::Start, BLOCK_ID, Kind::Blocks, |out| {
+            block::Record::end().encode(out)
+        })
+    }
+
+    /// The disks are done. Once, after their last chunk.
+    pub fn end_blocks(&mut self) -> Result<()> {
+        self.section(SectionKind::End, BLOCK_ID, Kind::Blocks, |out| {
+            block::Record::progress(100).encode(out);
+            block::Record::end().encode(out);
+        })
+    }
+
+    /// Opens a part of the `block` section, to which `body` writes records.
+    pub(super) fn block_part<T>(
+        &mut self,
+        body: impl FnOnce(&mut Stream<Box<dyn Write + Send>>) -> Result<T>,
+    ) -> Result<T> {
+        self.stream.write(|out| head(SectionKind::Part, BLOCK_ID, Kind::Blocks).encode(out))?;
+        let done = body(&mut self.stream)?;
+        self.stream.write(|out| {
+            block::Record::end().encode(out);
+            encode_footer(BLOCK_ID, out);
+        })?;
+        Ok(done)
+    }
+
+    /// Opens the `dirty-bitmap` section and writes the records that `body` makes.
+    pub(super) fn bitmap_section(
+        &mut self,
+        kind: SectionKind,
+        body: impl FnOnce(&mut Names, &mut Stream<Box<dyn Write + Send>>) -> Result<()>,
+    ) -> Result<()> {
+        self.stream.write(|out| head(kind, BITMAP_ID, Kind::Bitmaps).encode(out))?;
+        body(&mut self.names, &mut self.stream)?;
+        self.stream.write(|out| {
+            dirty_bitmap::Record::end().encode(out);
+            encode_footer(BITMAP_ID, out);
+        })
+    }
+
+    fn section(
+        &mut self,
+        kind: SectionKind,
+        id: u32,
+        which: Kind,
+        body: impl FnOnce(&mut Writer),
+    ) -> Result<()> {
+        self.stream.write(|out| {
+            head(kind, id, which).encode(out);
+            body(out);
+            encode_footer(id, out);
+        })
+    }
+
+    /// Ends the stream and waits for what the destination says. It may take its time: it flushes
+    /// its disks first. Fails where it says that it failed, or closes without a word.
+    pub fn finish(&mut self) -> Result<Ending> {
+        self.stream.write(|out| {
+            Element::Eof.encode(out);
+            let len = u32::try_from(VMDESCRIPTION.len()).unwrap_or(0);
+            Element::VmDescription(len).encode(out);
+            out.bytes(VMDESCRIPTION);
+        })?;
+        self.stream.flush()?;
+        if self.is_one_way {
+            return Ok(Ending::Unheard);
+        }
+        self.hear().map(|()| Ending::Loaded)
+    }
+
+    /// A connection that broke while it was written to may hold the reason in the other direction.
+    pub fn reason_of(&mut self, error: Error) -> Error {
+        match error {
+            Error::Connection { .. } if !self.is_one_way => match self.hear() {
+                Err(said @ Error::Peer(_)) => said,
+                _ => error,
+            },
+            error => error,
+        }
+    }
+
+    /// Reads the return path up to SHUT.
+    fn hear(&mut self) -> Result<()> {
+        let mut decoder = Decoder::default();
+        loop {
+            let offset = decoder.offset();
+            let len = match decoder.next(self.replies.bytes())? {
+                Step::Item(reply, len) => {
+                    match reply {
+                        Reply::Shut(0) => return Ok(()),
+                        Reply::Shut(status) => {
+                            return Err(Error::Peer(format!("it answers SHUT {status}")));
+                        }
+                        // Nobody asked, and it does no harm.
+                        Reply::Pong(_) | Reply::SwitchoverAck => {}
+                        other => return Err(out_of_place(&other, offset)),
+                    }
+                    len
+                }
+                Step::Need(_) if self.replies.is_whole() => {
+                    return Err(Error::Peer(WORDLESS.to_owned()));
+                }
+                Step::Need(needed) => {
+                    let failed = |source| Error::Connection { action: "read from", offset, source };
+                    self.replies.fill(needed).map_err(failed)?;
+                    0
+                }
+            };
+            self.replies.consume(len);
+        }
+    }
+}
+
+impl Names {
+    /// What must be said to speak of this bitmap after the one before. A bitmap of the same name
+    /// on another device is another one.
+    pub(super) fn tell<'a>(
+        &mut self,
+        device: &'a str,
+        bitmap: &'a str,
+    ) -> (Option<&'a str>, Option<&'a str>) {
+        let device = told(&mut self.device, device);
+        if device.is_some() {
+            self.bitmap.clear();
+        }
+        (device, told(&mut self.bitmap, bitmap))
+    }
+}
+
+fn told<'a>(last: &mut String, name: &'a str) -> Option<&'a str> {
+    if last == name {
+        return None;
+    }
+    name.clone_into(last);
+    Some(name)
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Kind {
+    Blocks,
+    Bitmaps,
+}
+
+fn head(kind: SectionKind, id: u32, which: Kind) -> Section<'static> {
+    let (name, version) = match which {
+        Kind::Blocks => (block::SECTION, block::SECTION_VERSION),
+        Kind::Bitmaps => (dirty_bitmap::SECTION, dirty_bitmap::SECTION_VERSION),
+    };
+    let is_first = matches!(kind, SectionKind::Start | SectionKind::Full);
+    let name = is_first.then_some(SectionName { name, instance: 0, version });
+    Section { id, kind, name }
+}
+
+fn out_of_place(reply: &Reply<'_>, offset: u64) -> Error {
+    let what = match reply {
+        Reply::ReqPages { .. } => "asks for pages of memory",
+        Reply::RecvBitmap { .. } | Reply::Bits(_) | Reply::BitsEnd => "sends a bitmap of pages",
+        _ => "goes on after a cut that was none",
+    };
+    let reason = format!("it {what}, and no memory was sent");
+    Error::Protocol { offset, reason }
+}

@@ -1,0 +1,40 @@
+//! The first bytes of the first connection say which dialect it speaks (SPEC 4.1).
+
+use std::io::{Cursor, Read as _};
+
+use format_spec::native::hello;
+use format_spec::qemu::container;
+use mig_core::heart::within;
+use mig_core::limits::HELLO_LIMIT;
+use mig_core::stream::Error as Stream;
+use mig_core::transport::Connection;
+
+use crate::Result;
+
+/// What a source speaks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Dialect {
+    /// bitferry's own.
+    Native,
+    /// QEMU's.
+    Qemu,
+}
+
+/// Reads the first four bytes, in bounded time, and puts them back.
+pub(super) fn recognise(connection: Connection) -> Result<(Dialect, Connection)> {
+    let Connection { mut reader, writer, line, peer } = connection;
+    let mut magic = [0; 4];
+    let read = within(HELLO_LIMIT, &*line, || reader.read_exact(&mut magic));
+    let failed = |source| Stream::Connection { action: "read from", channel: 0, offset: 0, source };
+    read.map_err(failed)?;
+    let dialect = match magic {
+        magic if magic == *hello::MAGIC => Dialect::Native,
+        magic if magic == *container::MAGIC => Dialect::Qemu,
+        other => {
+            let reason = format!("it begins with {other:02x?}, as no migration does");
+            return Err(Stream::protocol(0, 0, reason).into());
+        }
+    };
+    let reader = Box::new(Cursor::new(magic).chain(reader));
+    Ok((dialect, Connection { reader, writer, line, peer }))
+}

@@ -1,0 +1,185 @@
+//! Send disks at rest with their bitmaps to a destination, and report what became of them.
+
+mod options;
+mod plan;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+use bitmap_mig::{Bitmap, SaveBitmap, SaveBitmaps};
+use block_mig::device::ChainSource;
+use block_mig::limits::workers;
+use block_mig::save::SaveCounts;
+use block_mig::{SaveBlocks, SaveDisk, SaveOptions};
+use format_spec::native::block::DiskId;
+use mig_core::section::SaveHandler;
+use mig_core::transport::{Dial, Nature};
+
+pub use self::options::SendOptions;
+pub(crate) use self::plan::check_ids;
+pub use self::plan::{Plan, PlannedDisk};
+use self::plan::{Planned, decide, describe};
+use crate::carry;
+use crate::facts::{Facts, FileFacts, host};
+use crate::observe::Progress;
+use crate::outgoing::{Next, Outcome, OutgoingOptions, Policy, Round, Sent, send};
+use crate::report::{BitmapOutcome, DiskReport, Report, Status, Verified, error_chain};
+use crate::{Error, Observer, Phase, Result};
+
+/// What would be sent. Connects nothing.
+pub fn plan(options: &SendOptions, observer: &dyn Observer) -> Result<Plan> {
+    let (disks, refusals) = decide(options, observer)?;
+    Ok(describe(&disks, &refusals))
+}
+
+/// Sends. On an error the destination has published nothing, or says by itself what it has.
+pub fn run(options: &SendOptions, dial: &dyn Dial, observer: &dyn Observer) -> Result<Report> {
+    let started = Instant::now();
+    check_transport(options, dial.nature())?;
+    let (disks, mut refusals) = decide(options, observer)?;
+    if !refusals.is_empty() {
+        return Err(refusals.swap_remove(0));
+    }
+    let bitmaps: Vec<Vec<Bitmap>> = disks.iter().map(Planned::load).collect::<Result<_>>()?;
+    let content = disks.iter().map(Planned::content_bytes).fold(0, u64::saturating_add);
+    let progress = Progress::begin(observer, Phase::Transfer, content);
+    let (sent, counts) = {
+        let sources: Vec<_> = disks.iter().map(|d| ChainSource(&d.disk.chain)).collect();
+        let (handlers, counts) = handlers(options, (&disks, &sources, &bitmaps), &progress)?;
+        let outgoing = outgoing_options(options, session(options, &disks)?, &progress);
+        (send(dial, handlers, &mut (), &mut OneRound(observer), &outgoing)?, counts)
+    };
+    progress.end();
+    Ok(report(options, &disks, &sent, (&counts, started)))
+}
+
+/// What the transport cannot do is refused, not left out.
+fn check_transport(options: &SendOptions, nature: Nature) -> Result<()> {
+    let usage = |reason: &str| Err(Error::Usage { reason: reason.to_owned() });
+    if options.channels > nature.max_connections {
+        return usage("this transport has one connection: leave --channels out");
+    }
+    if nature.is_one_way && options.compression.is_some() {
+        return usage(
+            "nobody answers over this transport what it can decompress: leave --compress out, and \
+             compress the stream outside",
+        );
+    }
+    Ok(())
+}
+
+type Parts<'a> = (&'a [Planned], &'a [ChainSource<'a>], &'a [Vec<Bitmap>]);
+type Handlers<'a> = (Vec<Box<dyn SaveHandler + 'a>>, Vec<Arc<SaveCounts>>);
+
+fn handlers<'a>(
+    options: &SendOptions,
+    (disks, sources, bitmaps): Parts<'a>,
+    progress: &'a Progress<'_>,
+) -> Result<Handlers<'a>> {
+    let mut saved = Vec::new();
+    let mut saved_bitmaps = Vec::new();
+    for (((id, disk), source), bitmaps) in (0..).map(DiskId).zip(disks).zip(sources).zip(bitmaps) {
+        saved.push(SaveDisk { id, name: disk.option.id.clone(), source, dirty: None });
+        let disk_size = disk.disk.chain.virtual_size();
+        let of_disk = |bitmap| SaveBitmap { disk: id, disk_size, bitmap };
+        saved_bitmaps.extend(bitmaps.iter().map(of_disk));
+    }
+    let hashes = !options.no_verify;
+    let save = SaveOptions { hashes, workers: workers(None), monitor: progress };
+    let blocks = SaveBlocks::new(saved, save)?;
+    let counts = blocks.counts();
+    let bitmaps = SaveBitmaps::new(saved_bitmaps, hashes)?;
+    Ok((vec![Box::new(blocks), Box::new(bitmaps)], counts))
+}
+
+fn outgoing_options<'a>(
+    options: &SendOptions,
+    session: [u8; 16],
+    progress: &'a Progress<'_>,
+) -> OutgoingOptions<'a> {
+    OutgoingOptions {
+        channels: options.channels,
+        compression: options.compression,
+        meter: options.meter.clone(),
+        ..OutgoingOptions::new(session, progress)
+    }
+}
+
+/// The session of this command: the same command finds what an earlier run of it left, as long as
+/// the disks have not changed.
+fn session(options: &SendOptions, disks: &[Planned]) -> Result<[u8; 16]> {
+    let failed =
+        |path: std::path::PathBuf| move |source| Error::File { action: "look at", path, source };
+    if options.fresh || options.destination.is_empty() {
+        return crate::random_id().map_err(failed("/dev/urandom".into()));
+    }
+    let facts = |planned: &Planned| {
+        let facts = |file: &Arc<qcow2_file::HostFile>| {
+            FileFacts::of(file.file()).map_err(failed(file.path().to_owned()))
+        };
+        let files = planned.disk.files().map(facts).collect::<Result<_>>()?;
+        Ok((planned.option.id.clone(), planned.disk.chain.virtual_size(), files))
+    };
+    let bitmaps = format!("{:?} {:?}", options.bitmaps, options.renames);
+    let facts = Facts {
+        host: host(),
+        disks: disks.iter().map(facts).collect::<Result<_>>()?,
+        destination: options.destination.clone().into_bytes(),
+        wishes: vec!["send".to_owned(), bitmaps],
+    };
+    Ok(facts.session())
+}
+
+/// Nothing changes: one round is enough, and then the destination proves what it has.
+struct OneRound<'a>(&'a dyn Observer);
+
+impl Policy for OneRound<'_> {
+    fn next(&mut self, _round: &Round) -> Next {
+        self.0.phase(Phase::Prove);
+        Next::Complete
+    }
+}
+
+fn report(
+    options: &SendOptions,
+    disks: &[Planned],
+    sent: &Sent,
+    (counts, started): (&[Arc<SaveCounts>], Instant),
+) -> Report {
+    let (status, error) = match &sent.outcome {
+        Outcome::Completed | Outcome::Unconfirmed => (Status::Completed, None),
+        Outcome::AlreadyComplete => (Status::AlreadyComplete, None),
+        Outcome::Unknown(error) => (Status::Unknown, Some(error_chain(error))),
+    };
+    let (verified, outcome) = match &sent.outcome {
+        Outcome::Unconfirmed | Outcome::Unknown(_) => (Verified::Unconfirmed, BitmapOutcome::Sent),
+        _ if options.no_verify => (Verified::No, BitmapOutcome::Preserved),
+        _ => (Verified::Yes, BitmapOutcome::Preserved),
+    };
+    let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+    let disk = |(planned, counts): (&Planned, &Arc<SaveCounts>)| {
+        let bytes_data = load(&counts.data).saturating_sub(load(&counts.repeated));
+        let size = planned.disk.chain.virtual_size();
+        DiskReport {
+            id: planned.option.id.clone(),
+            bytes_data,
+            bytes_zero: size.saturating_sub(bytes_data).saturating_sub(load(&counts.kept)),
+            content_hash: counts.root.get().map(ToString::to_string),
+            verified,
+            not_carried: planned.not_carried(),
+            bitmaps: carry::reports(&planned.bitmaps, outcome),
+        }
+    };
+    Report {
+        status,
+        error,
+        total_time_ms: u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX),
+        downtime_ms: None,
+        wire_bytes: sent.wire_bytes,
+        repeated_bytes: counts.iter().map(|c| load(&c.repeated)).fold(0, u64::saturating_add),
+        resumed: sent.resumed,
+        disks: disks.iter().zip(counts).map(disk).collect(),
+        ram: None,
+    }
+}

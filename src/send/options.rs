@@ -1,0 +1,55 @@
+//! What to send, and how.
+
+use std::sync::Arc;
+
+use mig_core::meter::Meter;
+use mig_core::stream::Compression;
+
+use crate::copy::{BitmapSelection, Rename};
+use crate::options::DiskOption;
+
+/// What to send, and how.
+#[derive(Debug, Clone)]
+pub struct SendOptions {
+    /// The disks, each with the name that the destination knows it by.
+    pub disks: Vec<DiskOption>,
+    /// Open backing and data files that the images name, and read through them.
+    pub allow_backing: bool,
+    /// Which bitmaps to carry. A name must be on one of the disks at least.
+    pub bitmaps: BitmapSelection,
+    /// New names for bitmaps; without a node for all disks that have one of that name.
+    pub renames: Vec<Rename>,
+    /// Go on without inconsistent bitmaps.
+    pub skip_broken_bitmaps: bool,
+    /// Leave out the proof.
+    pub no_verify: bool,
+    /// Where they go, as the user says it: with it a later run finds its session again. Empty for a
+    /// session that nobody finds again.
+    pub destination: String,
+    /// Begin anew, whatever an earlier run left at the destination.
+    pub fresh: bool,
+    /// Data connections.
+    pub channels: u16,
+    /// Compression on the wire.
+    pub compression: Option<Compression>,
+    /// What limits all connections together.
+    pub meter: Arc<Meter>,
+}
+
+impl Default for SendOptions {
+    fn default() -> Self {
+        Self {
+            disks: Vec::new(),
+            allow_backing: false,
+            bitmaps: BitmapSelection::All,
+            renames: Vec::new(),
+            skip_broken_bitmaps: false,
+            no_verify: false,
+            destination: String::new(),
+            fresh: false,
+            channels: 1,
+            compression: None,
+            meter: Arc::default(),
+        }
+    }
+}

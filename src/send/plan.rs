@@ -1,0 +1,202 @@
+//! What would be sent, decided before anything is connected.
+
+use std::collections::BTreeSet;
+
+use bitmap_mig::{Bitmap, Fate, Holder};
+use block_mig::device::ChainSource;
+use block_mig::limits::UNIT_BYTES;
+use block_mig::plan::{Scope, Survey, survey};
+use qcow2_file::limits::MAX_BITMAP_BYTES;
+use serde::Serialize;
+
+use super::SendOptions;
+use crate::carry::{self, Asked, BitmapPlan};
+use crate::copy::{BitmapSelection, Format, PlannedBitmap, Rename};
+use crate::disk::{Disk, Request};
+use crate::options::DiskOption;
+use crate::report::{BitmapOutcome, error_chain};
+use crate::{Error, Observer, Phase, Result};
+
+/// What to do where a bitmap cannot be carried: it is too large for any image.
+const HINT: &str = "use --bitmaps with the names of the others";
+
+/// What would become of one disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct PlannedDisk {
+    /// Its name on the wire.
+    pub id: String,
+    /// Its image.
+    pub source: String,
+    /// Format of the image.
+    pub source_format: Format,
+    /// Guest-visible bytes.
+    pub virtual_size: u64,
+    /// Bytes of stored content that would be sent: about what the destination needs.
+    pub bytes_data: u64,
+    /// Bytes known to read as zero.
+    pub bytes_zero: u64,
+    /// What the source has and the destination would not have, one phrase each.
+    pub not_carried: Vec<String>,
+    /// Every bitmap of the source.
+    pub bitmaps: Vec<PlannedBitmap>,
+}
+
+/// What would be sent (`--dry-run`).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Plan {
+    /// In the order in which they were given.
+    pub disks: Vec<PlannedDisk>,
+    /// Why it would be refused, one sentence each; empty where it would go on.
+    pub refusals: Vec<String>,
+}
+
+/// A disk that is open, and what is decided about it.
+#[derive(Debug)]
+pub(super) struct Planned {
+    pub(super) option: DiskOption,
+    pub(super) disk: Disk,
+    pub(super) survey: Survey,
+    pub(super) bitmaps: BitmapPlan,
+}
+
+/// Opens all disks and decides everything. What stands in the way is collected.
+pub(super) fn decide(
+    options: &SendOptions,
+    observer: &dyn Observer,
+) -> Result<(Vec<Planned>, Vec<Error>)> {
+    observer.phase(Phase::Plan);
+    check_ids(&options.disks)?;
+    let mut planned = Vec::new();
+    for option in &options.disks {
+        let request = Request {
+            allow_named: options.allow_backing,
+            ..Request::new(&option.path, option.format)
+        };
+        planned.push((option.clone(), Disk::open(&request, observer)?));
+    }
+    let mut refusals = unknown_names(options, &planned);
+    let mut disks = Vec::new();
+    for (option, disk) in planned {
+        let holder =
+            Holder { cannot: None, size: disk.chain.virtual_size(), max_bytes: MAX_BITMAP_BYTES };
+        let asked = asked(options, &option, &disk);
+        let mut bitmaps = carry::plan(&disk.bitmaps, &asked, &holder);
+        refusals.append(&mut bitmaps.refusals);
+        let survey = survey(&ChainSource(&disk.chain), Scope::Whole, UNIT_BYTES)?;
+        disks.push(Planned { option, disk, survey, bitmaps });
+    }
+    Ok((disks, refusals))
+}
+
+/// Each disk has a name of its own.
+pub(crate) fn check_ids(disks: &[DiskOption]) -> Result<()> {
+    let mut seen = BTreeSet::new();
+    let usage = |reason| Err(Error::Usage { reason });
+    match disks.iter().find(|disk| !seen.insert(disk.id.as_str())) {
+        Some(twice) => usage(format!("--disk {}=…: that ID is given twice", twice.id)),
+        None if disks.is_empty() => usage("no disk is given: use --disk ID=PATH".to_owned()),
+        None => Ok(()),
+    }
+}
+
+/// What of the user's wishes is meant for this disk: names of bitmaps that others have are not.
+fn asked(options: &SendOptions, option: &DiskOption, disk: &Disk) -> Asked {
+    let listed = carry::listed(&disk.bitmaps);
+    let has = |name: &String| listed.iter().any(|bitmap| bitmap.name == *name);
+    Asked {
+        bitmaps: match &options.bitmaps {
+            BitmapSelection::Named(names) => {
+                BitmapSelection::Named(names.iter().filter(|n| has(n)).cloned().collect())
+            }
+            all_or_none => all_or_none.clone(),
+        },
+        renames: options
+            .renames
+            .iter()
+            .filter(|rename| is_for(rename, option) && has(&rename.old))
+            .cloned()
+            .collect(),
+        skips_broken: options.skip_broken_bitmaps,
+        hint: HINT,
+    }
+}
+
+fn is_for(rename: &Rename, option: &DiskOption) -> bool {
+    rename.node.as_ref().is_none_or(|node| *node == option.id)
+}
+
+/// Names in the user's wishes that are on no disk.
+fn unknown_names(options: &SendOptions, disks: &[(DiskOption, Disk)]) -> Vec<Error> {
+    let is_somewhere = |name: &str, node: Option<&String>| {
+        let mut meant = disks.iter().filter(|(o, _)| node.is_none_or(|node| *node == o.id));
+        meant.any(|(_, disk)| carry::listed(&disk.bitmaps).iter().any(|b| b.name == name))
+    };
+    let mut wanted: Vec<(&str, Option<&String>)> = match &options.bitmaps {
+        BitmapSelection::Named(names) => names.iter().map(|n| (n.as_str(), None)).collect(),
+        BitmapSelection::All | BitmapSelection::None => Vec::new(),
+    };
+    wanted.extend(options.renames.iter().map(|r| (r.old.as_str(), r.node.as_ref())));
+    let unknown = wanted.into_iter().filter(|(name, node)| !is_somewhere(name, *node));
+    let error = |(name, node): (&str, Option<&String>)| Error::Usage {
+        reason: match node {
+            Some(node) => format!("disk {node:?} has no bitmap {name:?}"),
+            None => format!("no disk has a bitmap {name:?}"),
+        },
+    };
+    unknown.map(error).collect()
+}
+
+impl Planned {
+    /// Bytes that will be read and sent.
+    pub(super) fn content_bytes(&self) -> u64 {
+        self.survey.content
+    }
+
+    /// What the source has and the destination will not have.
+    pub(super) fn not_carried(&self) -> Vec<String> {
+        let mut phrases: Vec<String> =
+            self.disk.snapshots().into_iter().chain(self.disk.flattened()).collect();
+        if self.survey.compressed > 0 {
+            phrases.push(format!("compression of {} bytes: sent plain", self.survey.compressed));
+        }
+        phrases
+    }
+
+    /// Its bitmaps that are carried.
+    pub(super) fn load(&self) -> Result<Vec<Bitmap>> {
+        carry::load(&self.disk.bitmaps, &self.bitmaps)
+    }
+
+    pub(super) fn describe(&self) -> PlannedDisk {
+        let names = self.bitmaps.decision.choices.iter().map(|c| match &c.fate {
+            Fate::Carried(name) => Some(name.clone()),
+            Fate::Unwanted | Fate::Left(_) => None,
+        });
+        let reports = carry::reports(&self.bitmaps, BitmapOutcome::Preserved).into_iter();
+        let bitmap = |(report, becomes): (crate::report::BitmapReport, _)| PlannedBitmap {
+            name: report.name,
+            becomes,
+            reason: report.reason,
+        };
+        PlannedDisk {
+            id: self.option.id.clone(),
+            source: self.option.path.display().to_string(),
+            source_format: self.disk.format(),
+            virtual_size: self.disk.chain.virtual_size(),
+            bytes_data: self.survey.data.saturating_add(self.survey.compressed),
+            bytes_zero: self.survey.zero,
+            not_carried: self.not_carried(),
+            bitmaps: reports.zip(names.chain(std::iter::repeat(None))).map(bitmap).collect(),
+        }
+    }
+}
+
+/// What would be sent, in words.
+pub(super) fn describe(disks: &[Planned], refusals: &[Error]) -> Plan {
+    Plan {
+        disks: disks.iter().map(Planned::describe).collect(),
+        refusals: refusals.iter().map(|e| error_chain(e)).collect(),
+    }
+}

@@ -1,0 +1,119 @@
+//! `--control` and `control`: a running migration is looked at, hurried and called off.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use bitferry_tests::process::{PATIENCE, Running};
+use bitferry_tests::{Exit, Scratch, bitferry, json};
+use serde_json::Value;
+
+const SIZE: u64 = 16 << 20;
+
+/// Something to send that takes a while at a low bandwidth.
+fn disk(scratch: &Scratch) -> String {
+    let path = scratch.path("source.raw");
+    let mut state = 1u64;
+    let bytes: Vec<u8> = (0..SIZE / 8)
+        .flat_map(|_| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            state.to_le_bytes()
+        })
+        .collect();
+    std::fs::write(&path, bytes).unwrap();
+    format!("vda={},format=raw", path.display())
+}
+
+fn unix(path: &Path) -> String {
+    format!("unix:{}", path.display())
+}
+
+fn ask(socket: &Path, command: &str, arguments: &[&str]) -> Value {
+    let asked = bitferry().args(["control", "--json"]).arg(socket).arg(command).args(arguments);
+    json::document(&asked.output().expect_exit(Exit::Done).text())
+}
+
+/// Waits until `query-migrate` says this.
+fn wait_for(socket: &Path, status: &str) -> Value {
+    let begun = Instant::now();
+    loop {
+        if socket.exists() {
+            let info = ask(socket, "query-migrate", &[]);
+            if info["status"] == status {
+                return info;
+            }
+        }
+        assert!(begun.elapsed() < PATIENCE, "it never became {status}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+fn receive(scratch: &Scratch) -> Running {
+    let place = format!("vda={}", scratch.path("target.qcow2").display());
+    let running = bitferry().args(["receive", "--disk", &place, "--control"]);
+    let running = running.arg(unix(&scratch.path("receive.control")));
+    let running = running.arg(unix(&scratch.path("socket"))).spawn();
+    wait_for(&scratch.path("receive.control"), "setup");
+    running
+}
+
+fn send(scratch: &Scratch, disk: &str) -> Running {
+    let running = bitferry().args(["send", "--disk", disk, "--bandwidth", "256K", "--json"]);
+    let running = running.arg("--control").arg(unix(&scratch.path("send.control")));
+    running.arg(unix(&scratch.path("socket"))).spawn()
+}
+
+#[test]
+fn a_slow_migration_is_looked_at_and_hurried() {
+    let scratch = Scratch::new();
+    let disk = disk(&scratch);
+    let receiving = receive(&scratch);
+    let sending = send(&scratch, &disk);
+    let control = scratch.path("send.control");
+    let info = wait_for(&control, "active");
+    assert_eq!(info["disk"]["total"], SIZE);
+    assert!(info["disk"]["remaining"].as_u64().unwrap() > 0, "{info}");
+    let parameters = ask(&control, "query-migrate-parameters", &[]);
+    assert_eq!(parameters["max-bandwidth"], 256 << 10);
+    let dance = bitferry().arg("control").arg(unix(&control)).arg("dance").output();
+    assert!(dance.expect_exit(Exit::Transport).complaint().contains("query-commands"));
+    ask(&control, "migrate-set-parameters", &["max-bandwidth=0"]);
+    let summary = json::summary(&sending.wait().expect_exit(Exit::Done));
+    assert_eq!(summary["status"], "completed");
+    receiving.wait().expect_exit(Exit::Done);
+    assert!(!control.exists() && !scratch.path("receive.control").exists());
+}
+
+#[test]
+fn a_migration_is_called_off() {
+    let scratch = Scratch::new();
+    let disk = disk(&scratch);
+    let receiving = receive(&scratch);
+    let sending = send(&scratch, &disk);
+    wait_for(&scratch.path("send.control"), "active");
+    ask(&scratch.path("send.control"), "migrate-cancel", &[]);
+    sending.wait().expect_exit(Exit::Interrupted);
+    assert_ne!(receiving.wait().code(), Some(0));
+    assert!(!scratch.path("target.qcow2").exists());
+}
+
+#[test]
+fn a_destination_that_waits_is_called_off() {
+    let scratch = Scratch::new();
+    let receiving = receive(&scratch);
+    ask(&scratch.path("receive.control"), "migrate-cancel", &[]);
+    receiving.wait().expect_exit(Exit::Interrupted);
+}
+
+#[test]
+fn wrong_usage_is_named() {
+    let scratch = Scratch::new();
+    for line in ["control", "control x", "control x query-migrate a", "control x query =1"] {
+        bitferry().words(line).output().expect_exit(Exit::Usage);
+    }
+    let nobody = bitferry().arg("control").arg(scratch.path("none")).arg("query-migrate").output();
+    assert!(nobody.expect_exit(Exit::Device).complaint().contains("connect to"));
+    let place = scratch.path("x.qcow2");
+    let nonsense = ["receive", "--control", "tcp:1", "--disk"];
+    let nonsense = bitferry().args(nonsense).arg(format!("vda={}", place.display())).arg("unix:y");
+    nonsense.dir(scratch.dir()).output().expect_exit(Exit::Usage);
+}
