@@ -8,6 +8,7 @@
 //! does it for failures.
 #![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 
+pub mod berth;
 pub mod bitmap;
 mod carry;
 pub mod compare;
@@ -17,6 +18,7 @@ pub mod control;
 pub mod copy;
 mod disk;
 mod error;
+pub mod facts;
 pub mod hash;
 pub mod incoming;
 pub mod info;
@@ -30,6 +32,7 @@ mod proof;
 mod publish;
 pub mod qemu;
 pub mod receive;
+mod renames;
 pub mod report;
 pub mod send;
 mod session;
@@ -39,5 +42,6 @@ pub use error::{Error, Result};
 pub use format_spec::Blame;
 pub use observe::{Observer, Phase, Silent};
 pub use proof::DiskProof;
+pub use renames::Renames;
 pub use report::{Report, exit_status};
 pub use session::{Timing, random_id};

@@ -10,6 +10,8 @@ pub enum Phase {
     Plan,
     /// Waiting for a source to connect. No totals.
     Wait,
+    /// Reading again what an earlier try left. Totals are bytes of the disk.
+    Recheck,
     /// Moving guest data. Totals are bytes of stored data, zeroes excluded.
     Transfer,
     /// Storing bitmaps.
@@ -30,6 +32,7 @@ impl Phase {
         match self {
             Self::Plan => "plan",
             Self::Wait => "wait",
+            Self::Recheck => "recheck",
             Self::Transfer => "transfer",
             Self::Bitmaps => "bitmaps",
             Self::Seal => "seal",

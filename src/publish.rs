@@ -1,15 +1,18 @@
 //! Files that get their final name only when they are complete. SPEC 3.1 and 3.2.
 //!
 //! A [`Draft`] is a file under its temporary name, locked, and removed when it is dropped without
-//! having been published. What belongs together is finished and synced as drafts first, and then
+//! having been published, unless it is kept to be gone on with. What belongs together is finished and synced as drafts first, and then
 //! [`publish`]ed in one go; the directory is synced last.
 
+use std::borrow::Borrow;
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use format_spec::files::temporary_name;
 use qcow2_file::lock::{self, Lock};
@@ -27,11 +30,59 @@ pub(crate) struct Draft {
     file: Arc<HostFile>,
     temporary: PathBuf,
     target: PathBuf,
-    is_published: bool,
+    is_published: AtomicBool,
+    is_kept: AtomicBool,
     _lock: Lock,
 }
 
 impl Draft {
+    fn new(file: Arc<HostFile>, (temporary, target): (PathBuf, PathBuf), lock: Lock) -> Self {
+        let (is_published, is_kept) = (AtomicBool::new(false), AtomicBool::new(false));
+        Self { file, temporary, target, is_published, is_kept, _lock: lock }
+    }
+
+    /// Opens and locks the temporary file that an earlier try left for `target`, if there is one.
+    /// One that a living process writes is [`qcow2_file::Error::InUse`].
+    pub(crate) fn reopen(target: &Path) -> Result<Option<Self>> {
+        let target = followed(target)?;
+        let temporary = temporary_path(&target)?;
+        // Nobody of us makes anything but files there.
+        if !fs::symlink_metadata(&temporary).is_ok_and(|m| m.is_file()) {
+            return Ok(None);
+        }
+        let file = match HostFile::open(&temporary, qcow2_file::Access::ReadWrite) {
+            Ok(file) => Arc::new(file),
+            Err(qcow2_file::Error::Open { source, .. })
+                if source.kind() == io::ErrorKind::NotFound =>
+            {
+                return Ok(None);
+            }
+            Err(e) => return Err(e.into()),
+        };
+        let lock = lock::acquire_temporary(file.file(), &temporary)?;
+        Ok(lock.map(|lock| {
+            let draft = Self::new(file, (temporary, target), lock);
+            // Until it is known what it is.
+            draft.keep();
+            draft
+        }))
+    }
+
+    /// Leaves the file where it is when it is dropped.
+    pub(crate) fn keep(&self) {
+        self.is_kept.store(true, Ordering::Relaxed);
+    }
+
+    /// Removes the file when it is dropped.
+    pub(crate) fn forsake(&self) {
+        self.is_kept.store(false, Ordering::Relaxed);
+    }
+
+    /// Where it will stand.
+    pub(crate) fn target(&self) -> &Path {
+        &self.target
+    }
+
     /// Creates and locks the temporary file for `target`. One that a dead process left is removed;
     /// one that a living process writes is [`qcow2_file::Error::InUse`].
     pub(crate) fn create(target: &Path) -> Result<Self> {
@@ -53,7 +104,7 @@ impl Draft {
                 Err(e) => return Err(e.into()),
             };
             if let Some(lock) = lock::acquire_temporary(file.file(), &temporary)? {
-                return Ok(Self { file, temporary, target, is_published: false, _lock: lock });
+                return Ok(Self::new(file, (temporary, target), lock));
             }
         }
         Err(qcow2_file::Error::InUse { file: name_of(&temporary), holders: Vec::new() }.into())
@@ -75,20 +126,30 @@ impl Draft {
     }
 
     /// Gives it its final name. Without `replaces`, a file of that name is an error.
-    fn rename(&mut self, replaces: bool) -> Result<()> {
+    fn rename(&self, replaces: bool) -> Result<()> {
+        // A crash between the two halves of a rename by link leaves both names.
+        let is_same = |a: &Path, b: &Path| {
+            let id = |m: fs::Metadata| (m.dev(), m.ino());
+            fs::symlink_metadata(a).map(id).ok() == fs::symlink_metadata(b).map(id).ok()
+        };
+        if is_same(&self.temporary, &self.target) {
+            fs::remove_file(&self.temporary).map_err(failed("remove", &self.temporary))?;
+            self.is_published.store(true, Ordering::Relaxed);
+            return Ok(());
+        }
         if replaces {
             fs::rename(&self.temporary, &self.target).map_err(failed("rename to", &self.target))?;
         } else {
             rename_new(&self.temporary, &self.target)?;
         }
-        self.is_published = true;
+        self.is_published.store(true, Ordering::Relaxed);
         Ok(())
     }
 
     /// Takes the final name away again.
-    fn withdraw(&mut self) {
+    fn withdraw(&self) {
         match fs::rename(&self.target, &self.temporary) {
-            Ok(()) => self.is_published = false,
+            Ok(()) => self.is_published.store(false, Ordering::Relaxed),
             Err(error) => tracing::warn!(%error, "{} stays", self.target.display()),
         }
     }
@@ -96,7 +157,7 @@ impl Draft {
 
 impl Drop for Draft {
     fn drop(&mut self) {
-        if self.is_published {
+        if self.is_published.load(Ordering::Relaxed) || self.is_kept.load(Ordering::Relaxed) {
             return;
         }
         if let Err(error) = fs::remove_file(&self.temporary) {
@@ -108,21 +169,16 @@ impl Drop for Draft {
 /// Publishes drafts whose content is durable, in the order given, and makes their names durable.
 /// Where the second of them cannot be published and the first replaced nothing, the first is taken
 /// back.
-pub(crate) fn publish(mut drafts: Vec<Draft>, replaces: bool) -> Result<()> {
-    for index in 0..drafts.len() {
-        let (done, rest) = drafts.split_at_mut(index);
-        let Some(draft) = rest.first_mut() else { break };
-        if let Err(error) = draft.rename(replaces) {
+pub(crate) fn publish<D: Borrow<Draft>>(drafts: Vec<D>, replaces: bool) -> Result<()> {
+    for (index, draft) in drafts.iter().enumerate() {
+        if let Err(error) = draft.borrow().rename(replaces) {
             if !replaces {
-                done.iter_mut().rev().for_each(Draft::withdraw);
+                drafts.iter().take(index).rev().for_each(|done| done.borrow().withdraw());
             }
             return Err(error);
         }
     }
-    for draft in &drafts {
-        sync_directory(&draft.target)?;
-    }
-    Ok(())
+    drafts.iter().try_for_each(|draft| sync_directory(&draft.borrow().target))
 }
 
 /// Removes the temporary file of a process that died. One that is locked stays, and is an error.
@@ -173,6 +229,13 @@ fn followed(target: &Path) -> Result<PathBuf> {
     Ok(target.to_owned())
 }
 
+/// Bytes that the file system has given to what an earlier try left for `target`.
+pub(crate) fn left_bytes(target: &Path) -> u64 {
+    let temporary = followed(target).and_then(|target| temporary_path(&target));
+    let found = temporary.ok().and_then(|path| fs::symlink_metadata(path).ok());
+    found.filter(fs::Metadata::is_file).map_or(0, |m| m.blocks().saturating_mul(512))
+}
+
 /// The directory of a path; `.` for a bare name.
 pub(crate) fn directory(path: &Path) -> &Path {
     path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
@@ -185,7 +248,8 @@ fn temporary_path(target: &Path) -> Result<PathBuf> {
     Ok(directory(target).join(OsString::from_vec(temporary_name(OsStr::as_bytes(name)))))
 }
 
-fn sync_directory(path: &Path) -> Result<()> {
+/// Makes the names in the directory of `path` durable.
+pub(crate) fn sync_directory(path: &Path) -> Result<()> {
     let directory = directory(path);
     let sync = || File::open(directory)?.sync_all();
     sync().map_err(failed("sync", directory))
@@ -215,6 +279,22 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let draft = Draft::create(&dir.path().join("a")).unwrap();
         assert_eq!(names(dir.path()), [".a.bitferry-part"]);
+        drop(draft);
+        assert!(names(dir.path()).is_empty());
+    }
+
+    #[test]
+    fn a_kept_draft_is_found_again_by_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let target = dir.path().join("a");
+        assert!(Draft::reopen(&target).unwrap().is_none());
+        let draft = Draft::create(&target).unwrap();
+        draft.keep();
+        assert!(Draft::reopen(&target).is_err(), "it is being written");
+        drop(draft);
+        let draft = Draft::reopen(&target).unwrap().unwrap();
+        assert_eq!(names(dir.path()), [".a.bitferry-part"]);
+        draft.forsake();
         drop(draft);
         assert!(names(dir.path()).is_empty());
     }

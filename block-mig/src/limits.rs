@@ -23,6 +23,12 @@ pub const JOURNAL_RECORD_NODES: usize = 4096;
 /// What a journal may hold beside twice what it claims before it is written anew.
 pub const JOURNAL_SLACK_BYTES: u64 = 1 << 20;
 
+/// Bytes that arrive between two checkpoints, at which a destination is synced and its journal says
+/// what it has: what a cut costs at most.
+pub const CHECKPOINT_BYTES: u64 = 64 << 20;
+/// Units of which only a part has arrived that are remembered. What is forgotten is not claimed.
+pub const MAX_PARTIAL_UNITS: usize = 4096;
+
 /// The number of workers for a wish: by the number of cores where there is none.
 pub fn workers(wish: Option<std::num::NonZeroUsize>) -> usize {
     match wish {

@@ -53,6 +53,17 @@ impl SharedTree {
         Ok(())
     }
 
+    /// [`put`](Self::put) of content whose nodes were made elsewhere.
+    pub fn put_nodes(&self, nodes: &[Placed], offset: u64, bytes: &[u8]) -> Result<()> {
+        if let Some(tree) = &self.content {
+            put_all(tree, nodes.iter().copied())?;
+        }
+        if let Some(Marks { key, tree, .. }) = &self.marks {
+            put_all(tree, key.hash_run(offset / LEAF_BYTES as u64, bytes))?;
+        }
+        Ok(())
+    }
+
     /// Notes a run of zeroes on leaf boundaries.
     pub fn put_zeroes(&self, offset: u64, len: u64) -> Result<()> {
         let leaf = LEAF_BYTES as u64;

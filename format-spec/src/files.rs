@@ -2,6 +2,10 @@
 
 /// What the temporary name of an unfinished destination ends with.
 pub const PART_ENDING: &str = ".bitferry-part";
+/// What the name of its journal ends with.
+pub const JOURNAL_ENDING: &str = ".bitferry-journal";
+/// What the name of the receipt of a finished destination ends with.
+pub const RECEIPT_ENDING: &str = ".bitferry-receipt";
 /// Longest file name in bytes that file systems take.
 const MAX_NAME_BYTES: usize = 255;
 /// Bytes of an overlong name that are kept.
@@ -11,13 +15,27 @@ const HASH_DIGITS: usize = 16;
 
 /// The temporary name, in the same directory, of a destination whose file name is `name`.
 pub fn temporary_name(name: &[u8]) -> Vec<u8> {
-    let whole = [b".", name, PART_ENDING.as_bytes()].concat();
+    beside(name, PART_ENDING)
+}
+
+/// The name of its journal.
+pub fn journal_name(name: &[u8]) -> Vec<u8> {
+    beside(name, JOURNAL_ENDING)
+}
+
+/// The name of its receipt.
+pub fn receipt_name(name: &[u8]) -> Vec<u8> {
+    beside(name, RECEIPT_ENDING)
+}
+
+fn beside(name: &[u8], ending: &str) -> Vec<u8> {
+    let whole = [b".", name, ending.as_bytes()].concat();
     if whole.len() <= MAX_NAME_BYTES {
         return whole;
     }
     let hash = blake3::hash(name).to_hex();
     let digits = hash.as_bytes().get(..HASH_DIGITS).unwrap_or_default();
-    [b".", cut(name), digits, PART_ENDING.as_bytes()].concat()
+    [b".", cut(name), digits, ending.as_bytes()].concat()
 }
 
 /// The first [`KEPT_BYTES`] of a name, or up to three fewer so as not to cut a UTF-8 character.
@@ -35,6 +53,9 @@ mod tests {
     fn short_names_are_kept() {
         assert_eq!(temporary_name(b"vm.qcow2"), b".vm.qcow2.bitferry-part");
         assert_eq!(temporary_name(&[b'x'; 240]).len(), 255);
+        assert_eq!(journal_name(b"vm"), b".vm.bitferry-journal");
+        assert_eq!(receipt_name(b"vm"), b".vm.bitferry-receipt");
+        assert!(journal_name(&[b'x'; 240]).len() <= 255);
     }
 
     #[test]

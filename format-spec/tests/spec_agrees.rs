@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use format_spec::content_hash;
-use format_spec::native::{answer, block, control, frame, hello, journal};
+use format_spec::native::{answer, block, control, frame, hello, journal, session};
 use format_spec::qemu::{
     block as qemu_block, command, configuration, container, dirty_bitmap, multifd, ram, reply,
 };
@@ -88,6 +88,7 @@ fn modules() -> BTreeMap<&'static str, Constants> {
             constants!(journal: JOURNAL_MAGIC RECEIPT_MAGIC VERSION SESSION UNITS ZEROES
                 IMAGE PREPARED RECEIPT RECEIPT_BITMAP COMMIT UNIT_BYTES MAX_TARGET),
         ),
+        ("native::session", constants!(session: SESSION_KEY)),
         (
             "qemu::container",
             constants!(container: MAGIC VERSION EOF START PART END FULL VMDESCRIPTION

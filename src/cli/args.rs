@@ -30,7 +30,7 @@ Exit status:
   6    finished and published, but something asked for was not preserved
   7    refused before anything was written: something asked for would be lost
   8    outcome unknown: give the same command again
-  130  interrupted";
+  130  interrupted; the same command goes on";
 
 const COPY_EXAMPLES: &str = "\
 Examples:
@@ -161,6 +161,9 @@ pub(crate) struct CopyArgs {
     /// Leave out the proof that DST reads back as SRC
     #[arg(long)]
     pub(crate) no_verify: bool,
+    /// Start anew instead of going on with what an interrupted copy left
+    #[arg(long)]
+    pub(crate) fresh: bool,
     /// Say what would be done, the space it needs and what would be lost; write nothing
     #[arg(long)]
     pub(crate) dry_run: bool,

@@ -55,6 +55,7 @@ fn options(args: CopyArgs) -> bitferry::Result<CopyOptions> {
         renames: args.rename_bitmap,
         skip_broken_bitmaps: args.skip_broken_bitmaps,
         no_verify: args.no_verify,
+        fresh: args.fresh,
         ..CopyOptions::default()
     })
 }

@@ -53,6 +53,9 @@ pub(crate) struct ReceiveArgs {
     /// Write into what exists; the only way for block devices, and from a QEMU
     #[arg(long)]
     pub(crate) in_place: bool,
+    /// Begin anew instead of going on with what an interrupted run left
+    #[arg(long)]
+    pub(crate) fresh: bool,
     /// Open the backing and data files that existing images name
     #[arg(long)]
     pub(crate) allow_backing: bool,
@@ -93,6 +96,7 @@ fn go(args: ReceiveArgs, output: &Output) -> Outcome {
         disks: args.disk,
         target: target_options::parse(&args.target_options)?,
         existing: super::copy::existing(args.force, args.in_place),
+        fresh: args.fresh,
         allow_backing: args.allow_backing,
         bitmaps: args.bitmaps,
         renames: args.rename_bitmap,

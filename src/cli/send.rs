@@ -83,6 +83,9 @@ pub(crate) struct SendArgs {
     /// Leave out the proof that the destination reads back what was sent
     #[arg(long)]
     pub(crate) no_verify: bool,
+    /// Begin anew instead of going on with what an interrupted run left at the destination
+    #[arg(long)]
+    pub(crate) fresh: bool,
     /// Say what would be sent and what would be lost; connect nothing
     #[arg(long)]
     pub(crate) dry_run: bool,
@@ -196,6 +199,8 @@ fn options(args: SendArgs) -> SendOptions {
         renames: args.rename_bitmap,
         skip_broken_bitmaps: args.skip_broken_bitmaps,
         no_verify: args.no_verify,
+        destination: args.transport.uri.to_string(),
+        fresh: args.fresh,
         channels: args.channels,
         compression: args.compress.0,
         // None as well as 0 mean no limit, as in QEMU.

@@ -38,7 +38,7 @@ impl<'a> Supervised<'a> {
 impl Observer for Supervised<'_> {
     fn phase(&self, phase: Phase) {
         self.migration.enter(match phase {
-            Phase::Plan | Phase::Wait => Status::Setup,
+            Phase::Plan | Phase::Wait | Phase::Recheck => Status::Setup,
             Phase::Transfer | Phase::Read => Status::Active,
             Phase::Bitmaps | Phase::Seal | Phase::Prove | Phase::Publish => Status::Device,
         });

@@ -15,6 +15,7 @@ mod target;
 use std::time::Instant;
 
 use block_mig::Transferred;
+use format_spec::content_hash::ContentHash;
 
 pub(crate) use bitmaps::difference;
 pub(crate) use in_place::{invalidated, open_editor};
@@ -22,6 +23,8 @@ pub use options::{
     BackingChoice, BitmapSelection, CopyOptions, Existing, Format, Rename, TargetOptions,
 };
 pub use plan::{Plan, PlannedBitmap, plan};
+pub(crate) use shape::Shape;
+pub(crate) use target::DataFileTarget;
 
 use self::plan::Job;
 use self::prove::Proof;
@@ -35,13 +38,23 @@ struct Done {
     proof: Proof,
     /// Bitmaps of the destination that are no longer valid.
     invalidated: Vec<BitmapReport>,
+    /// Whether an earlier try was gone on with.
+    is_resumed: bool,
+    /// Bytes that an earlier try had copied and that had to be copied again.
+    repeated: u64,
 }
 
 /// Copies an image with its bitmaps and proves the copy. On an error nothing was published; a proof
 /// that fails publishes nothing either, and is reported.
 pub fn run(options: &CopyOptions, observer: &dyn Observer) -> Result<Report> {
     let started = Instant::now();
+    let recovered = new::recover_publication(options)?;
     let mut job = Job::decide(options, observer)?;
+    if let Some(recovered) = recovered.filter(|_| !options.fresh)
+        && new::session(&job)? == Some(recovered.session)
+    {
+        return Ok(already_complete(&job, recovered.content, started));
+    }
     job.go_or_refuse()?;
     let done = match job.target {
         Target::Raw | Target::Qcow2 { .. } => new::copy(&job, observer)?,
@@ -51,7 +64,7 @@ pub fn run(options: &CopyOptions, observer: &dyn Observer) -> Result<Report> {
 }
 
 fn report(job: &Job<'_>, done: Done, started: Instant) -> Report {
-    let Done { moved, proof, mut invalidated } = done;
+    let Done { moved, proof, mut invalidated, is_resumed, repeated } = done;
     let mut bitmaps = bitmaps::reports(&job.bitmaps);
     bitmaps.append(&mut invalidated);
     let disk = DiskReport {
@@ -70,11 +83,20 @@ fn report(job: &Job<'_>, done: Done, started: Instant) -> Report {
         total_time_ms: u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX),
         downtime_ms: None,
         wire_bytes: 0,
-        repeated_bytes: 0,
-        resumed: false,
+        repeated_bytes: repeated,
+        resumed: is_resumed,
         disks: vec![disk],
         ram: None,
     }
+}
+
+/// A crash had come between the renames of this very copy: now all of it has its names.
+fn already_complete(job: &Job<'_>, content: ContentHash, started: Instant) -> Report {
+    let moved = Transferred { content_hash: Some(content), ..Transferred::default() };
+    let verified = Verified::Yes;
+    let proof = Proof { verified, content_hash: Some(content.to_string()), mismatch: None };
+    let done = Done { moved, proof, invalidated: Vec::new(), is_resumed: true, repeated: 0 };
+    Report { status: Status::AlreadyComplete, ..report(job, done, started) }
 }
 
 /// What was planned not to be carried, and what turned out so.

@@ -1,68 +1,155 @@
 //! Making a new destination: temporary files, transfer, bitmaps, seal, proof, publication.
 
-use std::path::Path;
+use std::path::PathBuf;
 use std::sync::Arc;
 
-use block_mig::device::{ChainBacking, NewImageSink, RawSink};
-use block_mig::limits::{MAX_UNIT_BYTES, UNIT_BYTES};
+use block_mig::device::ChainBacking;
+use block_mig::journal::Keeper;
+use block_mig::limits::{MAX_UNIT_BYTES, UNIT_BYTES, workers};
 use block_mig::recorded::Recorded;
 use block_mig::{TransferOptions, Transferred, transfer};
 use mig_core::block::BlockSink;
-use qcow2_file::bitmaps::PersistentBitmap;
-use qcow2_file::create::{Backing, DataFile, NewImage};
-use qcow2_file::{Access, Guard, HostFile, Opener, Storage, preflight};
+use qcow2_file::Opener;
+use qcow2_file::create::Backing;
 
-use super::options::Existing;
+use super::options::{CopyOptions, Existing};
 use super::plan::Job;
-use super::shape::Shape;
-use super::target::{DataFileTarget, Target};
+use super::target::Target;
 use super::{Done, bitmaps, preserve, prove};
+use crate::berth::{NewDisk, NewKind, Recovered, Unfinished, recover};
+use crate::facts::{Facts, FileFacts, host};
 use crate::observe::Progress;
-use crate::publish::{Draft, publish};
+use crate::publish::directory;
 use crate::report::Verified;
 use crate::{Error, Observer, Phase, Result};
 
-/// A destination under temporary names.
-pub(super) struct Unfinished {
-    /// Published in this order: what others name comes first.
-    pub(super) drafts: Vec<Draft>,
-    /// The qcow2 writer, where it is one.
-    image: Option<NewImage>,
-    size: u64,
+/// Copies to a new destination. Nothing has a final name before everything is durable and proved.
+/// What an error leaves is gone on with by the same command, where there is a journal.
+pub(super) fn copy(job: &Job<'_>, observer: &dyn Observer) -> Result<Done> {
+    let unfinished = Unfinished::open(&disk(job)?)?;
+    let is_kept = unfinished.keeper().is_some();
+    let done = finish(job, unfinished, observer);
+    if is_kept && done.is_err() {
+        observer.warning(
+            "what was copied so far is kept: the same command goes on with it, --fresh starts anew",
+        );
+    }
+    done
 }
 
-/// Copies to a new destination. Nothing has a final name before everything is durable and proved.
-pub(super) fn copy(job: &Job<'_>, observer: &dyn Observer) -> Result<Done> {
-    let unfinished = Unfinished::create(job)?;
-    let moved = move_data(job, &*unfinished.sink(), observer)?;
+fn finish(job: &Job<'_>, unfinished: Unfinished, observer: &dyn Observer) -> Result<Done> {
+    let is_resumed = unfinished.is_resumed;
+    let repeated = if is_resumed { recheck(job, &unfinished, observer)? } else { 0 };
+    let moved = move_data(job, unfinished.sink(), unfinished.keeper(), observer)?;
     observer.phase(Phase::Bitmaps);
     let stored = bitmaps::load(&job.source, &job.bitmaps)?;
     observer.phase(Phase::Seal);
     unfinished.seal(&stored)?;
     let proof = prove::new_destination(job, &unfinished, &moved, &stored, observer)?;
-    if proof.verified != Verified::Mismatch {
+    if proof.verified == Verified::Mismatch {
+        unfinished.forsake()?;
+    } else {
         observer.phase(Phase::Publish);
         go_on(observer)?;
-        unfinished.publish(job)?;
+        if let Some(model) = job.source.disk.files().next() {
+            unfinished.drafts.iter().try_for_each(|draft| preserve::like(model, draft))?;
+        }
+        unfinished.sync()?;
+        unfinished.publish(moved.content_hash, job.options.existing == Existing::Replace)?;
     }
-    Ok(Done { moved, proof, invalidated: Vec::new() })
+    Ok(Done { moved, proof, invalidated: Vec::new(), is_resumed, repeated })
+}
+
+/// Reads again what an earlier try left; how many bytes of it are of no use.
+fn recheck(job: &Job<'_>, unfinished: &Unfinished, observer: &dyn Observer) -> Result<u64> {
+    let known = unfinished.keeper().map_or(0, Keeper::claimed_bytes);
+    let progress = Progress::begin(observer, Phase::Recheck, known);
+    let source = job.source.blocks();
+    let found = unfinished.recheck(Some(&*source), workers(job.options.workers), &progress)?;
+    progress.end();
+    Ok(found.lost.saturating_mul(UNIT_BYTES))
+}
+
+/// What the destination is to be.
+fn disk<'a>(job: &'a Job<'_>) -> Result<NewDisk<'a>> {
+    let kind = match &job.target {
+        Target::Qcow2 { shape, data_file } => {
+            NewKind::Qcow2 { shape: *shape, data_file: data_file.as_ref(), backing: backing(job)? }
+        }
+        _ => NewKind::Raw,
+    };
+    Ok(NewDisk {
+        path: &job.options.destination,
+        size: job.source.disk.chain.virtual_size(),
+        kind,
+        session: session(job)?,
+        is_fresh: job.options.fresh,
+    })
+}
+
+/// Finishes the publication that a crash interrupted, where the destination is a pair of files.
+pub(super) fn recover_publication(options: &CopyOptions) -> Result<Option<Recovered>> {
+    if options.existing == Existing::InPlace {
+        return Ok(None);
+    }
+    let destination = options.destination.as_path();
+    let data = options.target.data_file.as_ref().map(|name| directory(destination).join(name));
+    let targets: Vec<_> = data.as_deref().into_iter().chain([destination]).collect();
+    recover(&targets, options.existing == Existing::Replace, |_, _| Ok(()))
+}
+
+/// The session of this copy. What stands on a backing file, or is not hashed, is copied anew each
+/// time.
+pub(super) fn session(job: &Job<'_>) -> Result<Option<[u8; 16]>> {
+    if job.options.no_verify || job.source.kept.is_some() {
+        return Ok(None);
+    }
+    let failed = |path: PathBuf| move |source| Error::File { action: "look at", path, source };
+    let facts = |file: &Arc<qcow2_file::HostFile>| {
+        FileFacts::of(file.file()).map_err(failed(file.path().to_owned()))
+    };
+    let files = job.source.disk.files().map(facts).collect::<Result<_>>()?;
+    let destination = &job.options.destination;
+    let absolute = std::path::absolute(destination).map_err(failed(destination.clone()))?;
+    let facts = Facts {
+        host: host(),
+        disks: vec![(String::new(), job.source.disk.chain.virtual_size(), files)],
+        destination: absolute.into_os_string().into_encoded_bytes(),
+        wishes: vec!["copy".to_owned(), format!("{:?}", job.target)],
+    };
+    Ok(Some(facts.session()))
+}
+
+fn backing(job: &Job<'_>) -> Result<Option<Backing>> {
+    let Some(kept) = &job.source.kept else { return Ok(None) };
+    let opener =
+        Opener::new().format(Some(kept.format.into())).allow_named_files(job.options.allow_backing);
+    Ok(Some(Backing {
+        name: kept.name.clone(),
+        format: Some(kept.format.to_string()),
+        reader: Some(Arc::new(ChainBacking(opener.open(&kept.path)?))),
+    }))
 }
 
 /// Moves the guest's data. What was asked of the proof decides whether it is hashed on the way.
 pub(super) fn move_data(
     job: &Job<'_>,
     sink: &dyn BlockSink,
+    keeper: Option<&Keeper>,
     observer: &dyn Observer,
 ) -> Result<Transferred> {
-    let progress = Progress::begin(observer, Phase::Transfer, job.survey.content);
+    let known = keeper.map_or(0, Keeper::claimed_bytes);
+    let total = job.survey.content.saturating_sub(known);
+    let progress = Progress::begin(observer, Phase::Transfer, total);
     let largest_cluster = job.source.disk.image().map_or(0, |i| i.geometry().cluster_size());
     let options = TransferOptions {
         scope: job.source.scope(),
         hashes: !job.options.no_verify,
         fingerprint: prove::seed(job)?,
         offers_compressed: job.passes_compressed(),
-        workers: block_mig::limits::workers(job.options.workers),
+        workers: workers(job.options.workers),
         unit_bytes: largest_cluster.clamp(UNIT_BYTES, MAX_UNIT_BYTES),
+        keeper,
     };
     let blocks = job.source.blocks();
     let source = Recorded { source: &*blocks, runs: &job.runs };
@@ -75,111 +162,4 @@ pub(super) fn move_data(
 /// Stops if the user wants to.
 pub(super) fn go_on(observer: &dyn Observer) -> Result<()> {
     if observer.is_cancelled() { Err(Error::Interrupted) } else { Ok(()) }
-}
-
-impl Unfinished {
-    /// Creates the temporary files.
-    fn create(job: &Job<'_>) -> Result<Self> {
-        let size = job.source.disk.chain.virtual_size();
-        match &job.target {
-            Target::Qcow2 { shape, data_file } => Self::qcow2(job, *shape, data_file.as_ref()),
-            _ => {
-                let draft = Draft::create(&job.options.destination)?;
-                set_length(&draft, size)?;
-                Ok(Self { drafts: vec![draft], image: None, size })
-            }
-        }
-    }
-
-    fn qcow2(job: &Job<'_>, shape: Shape, data_file: Option<&DataFileTarget>) -> Result<Self> {
-        let size = job.source.disk.chain.virtual_size();
-        let mut options = shape.create_options(size);
-        let mut drafts = Vec::new();
-        if let Some(data) = data_file {
-            let draft = Draft::create(&data.path)?;
-            options.data_file = Some(DataFile {
-                name: data.name.clone().into(),
-                is_raw: data.is_raw,
-                storage: draft.storage(),
-            });
-            drafts.push(draft);
-        }
-        if let Some(kept) = &job.source.kept {
-            let opener = Opener::new()
-                .format(Some(kept.format.into()))
-                .allow_named_files(job.options.allow_backing);
-            options.backing = Some(Backing {
-                name: kept.name.clone(),
-                format: Some(kept.format.to_string()),
-                reader: Some(Arc::new(ChainBacking(opener.open(&kept.path)?))),
-            });
-        }
-        let draft = Draft::create(&job.options.destination)?;
-        let image = NewImage::create(draft.storage(), &options)?;
-        drafts.push(draft);
-        Ok(Self { drafts, image: Some(image), size })
-    }
-
-    fn sink(&self) -> Box<dyn BlockSink + '_> {
-        match (&self.image, self.drafts.first()) {
-            (None, Some(draft)) => Box::new(RawSink::new(draft.storage(), self.size)),
-            (Some(image), _) => Box::new(NewImageSink(image)),
-            // `create` makes one draft at least; an empty sink would be refused by its size.
-            (None, None) => Box::new(RawSink::new(Arc::new(qcow2_file::Memory::new()), 0)),
-        }
-    }
-
-    /// Stores bitmaps and metadata and makes everything durable.
-    fn seal(&self, stored: &[PersistentBitmap]) -> Result<()> {
-        if let Some(image) = &self.image {
-            image.finish(stored)?;
-        }
-        for draft in &self.drafts {
-            sync(draft)?;
-        }
-        Ok(())
-    }
-
-    /// Gives the files their owner, mode and final names.
-    fn publish(self, job: &Job<'_>) -> Result<()> {
-        let model = job.source.disk.files().next();
-        for draft in &self.drafts {
-            if let Some(model) = model {
-                preserve::like(model, draft)?;
-            }
-            sync(draft)?;
-        }
-        if self.drafts.len() > 1 {
-            retire(&job.options.destination)?;
-        }
-        publish(self.drafts, job.options.existing == Existing::Replace)
-    }
-}
-
-/// Takes the validity of the bitmaps of an overlay whose data file is about to be replaced: between
-/// the two renames it would stand on data that it does not describe. SPEC 3.2.
-fn retire(overlay: &Path) -> Result<()> {
-    if !overlay.exists() {
-        return Ok(());
-    }
-    let file = HostFile::open(overlay, Access::ReadWrite)?;
-    // What is no qcow2 image has no bitmaps.
-    let has_bitmaps = preflight::read_header(&file).is_ok_and(|h| h.bitmaps().is_some());
-    if has_bitmaps { Ok(Guard::invalidate(&file)?) } else { Ok(()) }
-}
-
-fn set_length(draft: &Draft, size: u64) -> Result<()> {
-    draft.file().set_len(size).map_err(|source| Error::File {
-        action: "set the length of",
-        path: draft.temporary().to_owned(),
-        source,
-    })
-}
-
-fn sync(draft: &Draft) -> Result<()> {
-    draft.file().file().sync_all().map_err(|source| Error::File {
-        action: "sync",
-        path: draft.temporary().to_owned(),
-        source,
-    })
 }

@@ -14,7 +14,7 @@ use super::resolve::Source;
 use super::space::{self, Space};
 use super::target::{self, Places, Target};
 use crate::info::allocated_bytes;
-use crate::publish::directory;
+use crate::publish::{self, directory};
 use crate::report::error_chain;
 use crate::{Error, Observer, Phase, Result};
 
@@ -132,11 +132,18 @@ impl<'a> Job<'a> {
             return Ok(());
         }
         let needed = match &self.target {
-            Target::RawInPlace | Target::Qcow2InPlace => 0,
+            // At least what has no room there yet; more cannot be told before it is written.
+            Target::RawInPlace | Target::Qcow2InPlace => {
+                let data = self.survey.data.saturating_add(self.survey.compressed);
+                data.saturating_sub(held_bytes(&self.options.destination))
+            }
             Target::Raw => self.survey.data.saturating_add(self.survey.compressed),
             Target::Qcow2 { shape, .. } => self.qcow2_bytes(shape.geometry()),
         };
-        self.space = Space { needed, free: space::free_bytes(place)? };
+        // What an earlier try left is gone on with, or removed first.
+        let left = publish::left_bytes(self.target.data_path(self.options));
+        let free = space::free_bytes(place)?.saturating_add(left);
+        self.space = Space { needed, free };
         if self.space.needed > self.space.free {
             let Space { needed, free } = self.space;
             self.refusals.push(Error::NoSpace { path: place.to_owned(), needed, free });
@@ -191,6 +198,13 @@ impl<'a> Job<'a> {
             refusals: self.refusals.iter().map(|e| error_chain(e)).collect(),
         }
     }
+}
+
+/// Bytes that the file system has given to a file; a device has all it needs.
+fn held_bytes(path: &std::path::Path) -> u64 {
+    use std::os::unix::fs::MetadataExt as _;
+    let found = std::fs::metadata(path).ok().filter(std::fs::Metadata::is_file);
+    found.map_or(u64::MAX, |m| m.blocks().saturating_mul(512))
 }
 
 /// Whether the destination can hold the source's compressed clusters as they are.

@@ -10,9 +10,9 @@ use qcow2_file::bitmaps::PersistentBitmap;
 use qcow2_file::chain::Backing;
 
 use super::bitmaps;
-use super::new::Unfinished;
 use super::plan::Job;
 use super::target::Target;
+use crate::berth::Unfinished;
 use crate::disk::{Disk, Request};
 use crate::hash::{content as content_hash, content_of};
 use crate::observe::Progress;
@@ -86,7 +86,7 @@ pub(super) fn prove(
     let whole = ChainSource(&found.chain);
     let size = match job.target {
         // A device may be longer than the disk on it.
-        Target::RawInPlace => moved.bytes_data.saturating_add(moved.bytes_zero).min(whole.size()),
+        Target::RawInPlace => moved.size().min(whole.size()),
         _ => whole.size(),
     };
     let copied = StartOf { disk: &whole, size };
@@ -107,7 +107,8 @@ fn content(
 ) -> Result<(ContentHash, Option<String>)> {
     let workers = block_mig::limits::workers(job.options.workers);
     // What was written is what is there to read, but for a backing file below.
-    let total = job.source.kept.is_none().then_some(moved.bytes_data);
+    let written = moved.bytes_data.saturating_add(moved.bytes_kept).min(job.survey.content);
+    let total = job.source.kept.is_none().then_some(written);
     if let (Some(hash), Some(sent)) = (moved.content_hash, moved.fingerprint) {
         let progress = Progress::begin(observer, Phase::Prove, moved.bytes_data);
         let read = fingerprint_of(copied, sent.seed, workers, &progress)?;

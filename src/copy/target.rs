@@ -17,13 +17,13 @@ use crate::{Error, Observer, Result};
 
 /// The file that holds the guest's data beside a qcow2 destination.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct DataFileTarget {
+pub(crate) struct DataFileTarget {
     /// What the destination records.
-    pub(super) name: String,
+    pub(crate) name: String,
     /// Where it stands.
-    pub(super) path: PathBuf,
+    pub(crate) path: PathBuf,
     /// Whether it reads as a raw disk by itself.
-    pub(super) is_raw: bool,
+    pub(crate) is_raw: bool,
 }
 
 /// What the destination is to be.

@@ -379,15 +379,80 @@ impl Observer for StopAt {
     }
 }
 
+type Change = fn(&mut CopyOptions);
+
+/// Ways to copy that are interrupted and gone on with: changes of the options, and files of the
+/// destination.
+fn interruptible() -> Vec<(Change, Vec<&'static str>)> {
+    let raw: Change = |o| {
+        o.target_format = Some(Format::Raw);
+        o.bitmaps = BitmapSelection::None;
+    };
+    let pair: Change = |o| {
+        o.target.data_file = Some("d.data".into());
+        o.target.data_file_raw = Some(true);
+    };
+    let fine: Change = |o| o.target.cluster_size = Some(4096);
+    vec![(|_| (), vec!["d"]), (raw, vec!["d"]), (pair, vec!["d", "d.data"]), (fine, vec!["d"])]
+}
+
 #[test]
-fn cancelling_leaves_nothing_behind() {
-    for phase in [Phase::Transfer, Phase::Bitmaps, Phase::Prove, Phase::Publish] {
+fn the_same_command_goes_on_after_an_interruption() {
+    for (change, files) in interruptible() {
+        for phase in [Phase::Transfer, Phase::Bitmaps, Phase::Prove, Phase::Publish] {
+            let place = Place::new();
+            let source = place.image("s");
+            let mut options = place.options("s", "d");
+            change(&mut options);
+            let stop = StopAt(phase, AtomicU64::new(0));
+            let error = run(&options, &stop).unwrap_err();
+            assert_eq!(error.exit_status(), 130, "{phase:?}");
+            let parts = files.iter().map(|name| format!(".{name}.bitferry-part"));
+            let mut kept: Vec<_> = parts.collect();
+            kept.extend([".d.bitferry-journal".to_owned(), "s".to_owned()]);
+            kept.sort();
+            assert_eq!(place.names(), kept, "{phase:?}");
+            let report = run(&options, &Silent).unwrap();
+            assert!(report.resumed, "{phase:?}");
+            let disk = &report.disks[0];
+            assert_eq!((disk.verified, report.repeated_bytes), (Verified::Yes, 0));
+            if phase != Phase::Transfer {
+                assert_eq!(disk.bytes_data, 0, "{phase:?}: all was there");
+            }
+            let bitmaps = options.bitmaps == BitmapSelection::All;
+            if files.len() == 1 {
+                assert!(are_equal(&source, &place.path("d"), bitmaps), "{phase:?}");
+            }
+            let mut all = files.clone();
+            all.push("s");
+            assert_eq!(place.names(), all, "{phase:?}");
+        }
+    }
+}
+
+#[test]
+fn another_command_or_a_changed_source_begins_anew() {
+    let changes: [fn(&Place, &mut CopyOptions); 4] = [
+        |_, o| o.fresh = true,
+        |_, o| o.target.cluster_size = Some(4096),
+        |_, o| o.no_verify = true,
+        |place, _| {
+            let bytes = fs::read(place.path("s")).unwrap();
+            fs::remove_file(place.path("s")).unwrap();
+            fs::write(place.path("s"), bytes).unwrap();
+        },
+    ];
+    for (i, change) in changes.into_iter().enumerate() {
         let place = Place::new();
-        place.image("s.qcow2");
-        let stop = StopAt(phase, AtomicU64::new(0));
-        let error = run(&place.options("s.qcow2", "d.qcow2"), &stop).unwrap_err();
-        assert_eq!(error.exit_status(), 130, "{phase:?}");
-        assert_eq!(place.names(), ["s.qcow2"], "{phase:?}");
+        place.image("s");
+        let mut options = place.options("s", "d");
+        let stop = StopAt(Phase::Prove, AtomicU64::new(0));
+        run(&options, &stop).unwrap_err();
+        change(&place, &mut options);
+        let report = run(&options, &Silent).unwrap();
+        assert!(!report.resumed && report.disks[0].bytes_data > 0, "{i}");
+        assert!(are_equal(&place.path("s"), &place.path("d"), true), "{i}");
+        assert_eq!(place.names(), ["d", "s"], "{i}");
     }
 }
 

@@ -21,12 +21,12 @@ use qcow2_file::edit::Editor;
 use qcow2_file::{Access, Chain, HostFile, Opener, Storage as _};
 
 use super::ReceiveOptions;
-use super::renames::{self, Renames};
 use crate::copy::{Format, difference, invalidated, open_editor};
 use crate::disk::{Disk, Request, check_probe};
 use crate::hash::content;
 use crate::incoming::{Destination, Place, Sealed, SessionId, Wanted};
 use crate::options::DiskOption;
+use crate::renames::{self, Renames};
 use crate::report::BitmapReport;
 use crate::{DiskProof, Error, Observer, Phase, Result, Silent};
 
@@ -152,7 +152,7 @@ impl Target {
             path: path.to_owned(),
             format: chain.top().format().into(),
             allow_backing: options.allow_backing,
-            renames: Renames::of(options, disk),
+            renames: Renames::of(&options.renames, &disk.id),
             chain,
         })
     }

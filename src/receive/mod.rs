@@ -4,7 +4,6 @@ mod arrivals;
 mod dialect;
 mod in_place;
 mod options;
-mod renames;
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -17,10 +16,12 @@ pub use self::arrivals::Arrivals;
 pub use self::dialect::Dialect;
 use self::in_place::InPlace;
 pub use self::options::ReceiveOptions;
-use self::renames::Renames;
-use crate::copy::{Existing, Rename};
-use crate::incoming::{Destination, IncomingOptions, NewImages, Received, ReceivedDisk, receive};
+use crate::berth::{DiskPlace, FileOptions, Files};
+use crate::copy::{Existing, Format, Rename};
+use crate::incoming::{Destination, IncomingOptions, Received, ReceivedDisk, receive};
 use crate::observe::Stops;
+use crate::options::DiskOption;
+use crate::renames::Renames;
 use crate::report::{BitmapOutcome, BitmapReport, DiskReport, Report, Status, Verified};
 use crate::{Error, Observer, Phase, Result, qemu};
 
@@ -104,14 +105,11 @@ fn native(
     };
     let destination: Arc<dyn Destination> = match &in_place {
         Some(in_place) => Arc::clone(in_place) as _,
-        None => new_files(options)?,
+        None => Arc::new(new_files(options)),
     };
     let monitor = Stops(observer);
-    let incoming = IncomingOptions {
-        max_channels: options.max_channels,
-        resumes: false,
-        ..IncomingOptions::new(&monitor)
-    };
+    let incoming =
+        IncomingOptions { max_channels: options.max_channels, ..IncomingOptions::new(&monitor) };
     let received = receive(main, arrivals, destination, Registry::new(), &incoming)?;
     let mut report = report(options, received, started);
     for disk in &mut report.disks {
@@ -124,9 +122,21 @@ fn native(
 }
 
 /// Places that are made.
-fn new_files(options: &ReceiveOptions) -> Result<Arc<dyn Destination>> {
-    let targets = options.disks.iter().map(|d| (d.id.clone(), d.path.clone())).collect();
-    Ok(Arc::new(NewImages::new(targets)))
+fn new_files(options: &ReceiveOptions) -> Files {
+    let place = |disk: &DiskOption| DiskPlace {
+        name: disk.id.clone(),
+        path: disk.path.clone(),
+        format: disk.format.unwrap_or(Format::Qcow2),
+        target: options.target.clone(),
+        renames: Renames::of(&options.renames, &disk.id),
+    };
+    let files = FileOptions {
+        replaces: options.existing == Existing::Replace,
+        is_fresh: options.fresh,
+        no_verify: options.no_verify,
+        ..FileOptions::default()
+    };
+    Files::new(options.disks.iter().map(place).collect(), files)
 }
 
 /// Names that were to be changed, of bitmaps that did not come.
@@ -157,7 +167,7 @@ fn report(options: &ReceiveOptions, received: Received, started: Instant) -> Rep
 
 fn disk_report(options: &ReceiveOptions, disk: ReceivedDisk) -> DiskReport {
     let of_disk = options.disks.iter().find(|option| option.id == disk.name);
-    let renames = of_disk.map(|option| Renames::of(options, option));
+    let renames = of_disk.map(|option| Renames::of(&options.renames, &option.id));
     let bitmap = |name: String| {
         let stored = renames.as_ref().map_or_else(|| name.clone(), |r| r.stored(&name));
         let changed = (stored != name).then(|| format!("name: {name} -> {stored}"));

@@ -3,6 +3,7 @@
 use format_spec::native::hello::MAX_CHANNELS;
 
 use super::Dialect;
+use crate::berth::has_traces;
 use crate::copy::{BitmapSelection, Existing, Format, Rename, TargetOptions};
 use crate::options::DiskOption;
 use crate::send::check_ids;
@@ -88,7 +89,10 @@ impl ReceiveOptions {
     fn check_place(&self, disk: &DiskOption) -> Result<()> {
         let found = disk.path.symlink_metadata();
         match (self.existing, found) {
-            (Existing::Refuse, Ok(_)) => Err(Error::Exists { path: disk.path.clone() }),
+            // One that this very migration published may be asked for again.
+            (Existing::Refuse, Ok(_)) if !has_traces(&disk.path)? => {
+                Err(Error::Exists { path: disk.path.clone() })
+            }
             (Existing::InPlace, Err(source)) => {
                 let path = disk.path.clone();
                 Err(Error::File { action: "write in place to", path, source })

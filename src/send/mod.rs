@@ -21,6 +21,7 @@ pub(crate) use self::plan::check_ids;
 pub use self::plan::{Plan, PlannedDisk};
 use self::plan::{Planned, decide, describe};
 use crate::carry;
+use crate::facts::{Facts, FileFacts, host};
 use crate::observe::Progress;
 use crate::outgoing::{Next, Outcome, OutgoingOptions, Policy, Round, Sent, send};
 use crate::report::{BitmapOutcome, DiskReport, Report, Status, Verified, error_chain};
@@ -46,7 +47,7 @@ pub fn run(options: &SendOptions, dial: &dyn Dial, observer: &dyn Observer) -> R
     let (sent, counts) = {
         let sources: Vec<_> = disks.iter().map(|d| ChainSource(&d.disk.chain)).collect();
         let (handlers, counts) = handlers(options, (&disks, &sources, &bitmaps), &progress)?;
-        let outgoing = outgoing_options(options, &progress)?;
+        let outgoing = outgoing_options(options, session(options, &disks)?, &progress);
         (send(dial, handlers, &mut (), &mut OneRound(observer), &outgoing)?, counts)
     };
     progress.end();
@@ -94,20 +95,40 @@ fn handlers<'a>(
 
 fn outgoing_options<'a>(
     options: &SendOptions,
+    session: [u8; 16],
     progress: &'a Progress<'_>,
-) -> Result<OutgoingOptions<'a>> {
-    let session = crate::random_id().map_err(|source| Error::File {
-        action: "read",
-        path: "/dev/urandom".into(),
-        source,
-    })?;
-    Ok(OutgoingOptions {
+) -> OutgoingOptions<'a> {
+    OutgoingOptions {
         channels: options.channels,
         compression: options.compression,
-        resumes: false,
         meter: options.meter.clone(),
         ..OutgoingOptions::new(session, progress)
-    })
+    }
+}
+
+/// The session of this command: the same command finds what an earlier run of it left, as long as
+/// the disks have not changed.
+fn session(options: &SendOptions, disks: &[Planned]) -> Result<[u8; 16]> {
+    let failed =
+        |path: std::path::PathBuf| move |source| Error::File { action: "look at", path, source };
+    if options.fresh || options.destination.is_empty() {
+        return crate::random_id().map_err(failed("/dev/urandom".into()));
+    }
+    let facts = |planned: &Planned| {
+        let facts = |file: &Arc<qcow2_file::HostFile>| {
+            FileFacts::of(file.file()).map_err(failed(file.path().to_owned()))
+        };
+        let files = planned.disk.files().map(facts).collect::<Result<_>>()?;
+        Ok((planned.option.id.clone(), planned.disk.chain.virtual_size(), files))
+    };
+    let bitmaps = format!("{:?} {:?}", options.bitmaps, options.renames);
+    let facts = Facts {
+        host: host(),
+        disks: disks.iter().map(facts).collect::<Result<_>>()?,
+        destination: options.destination.clone().into_bytes(),
+        wishes: vec!["send".to_owned(), bitmaps],
+    };
+    Ok(facts.session())
 }
 
 /// Nothing changes: one round is enough, and then the destination proves what it has.

@@ -25,6 +25,11 @@ pub struct SendOptions {
     pub skip_broken_bitmaps: bool,
     /// Leave out the proof.
     pub no_verify: bool,
+    /// Where they go, as the user says it: with it a later run finds its session again. Empty for a
+    /// session that nobody finds again.
+    pub destination: String,
+    /// Begin anew, whatever an earlier run left at the destination.
+    pub fresh: bool,
     /// Data connections.
     pub channels: u16,
     /// Compression on the wire.
@@ -43,6 +48,8 @@ impl Default for SendOptions {
             cannot_hold: None,
             skip_broken_bitmaps: false,
             no_verify: false,
+            destination: String::new(),
+            fresh: false,
             channels: 1,
             compression: None,
             meter: Arc::default(),

@@ -127,7 +127,7 @@ fn looking_verbs_print_one_document() {
 }
 
 #[test]
-fn ctrl_c_leaves_nothing_behind() {
+fn after_ctrl_c_the_same_command_goes_on() {
     let scratch = Scratch::new();
     if !require_all(&[Peer::QemuImg, Peer::QemuIo]) {
         return;
@@ -143,7 +143,11 @@ fn ctrl_c_leaves_nothing_behind() {
     let output = copy.wait();
     assert_eq!(output.code(), Some(130), "{output}");
     assert_eq!(json::summary(&output)["status"], "interrupted");
-    assert_eq!(scratch.names(), ["a.qcow2"]);
+    assert_eq!(scratch.names(), [".b.qcow2.bitferry-journal", ".b.qcow2.bitferry-part", "a.qcow2"]);
+    let again = run("copy --json a.qcow2 b.qcow2", &scratch).expect_exit(Exit::Done);
+    let summary = json::summary(&again);
+    assert_eq!((&summary["resumed"], &summary["status"]), (&true.into(), &"completed".into()));
+    assert_eq!(scratch.names(), ["a.qcow2", "b.qcow2"]);
 }
 
 #[test]

@@ -6,6 +6,7 @@ use qcow2_file::edit::{Editor, ZeroMode};
 use qcow2_file::{GuestOffset, LayerKind};
 
 use super::failed;
+use crate::recheck::ReadBack;
 
 /// An image that is open for writing. Whoever owns it closes it.
 #[derive(Debug, Clone, Copy)]
@@ -71,6 +72,12 @@ impl BlockSink for EditorSink<'_> {
 
     fn sync(&self) -> Result<()> {
         self.editor.sync().map_err(failed("sync", 0))
+    }
+}
+
+impl ReadBack for EditorSink<'_> {
+    fn read_back(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        self.editor.read_at(buf, GuestOffset(offset)).map_err(failed("read back", offset))
     }
 }
 

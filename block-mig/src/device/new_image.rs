@@ -8,6 +8,7 @@ use qcow2_file::GuestOffset;
 use qcow2_file::create::NewImage;
 
 use super::{compression_type, failed};
+use crate::recheck::ReadBack;
 
 /// A qcow2 image that is being made, borrowed or shared. Whoever owns it finishes it.
 #[derive(Debug, Clone, Copy)]
@@ -50,5 +51,11 @@ impl<I: Deref<Target = NewImage> + Send + Sync> BlockSink for NewImageSink<I> {
 
     fn sync(&self) -> Result<()> {
         self.0.sync().map_err(failed("sync", 0))
+    }
+}
+
+impl<I: Deref<Target = NewImage> + Send + Sync> ReadBack for NewImageSink<I> {
+    fn read_back(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        self.0.read_at(buf, GuestOffset(offset)).map_err(failed("read back", offset))
     }
 }

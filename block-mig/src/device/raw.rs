@@ -7,6 +7,7 @@ use mig_core::block::BlockSink;
 use qcow2_file::Storage;
 
 use super::storage_failed;
+use crate::recheck::ReadBack;
 
 /// What file systems allocate, and the smallest zero run worth leaving out.
 const PAGE_BYTES: u64 = 4096;
@@ -59,5 +60,11 @@ impl BlockSink for RawSink {
 
     fn sync(&self) -> Result<()> {
         self.storage.sync().map_err(storage_failed("sync", 0))
+    }
+}
+
+impl ReadBack for RawSink {
+    fn read_back(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        self.storage.read_at(buf, offset).map_err(storage_failed("read back", offset))
     }
 }

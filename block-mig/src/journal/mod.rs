@@ -5,6 +5,7 @@
 //! it says, so a journal that is torn, stale or forged costs time and nothing else. Where it stands
 //! and what it is called is the caller's business: it is handed an open file.
 
+mod keeper;
 mod replay;
 #[cfg(test)]
 mod tests;
@@ -22,6 +23,7 @@ use crate::error::{Error, Result};
 use crate::ledger::{Ledger, Stretch};
 use crate::limits::{JOURNAL_RECORD_NODES, JOURNAL_SLACK_BYTES};
 
+pub use keeper::Keeper;
 pub use replay::{Found, Replayed, peek, replay};
 
 /// No content has this node; in a journal it takes a unit back. SPEC 10.
@@ -185,6 +187,7 @@ impl Journal {
         if self.prepared.take().is_none() {
             return Ok(());
         }
+        self.is_committing = false;
         JournalRecord::Prepared(NOT_PREPARED).encode(&mut self.records);
         self.write()?;
         self.sync()

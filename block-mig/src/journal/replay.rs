@@ -80,17 +80,18 @@ impl Replayed {
         let fits = |first: u64, count: u64| first.checked_add(count).is_some_and(|e| e <= units);
         match decoded {
             Some(JournalRecord::Units(run)) if fits(run.first, run.nodes.len() as u64) => {
-                self.prepared = None;
+                (self.prepared, self.is_committing) = (None, false);
                 for (unit, node) in (run.first..).zip(run.nodes) {
                     self.claims.set(unit, *node)?;
                 }
             }
             Some(JournalRecord::Zeroes(run)) if fits(run.first, run.count) => {
-                self.prepared = None;
+                (self.prepared, self.is_committing) = (None, false);
                 self.claims.set_zeroes(run.first..run.first.saturating_add(run.count))?;
             }
             Some(JournalRecord::Prepared(root)) => {
                 self.prepared = Some(root).filter(|root| *root != NOT_PREPARED);
+                self.is_committing = false;
             }
             Some(JournalRecord::Commit(session)) if session == self.identity.session => {
                 self.is_committing = self.prepared.is_some();

@@ -6,7 +6,7 @@ use proptest::prelude::*;
 
 const MIB: u64 = 1 << 20;
 
-fn options(workers: usize) -> TransferOptions {
+fn options(workers: usize) -> TransferOptions<'static> {
     TransferOptions { workers, ..TransferOptions::default() }
 }
 

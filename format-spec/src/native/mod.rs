@@ -7,4 +7,5 @@ pub mod control;
 pub mod frame;
 pub mod hello;
 pub mod journal;
+pub mod session;
 pub mod units;

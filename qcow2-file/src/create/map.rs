@@ -5,14 +5,16 @@
 //! little memory and few bytes in the file.
 
 use std::collections::{HashMap, VecDeque};
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::in_memory;
+use super::refcounts::write_words;
 use super::space::Space;
 use super::zero_out;
 use crate::error::Result;
-use crate::layout::entry::L2Entry;
+use crate::layout::entry::{COPIED, L2Entry};
 use crate::layout::geometry::Geometry;
 use crate::storage::{Storage, StorageExt};
 
@@ -33,8 +35,8 @@ pub(super) struct Map {
     has_data_file: bool,
     /// Host offsets of L2 tables; 0 where there is none.
     l1: Vec<AtomicU64>,
-    /// Held while a table gets its home.
-    homes: Mutex<()>,
+    /// Held while a table gets its home. L1 entries that the file does not have yet.
+    homes: Mutex<Range<usize>>,
     shards: [Mutex<Shard>; SHARDS],
 }
 
@@ -63,7 +65,7 @@ impl Map {
     ) -> Self {
         let l1 = (0..geometry.l1_entries(size)).map(|_| AtomicU64::new(0)).collect();
         let shards = std::array::from_fn(|_| Mutex::default());
-        Self { file, geometry, is_fresh, has_data_file, l1, homes: Mutex::new(()), shards }
+        Self { file, geometry, is_fresh, has_data_file, l1, homes: Mutex::new(0..0), shards }
     }
 
     /// Whether the file held nothing before.
@@ -187,7 +189,7 @@ impl Map {
         if self.table(l1_index) != 0 {
             return Ok(());
         }
-        let _deciding = lock(&self.homes);
+        let mut unwritten = lock(&self.homes);
         let index = in_memory(l1_index);
         if let Some(home) = self.l1.get(index).filter(|h| h.load(Ordering::Acquire) == 0) {
             let place = space.allocate(1)?.0;
@@ -195,7 +197,33 @@ impl Map {
                 zero_out(self.file.as_ref(), place, self.geometry.cluster_size())?;
             }
             home.store(place, Ordering::Release);
+            *unwritten = if unwritten.is_empty() {
+                index..index + 1
+            } else {
+                unwritten.start.min(index)..unwritten.end.max(index + 1)
+            };
         }
+        Ok(())
+    }
+
+    /// Gives the table a home that it had before. Nobody else is at work yet.
+    pub(super) fn set_home(&self, l1_index: u64, home: u64) {
+        if let Some(entry) = self.l1.get(in_memory(l1_index)) {
+            entry.store(home, Ordering::Release);
+        }
+    }
+
+    /// Writes the L1 entries that the file at `at` does not have yet, or all of them.
+    pub(super) fn write_homes(&self, at: u64, all: bool) -> Result<()> {
+        let mut unwritten = lock(&self.homes);
+        let range = if all { 0..self.l1.len() } else { unwritten.clone() };
+        if range.is_empty() {
+            return Ok(());
+        }
+        let homes = self.l1.get(range.clone()).unwrap_or_default().iter();
+        let entries = homes.map(|home| home.load(Ordering::Acquire)).map(l1_entry);
+        write_words(self.file.as_ref(), at + range.start as u64 * 8, entries)?;
+        *unwritten = 0..0;
         Ok(())
     }
 
@@ -254,6 +282,11 @@ impl Map {
     fn shard(&self, slice: u64) -> &Mutex<Shard> {
         &self.shards[in_memory(slice % SHARDS as u64)]
     }
+}
+
+/// The L1 entry for a table.
+fn l1_entry(table: u64) -> u64 {
+    if table == 0 { 0 } else { table | COPIED }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {

@@ -14,6 +14,7 @@ mod map;
 mod options;
 mod read;
 mod refcounts;
+mod reopen;
 mod seal;
 mod space;
 mod step;
@@ -72,19 +73,47 @@ impl NewImage {
     /// raw data file is made as long as the disk, and that a header that is to be overwritten is
     /// cleared, durably.
     pub fn create(file: Arc<dyn Storage>, options: &CreateOptions) -> Result<Self> {
+        let is_fresh = file.length()? == 0;
+        if !is_fresh && !options.overwrite {
+            let reason = "a new image needs an empty file".to_owned();
+            return Err(Error::Refused { file: file.name(), reason });
+        }
+        let data = options.data_file.as_ref();
+        let is_virgin = data.map_or(Ok(is_fresh), |d| d.storage.length().map(|len| len == 0))?;
+        let image =
+            Self::assemble(file, options, Start { is_fresh, is_virgin, is_reopened: false })?;
+        if !is_fresh {
+            zero_out(image.file.as_ref(), 0, image.geometry.cluster_size())?;
+            image.file.make_durable()?;
+        }
+        Ok(image)
+    }
+
+    /// Goes on with an image that [`create`](Self::create) started in `file` with the same options
+    /// and that was never published, whether it was [synced](Self::sync), cut off by a crash, or
+    /// finished. What was written before the last sync is there; what was written after it, may be.
+    /// A header is cleared, durably.
+    ///
+    /// An error that is not [`Error::Io`] means that the file holds something else: start anew. An
+    /// image over a backing file, or in a file that held something before, cannot be gone on with.
+    pub fn reopen(file: Arc<dyn Storage>, options: &CreateOptions) -> Result<Self> {
+        if options.overwrite || options.backing.is_some() {
+            let reason = "an image that was not finished cannot be gone on with where it stands on \
+                          a backing file or in a file that held something before";
+            return Err(Error::Refused { file: file.name(), reason: reason.to_owned() });
+        }
+        let is_virgin = options.data_file.is_none();
+        let start = Start { is_fresh: true, is_virgin, is_reopened: true };
+        let image = Self::assemble(file, options, start)?;
+        image.recover()?;
+        Ok(image)
+    }
+
+    fn assemble(file: Arc<dyn Storage>, options: &CreateOptions, start: Start) -> Result<Self> {
         let name = file.name();
         options.check(&name)?;
         let header = options.header(&name)?;
         let geometry = header.geometry();
-        let is_fresh = file.length()? == 0;
-        if !is_fresh && !options.overwrite {
-            let reason = "a new image needs an empty file".to_owned();
-            return Err(Error::Refused { file: name, reason });
-        }
-        if !is_fresh {
-            zero_out(file.as_ref(), 0, geometry.cluster_size())?;
-            file.make_durable()?;
-        }
         let data = options.data_file.as_ref();
         let is_one_to_one = data.is_some_and(|d| d.is_raw);
         if let Some(data) = data.filter(|d| d.is_raw) {
@@ -92,10 +121,12 @@ impl NewImage {
         }
         let rules = Rules {
             has_backing: options.backing.is_some(),
-            is_virgin: data.map_or(Ok(is_fresh), |d| d.storage.length().map(|len| len == 0))?,
+            is_virgin: start.is_virgin,
             has_zero_flag: options.version >= 3,
+            is_reopened: start.is_reopened,
         };
-        let map = Map::new(Arc::clone(&file), (geometry, is_fresh), header.size, data.is_some());
+        let shape = (geometry, start.is_fresh);
+        let map = Map::new(Arc::clone(&file), shape, header.size, data.is_some());
         let l1_clusters = geometry.clusters_for(map.l1_len() * 8);
         let mut first = 1 + l1_clusters;
         if is_one_to_one {
@@ -194,13 +225,26 @@ impl NewImage {
         self.while_open(|| self.map.flush())
     }
 
-    /// Makes everything written before durable. The image is still not valid.
+    /// Makes everything written before durable. The image is still not valid, but
+    /// [`reopen`](Self::reopen) finds all of it. Works after an error too, for what was written
+    /// without one.
     pub fn sync(&self) -> Result<()> {
-        self.while_open(|| {
-            self.map.flush()?;
-            self.data().make_durable()?;
-            if self.data.is_some() { self.file.make_durable() } else { Ok(()) }
-        })
+        let is_finished = self.is_finished.read().unwrap_or_else(PoisonError::into_inner);
+        if *is_finished {
+            return self.check_open(true);
+        }
+        let synced = self.save();
+        self.has_failed.fetch_or(synced.is_err(), Ordering::Relaxed);
+        synced
+    }
+
+    fn save(&self) -> Result<()> {
+        self.map.flush()?;
+        if !self.is_one_to_one {
+            self.map.write_homes(self.l1_at(), false)?;
+        }
+        self.data().make_durable()?;
+        if self.data.is_some() { self.file.make_durable() } else { Ok(()) }
     }
 
     /// Writes what is missing and `bitmaps`, makes it durable, and then makes the header valid,
@@ -278,6 +322,17 @@ impl NewImage {
         let stripe = &self.stripes[in_memory(cluster % STRIPES as u64)];
         stripe.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// What the file is at first.
+#[derive(Debug, Clone, Copy)]
+struct Start {
+    /// Nothing was in it, or nothing behind what the map points to.
+    is_fresh: bool,
+    /// New guest clusters read as zero.
+    is_virgin: bool,
+    /// It was being written before.
+    is_reopened: bool,
 }
 
 /// Makes a range of a file read as zero.

@@ -12,7 +12,7 @@ use super::in_memory;
 use super::map::Map;
 use super::write::write_sparse;
 use crate::error::{Error, Result};
-use crate::layout::entry::{L2Entry, OFFSET_MASK};
+use crate::layout::entry::{COMPRESSED, L2Entry, OFFSET_MASK};
 use crate::layout::geometry::Geometry;
 use crate::layout::refcount::{refcount_at, set_refcount};
 use crate::limits;
@@ -76,6 +76,8 @@ pub(super) struct Refcounts<'a> {
     reach: Vec<Reach>,
     piece: Vec<u8>,
     window_bytes: u64,
+    /// Whether sharing is looked for.
+    verifies: bool,
 }
 
 impl<'a> Refcounts<'a> {
@@ -90,7 +92,17 @@ impl<'a> Refcounts<'a> {
         let reach = vec![Reach::ANYWHERE; in_memory(parts)];
         let piece = vec![0; in_memory(geometry.cluster_size().min(TABLE_PIECE_BYTES))];
         let window_bytes = WINDOW_BYTES;
-        Self { file, geometry, map, has_data_file, taken, reach, piece, window_bytes }
+        Self {
+            file,
+            geometry,
+            map,
+            has_data_file,
+            taken,
+            reach,
+            piece,
+            window_bytes,
+            verifies: false,
+        }
     }
 
     /// Writes all refcount blocks and the refcount table.
@@ -116,6 +128,23 @@ impl<'a> Refcounts<'a> {
         self.write_table(at)
     }
 
+    /// Counts the first `clusters` of the file without writing anything: an error where a cluster
+    /// that nobody may share is pointed to twice.
+    pub(super) fn verify(&mut self, clusters: u64) -> Result<()> {
+        self.verifies = true;
+        let bits = self.geometry.cluster_bits();
+        let count = clusters.div_ceil(self.geometry.refcounts_per_block());
+        let per_window = (self.window_bytes >> bits).max(1);
+        let mut blocks = vec![0; in_memory(per_window.min(count) << bits)];
+        let mut first = 0;
+        while first < count {
+            blocks.fill(0);
+            self.count(first * self.geometry.refcounts_per_block(), &mut blocks)?;
+            first += per_window;
+        }
+        Ok(())
+    }
+
     fn write_table(&self, at: Placement) -> Result<()> {
         let bits = self.geometry.cluster_bits();
         if at.block_count() > limits::MAX_REFCOUNT_TABLE_BYTES / 8 {
@@ -132,7 +161,9 @@ impl<'a> Refcounts<'a> {
     /// Fills the refcounts of the host clusters from `first` on.
     fn count(&mut self, first: u64, blocks: &mut [u8]) -> Result<()> {
         let len = ((blocks.len() as u64) << 3) >> self.geometry.refcount_order();
-        let mut window = Window { first, len, order: self.geometry.refcount_order(), blocks };
+        let alone = self.verifies.then(|| vec![0; in_memory(len.div_ceil(64))]);
+        let order = self.geometry.refcount_order();
+        let mut window = Window { first, len, order, blocks, alone };
         for range in &self.taken {
             let range = range.start.max(first)..range.end.min(first.saturating_add(len));
             range.for_each(|cluster| window.add(cluster));
@@ -166,6 +197,13 @@ impl<'a> Refcounts<'a> {
         Ok(reach)
     }
 
+    /// This writer never lets two guest clusters have one, but for compressed ones: only a file that
+    /// other hands wrote to can say so.
+    fn shared(&self) -> Result<()> {
+        let reason = "two guest clusters are mapped to one place".to_owned();
+        Err(Error::Refused { file: self.file.name(), reason })
+    }
+
     fn walk_piece(&self, at: u64, window: &mut Window<'_>, reach: &mut Reach) -> Result<()> {
         if is_zero(&self.piece) {
             return Ok(());
@@ -179,14 +217,20 @@ impl<'a> Refcounts<'a> {
             let entry = L2Entry::decode(raw, 0, g, false, entry_at);
             let clusters = match entry.map_err(|what| self.file.malformed(what))? {
                 L2Entry::Standard(s) => {
-                    s.cluster.map(|c| c.0 >> g.cluster_bits()).map(|c| c..c + 1)
+                    let cluster = s.cluster.map(|c| c.0 >> g.cluster_bits());
+                    cluster.filter(|c| !window.take_alone(*c)).map_or(Ok(()), |_| self.shared())?;
+                    cluster.map(|c| c..c + 1)
                 }
                 L2Entry::Compressed(c) => {
                     let last = c.offset.0 + c.max_bytes() - 1;
                     Some(c.offset.0 >> g.cluster_bits()..(last >> g.cluster_bits()) + 1)
                 }
             };
+            let is_compressed = raw & COMPRESSED != 0;
             for cluster in clusters.into_iter().flatten() {
+                if is_compressed && window.is_alone(cluster) {
+                    return self.shared();
+                }
                 reach.low = reach.low.min(cluster);
                 reach.high = reach.high.max(cluster);
                 window.add(cluster);
@@ -226,9 +270,30 @@ struct Window<'a> {
     len: u64,
     order: u32,
     blocks: &'a mut [u8],
+    /// Clusters that one guest cluster has to itself, where that is verified.
+    alone: Option<Vec<u64>>,
 }
 
 impl Window<'_> {
+    /// Notes that a cluster belongs to one guest cluster alone, where that is looked after. Whether
+    /// it can.
+    fn take_alone(&mut self, cluster: u64) -> bool {
+        let Some(index) = cluster.checked_sub(self.first).filter(|i| *i < self.len) else {
+            return true;
+        };
+        let Some(alone) = &mut self.alone else { return true };
+        if let Some(word) = alone.get_mut(in_memory(index / 64)) {
+            *word |= 1 << (index % 64);
+        }
+        refcount_at(self.blocks, index, self.order).is_none_or(|count| count == 0)
+    }
+
+    fn is_alone(&self, cluster: u64) -> bool {
+        let index = cluster.checked_sub(self.first).filter(|i| *i < self.len);
+        let word = |i: u64| self.alone.as_ref().and_then(|alone| alone.get(in_memory(i / 64)));
+        index.is_some_and(|i| word(i).is_some_and(|word| word >> (i % 64) & 1 != 0))
+    }
+
     /// One more reference to `cluster`, if it lies in the window. A refcount that is full stays:
     /// the allocator has seen to it that none gets there.
     fn add(&mut self, cluster: u64) {

@@ -9,7 +9,7 @@ use super::{NewImage, lengthen};
 use crate::bitmaps::{self, PersistentBitmap};
 use crate::error::Result;
 use crate::in_memory;
-use crate::layout::entry::{COPIED, Subclusters};
+use crate::layout::entry::Subclusters;
 use crate::layout::extension::BitmapsExtension;
 use crate::layout::header::autoclear;
 use crate::layout::units::HostOffset;
@@ -36,7 +36,7 @@ impl NewImage {
         let mut taken = recorder.into_taken();
         taken.push(0..self.first_cluster());
         Refcounts::new(file, (g, self.data.is_some()), &self.map, taken).write(at)?;
-        self.write_l1()?;
+        self.map.write_homes(self.l1_at(), true)?;
         self.set_length(at.end << g.cluster_bits())?;
         file.make_durable()?;
         self.write_header(at, bitmaps)
@@ -59,11 +59,6 @@ impl NewImage {
         };
         lengthen(data.as_ref(), self.header.size)?;
         data.make_durable()
-    }
-
-    fn write_l1(&self) -> Result<()> {
-        let entries = self.map.tables().map(|table| if table == 0 { 0 } else { table | COPIED });
-        write_words(self.file.as_ref(), self.l1_at(), entries)
     }
 
     /// The tables of a raw data file: each guest cluster at its own offset.

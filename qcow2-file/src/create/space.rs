@@ -44,6 +44,11 @@ impl Space {
         Self { file, geometry, next: AtomicU64::new(first), limit: limit(geometry), pack }
     }
 
+    /// Goes on from host cluster `next`. Nothing was handed out yet.
+    pub(super) fn begin_at(&self, next: u64) {
+        self.next.store(next, Ordering::Relaxed);
+    }
+
     /// `clusters` contiguous new clusters. They read as zero.
     pub(super) fn allocate(&self, clusters: u64) -> Result<HostOffset> {
         let take = |next: u64| next.checked_add(clusters).filter(|end| *end <= self.limit);

@@ -75,6 +75,9 @@ pub(super) struct Rules {
     pub(super) is_virgin: bool,
     /// Entries can say "zero": version 3.
     pub(super) has_zero_flag: bool,
+    /// The file was written before a crash, so that what a host cluster holds at an unallocated
+    /// unit is not known: its data may be there and its entry lost.
+    pub(super) is_reopened: bool,
 }
 
 /// What a data write must do to a cluster before the bytes can go to the file.
@@ -98,7 +101,7 @@ pub(super) fn write_step(entry: L2Entry, touch: Touch, rules: Rules) -> WriteSte
     match s.cluster {
         Some(host) if need == 0 => WriteStep::InPlace(host),
         // What the host cluster holds at a unit marked zero is not known.
-        Some(_) if need & zero != 0 => WriteStep::Convert,
+        Some(_) if need & zero != 0 || rules.is_reopened => WriteStep::Convert,
         _ if rules.has_backing || !rules.is_virgin => WriteStep::Convert,
         host => WriteStep::Map(host, becoming_data(s, need)),
     }

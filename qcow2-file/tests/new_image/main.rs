@@ -5,4 +5,5 @@ mod faults;
 mod matrix;
 mod meaning;
 mod peer;
+mod reopen;
 mod workload;

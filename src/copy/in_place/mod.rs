@@ -1,11 +1,12 @@
 //! Writing into a destination that exists.
 //!
-//! There is no journal yet: what was interrupted is begun again. A qcow2 destination says by a
-//! feature bit that it is unfinished (SPEC 3.3), so that nobody takes it for a disk; a raw one
-//! cannot say it.
+//! A qcow2 destination says by a feature bit that it is unfinished (SPEC 3.3), so that nobody takes
+//! it for a disk; a raw one cannot say it. The journal of either stands beside it; that of a device
+//! has no place.
 
 mod qcow2;
 mod raw;
+mod resume;
 
 use std::sync::Arc;
 

@@ -12,6 +12,7 @@ use super::super::plan::Job;
 use super::super::prove::Proof;
 use super::super::{Done, bitmaps, new, prove};
 use super::own;
+use super::resume::Continued;
 use crate::disk::Disk;
 use crate::report::{BitmapOutcome, BitmapReport, Verified};
 use crate::{Observer, Phase, Result, Silent};
@@ -35,13 +36,18 @@ pub(super) fn copy(job: &Job<'_>, observer: &dyn Observer) -> Result<Done> {
             job.options.destination.display()
         ));
     }
-    let moved = new::move_data(job, &EditorSink::new(&editor), observer)?;
+    let sink = EditorSink::new(&editor);
+    let continued = Continued::begin(job, &sink, observer)?;
+    let (is_resumed, repeated) =
+        continued.as_ref().map_or((false, 0), |c| (c.is_resumed, c.repeated));
+    let moved = new::move_data(job, &sink, continued.as_ref().map(|c| &c.keeper), observer)?;
     observer.phase(Phase::Seal);
     editor.sync()?;
     let mut proof = prove::prove(job, &own(job), &moved, &[], observer)?;
     if proof.verified == Verified::Mismatch {
         // Never closed: the mark of the unfinished copy stays.
-        return Ok(Done { moved, proof, invalidated: Vec::new() });
+        continued.map_or(Ok(()), Continued::end)?;
+        return Ok(Done { moved, proof, invalidated: Vec::new(), is_resumed, repeated });
     }
     observer.phase(Phase::Bitmaps);
     new::go_on(observer)?;
@@ -51,7 +57,8 @@ pub(super) fn copy(job: &Job<'_>, observer: &dyn Observer) -> Result<Done> {
     editor.close()?;
     let found = Disk::open(&own(job), &Silent)?;
     prove_bitmaps(&found, &stored, &mut proof)?;
-    Ok(Done { moved, proof, invalidated: invalidated(&found) })
+    continued.map_or(Ok(()), Continued::end)?;
+    Ok(Done { moved, proof, invalidated: invalidated(&found), is_resumed, repeated })
 }
 
 /// An editor for the top of a locked chain, which marks the image as unfinished before it writes

@@ -8,6 +8,7 @@ use qcow2_file::{Access, HostFile, Storage};
 
 use super::super::plan::Job;
 use super::super::{Done, new, prove};
+use super::resume::Continued;
 use super::{other_size, own, sync};
 use crate::{Error, Observer, Phase, Result};
 
@@ -22,11 +23,16 @@ pub(super) fn copy(job: &Job<'_>, observer: &dyn Observer) -> Result<Done> {
          content, and nothing in it says so",
         path.display()
     ));
-    let moved = new::move_data(job, &RawSink::new(file.clone(), size), observer)?;
+    let sink = RawSink::new(file.clone(), size);
+    let continued = Continued::begin(job, &sink, observer)?;
+    let (is_resumed, repeated) =
+        continued.as_ref().map_or((false, 0), |c| (c.is_resumed, c.repeated));
+    let moved = new::move_data(job, &sink, continued.as_ref().map(|c| &c.keeper), observer)?;
     observer.phase(Phase::Seal);
     sync(&file, job)?;
     let proof = prove::prove(job, &own(job), &moved, &[], observer)?;
-    Ok(Done { moved, proof, invalidated: Vec::new() })
+    continued.map_or(Ok(()), Continued::end)?;
+    Ok(Done { moved, proof, invalidated: Vec::new(), is_resumed, repeated })
 }
 
 /// Makes the destination as long as the disk, where it can be, and answers the disk's size. Devices

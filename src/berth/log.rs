@@ -1,0 +1,145 @@
+//! The journal of a destination, by name.
+
+use std::ffi::{OsStr, OsString};
+use std::fs;
+use std::io;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use block_mig::journal::{Found, Identity, Journal, Replayed, peek, replay};
+use format_spec::files::{journal_name, receipt_name};
+use format_spec::native::journal::MAX_TARGET;
+use qcow2_file::{Access, HostFile};
+
+use crate::publish::{directory, sync_directory};
+use crate::{Error, Result};
+
+/// What a journal that is written anew is called until it takes the old one's place.
+const ANEW_ENDING: &str = ".new";
+
+/// Names of a destination's journal and receipt. Whoever uses them holds the lock of what they
+/// belong to.
+#[derive(Debug, Clone)]
+pub(crate) struct Log {
+    journal: PathBuf,
+    receipt: PathBuf,
+}
+
+impl Log {
+    /// Beside `target`.
+    pub(crate) fn beside(target: &Path) -> Result<Self> {
+        let name = target.file_name().ok_or_else(|| Error::Usage {
+            reason: format!("{} is no file name", target.display()),
+        })?;
+        let at = |name: Vec<u8>| directory(target).join(OsString::from_vec(name));
+        let name = OsStr::as_bytes(name);
+        Ok(Self { journal: at(journal_name(name)), receipt: at(receipt_name(name)) })
+    }
+
+    /// Where the receipt stands.
+    pub(crate) fn receipt(&self) -> &Path {
+        &self.receipt
+    }
+
+    /// Starts a journal anew. `None` where `identity` cannot be told apart from others in one.
+    pub(crate) fn start(&self, identity: Identity) -> Result<Option<Journal>> {
+        self.remove()?;
+        if identity.target.len() > MAX_TARGET {
+            return Ok(None);
+        }
+        let file = Arc::new(HostFile::create_new(&self.journal)?);
+        Ok(Some(Journal::start(file, identity)?))
+    }
+
+    /// The journal of `identity`, if it is there.
+    pub(crate) fn find(&self, identity: &Identity) -> Result<Option<Replayed>> {
+        let Some(file) = self.open()? else { return Ok(None) };
+        match replay(&*file, identity)? {
+            Found::Journal(found) => Ok(Some(*found)),
+            Found::Nothing | Found::Other(_) => Ok(None),
+        }
+    }
+
+    /// Whatever journal is there.
+    pub(crate) fn peek(&self) -> Result<Option<Replayed>> {
+        let Some(file) = self.open()? else { return Ok(None) };
+        match peek(&*file)? {
+            Found::Journal(found) => Ok(Some(*found)),
+            Found::Nothing | Found::Other(_) => Ok(None),
+        }
+    }
+
+    /// Goes on with a journal that was found.
+    pub(crate) fn resume(&self, replayed: Replayed) -> Result<Option<Journal>> {
+        let Some(file) = self.open()? else { return Ok(None) };
+        Ok(Some(Journal::resume(file, replayed)?))
+    }
+
+    /// Makes the name of a journal durable.
+    pub(crate) fn sync_name(&self) -> Result<()> {
+        sync_directory(&self.journal)
+    }
+
+    /// The file that a journal is written to anew.
+    pub(crate) fn anew(&self) -> Result<Arc<HostFile>> {
+        let path = self.anew_path();
+        remove(&path)?;
+        Ok(Arc::new(HostFile::create_new(&path)?))
+    }
+
+    /// Gives that file the journal's name.
+    pub(crate) fn replace(&self) -> Result<()> {
+        fs::rename(self.anew_path(), &self.journal).map_err(failed("rename to", &self.journal))
+    }
+
+    /// Removes the journal.
+    pub(crate) fn remove(&self) -> Result<()> {
+        remove(&self.anew_path())?;
+        remove(&self.journal)
+    }
+
+    /// Removes the receipt of an earlier transfer.
+    pub(crate) fn remove_receipt(&self) -> Result<()> {
+        remove(&self.receipt)
+    }
+
+    fn anew_path(&self) -> PathBuf {
+        let mut name = self.journal.clone().into_os_string();
+        name.push(ANEW_ENDING);
+        name.into()
+    }
+
+    /// Opens the journal, unless it is something that we would not have made.
+    fn open(&self) -> Result<Option<Arc<HostFile>>> {
+        if !fs::symlink_metadata(&self.journal).is_ok_and(|m| m.is_file()) {
+            return Ok(None);
+        }
+        match HostFile::open(&self.journal, Access::ReadWrite) {
+            Ok(file) => Ok(Some(Arc::new(file))),
+            Err(qcow2_file::Error::Open { source, .. })
+                if source.kind() == io::ErrorKind::NotFound =>
+            {
+                Ok(None)
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
+/// Whether a journal or a receipt lies beside `target`.
+pub(crate) fn has_traces(target: &Path) -> Result<bool> {
+    let log = Log::beside(target)?;
+    Ok([&log.journal, &log.receipt].iter().any(|path| path.symlink_metadata().is_ok()))
+}
+
+fn remove(path: &Path) -> Result<()> {
+    match fs::remove_file(path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(failed("remove", path)(e)),
+        _ => Ok(()),
+    }
+}
+
+fn failed(action: &'static str, path: &Path) -> impl Fn(io::Error) -> Error {
+    move |source| Error::File { action, path: path.to_owned(), source }
+}

@@ -1,0 +1,25 @@
+//! Everything on a destination's disk that outlives a cut: unfinished files, journals, receipts.
+//! SPEC 3.1, 9, 10.
+//!
+//! ```text
+//! unfinished   a new raw or qcow2 disk under temporary names, gone on with where it was begun
+//! log          the journal beside it, by name
+//! receipt      what is left when it was published
+//! recover      a publication that a crash interrupted is finished
+//! files        all of it as what a migration arrives at, disk by disk (place)
+//! ```
+
+mod files;
+mod log;
+mod place;
+mod receipt;
+mod recover;
+mod sink;
+#[cfg(test)]
+mod tests;
+mod unfinished;
+
+pub use files::{DiskPlace, FileOptions, Files};
+pub(crate) use log::{Log, has_traces};
+pub(crate) use recover::{Recovered, recover};
+pub(crate) use unfinished::{NewDisk, NewKind, Unfinished};

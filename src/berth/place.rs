@@ -1,0 +1,295 @@
+//! The place of one new disk.
+
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+
+use bitmap_mig::Bitmap;
+use block_mig::ledger::{Stretch, UNIT_BYTES};
+use block_mig::limits::workers;
+use block_mig::{Landing, Unwatched};
+use format_spec::content_hash::{ContentHash, Node};
+use mig_core::block::BlockSink;
+use mig_core::section::{Fate, Have};
+use mig_core::stream;
+
+use super::files::{DiskPlace, FileOptions, failed};
+use super::log::Log;
+use super::receipt::{Receipt, ReceiptBitmap};
+use super::sink::Sink;
+use super::unfinished::{NewDisk, Unfinished};
+use crate::copy::Format;
+use crate::disk::{Disk, Request};
+use crate::hash::content_of;
+use crate::incoming::{Place, Sealed};
+use crate::proof::DiskProof;
+use crate::{Error, Phase, Renames, Result, Silent};
+
+/// Most units that are told at once.
+const HAVE_UNITS: usize = 4096;
+
+/// A disk that is complete since an earlier attempt.
+pub(super) struct Known {
+    content: ContentHash,
+    bitmaps: Vec<ReceiptBitmap>,
+    /// Its files, while they have temporary names.
+    unfinished: Option<Unfinished>,
+}
+
+impl Known {
+    /// A disk that was published.
+    pub(super) fn published(disk: &NewDisk<'_>) -> Result<Option<Self>> {
+        let receipt = Receipt::read(&Log::beside(disk.path)?)?;
+        Ok(receipt.map(|r| Self { content: r.content, bitmaps: r.bitmaps, unfinished: None }))
+    }
+
+    /// A disk that was proved.
+    pub(super) fn prepared(disk: &NewDisk<'_>, format: Format) -> Result<Option<Self>> {
+        let Some((unfinished, content)) = Unfinished::prepared(disk)? else { return Ok(None) };
+        let (path, data) = unfinished.paths();
+        let bitmaps = bitmaps_of(path, format, data)?;
+        Ok(Some(Self { content, bitmaps, unfinished: Some(unfinished) }))
+    }
+
+    /// Holds what the source says against it.
+    fn proof(&self, path: &Path, renames: &Renames, sealed: &Sealed) -> Result<DiskProof> {
+        let differs = |reason| Err(Error::ProofMismatch { path: path.to_owned(), reason });
+        if let Some(said) = sealed.content.filter(|said| *said != self.content) {
+            return differs(format!("{} was proved, the source now has {said}", self.content));
+        }
+        let mut bitmaps = Vec::new();
+        for bitmap in &sealed.bitmaps {
+            match self.bitmaps.iter().find(|found| found.name == renames.stored(&bitmap.name)) {
+                Some(found) => bitmaps.push(found.digest),
+                None => return differs(format!("bitmap {:?} is not here", bitmap.name)),
+            }
+        }
+        Ok(DiskProof { content: self.content, bitmaps })
+    }
+}
+
+/// The place of one new disk.
+pub(super) struct FilePlace {
+    name: String,
+    path: PathBuf,
+    format: Format,
+    renames: Renames,
+    session: Option<[u8; 16]>,
+    size: u64,
+    options: FileOptions,
+    known: Option<Known>,
+    unfinished: Option<Unfinished>,
+    /// Where content goes when nothing is expected.
+    closed: Sink,
+    receipt: Mutex<Option<Receipt>>,
+}
+
+impl FilePlace {
+    /// Opens or makes the files of a disk, unless it is complete.
+    pub(super) fn open(
+        (place, disk): (&DiskPlace, &NewDisk<'_>),
+        known: Option<Known>,
+        options: FileOptions,
+    ) -> Result<Self> {
+        let unfinished = if known.is_some() { None } else { Some(Unfinished::open(disk)?) };
+        Ok(Self {
+            name: place.name.clone(),
+            path: place.path.clone(),
+            format: place.format,
+            renames: place.renames.clone(),
+            session: disk.session,
+            size: disk.size,
+            options,
+            known,
+            unfinished,
+            closed: Sink::Closed(disk.size),
+            receipt: Mutex::new(None),
+        })
+    }
+
+    /// Its name on the wire.
+    pub(super) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Its files, while they have temporary names.
+    pub(super) fn unfinished(&self) -> Option<&Unfinished> {
+        let known = self.known.as_ref().and_then(|known| known.unfinished.as_ref());
+        self.unfinished.as_ref().or(known)
+    }
+
+    /// Writes the receipt, once it is published.
+    pub(super) fn write_receipt(&self) -> Result<()> {
+        let receipt = self.receipt.lock().unwrap_or_else(PoisonError::into_inner);
+        match (&*receipt, self.unfinished()) {
+            (Some(receipt), Some(unfinished)) => receipt.write(unfinished.log()),
+            _ => Ok(()),
+        }
+    }
+
+    /// The attempt has failed.
+    pub(super) fn leave(&self, fate: Fate) -> Result<()> {
+        let Some(unfinished) = self.unfinished() else { return Ok(()) };
+        match (fate, unfinished.keeper()) {
+            (Fate::Kept, Some(_)) if self.known.is_none() => unfinished.checkpoint(),
+            // READY stands until the source says otherwise.
+            (Fate::Kept, Some(_)) => Ok(()),
+            _ => unfinished.forsake(),
+        }
+    }
+
+    fn prove(&self, unfinished: &Unfinished, sealed: &Sealed) -> Result<Option<DiskProof>> {
+        let stored = sealed.bitmaps.iter();
+        let stored: Vec<_> =
+            stored.map(|b| b.clone().into_stored_as(&self.renames.stored(&b.name))).collect();
+        unfinished.seal(&stored)?;
+        let Some(said) = sealed.content else { return Ok(None) };
+        let (path, data) = unfinished.paths();
+        let disk = open(path, self.format, data)?;
+        let workers = workers(self.options.workers);
+        let content = content_of(&disk, workers, None, (Phase::Prove, &Silent))?;
+        let mismatch = |reason| Error::ProofMismatch { path: self.path.clone(), reason };
+        if content != said {
+            return Err(mismatch(format!("{said} was sent, {content} was read")));
+        }
+        let mut bitmaps = Vec::new();
+        for Bitmap { name, .. } in &sealed.bitmaps {
+            let directory = disk.bitmaps.directory();
+            let directory = directory.ok_or_else(|| mismatch("the bitmaps are gone".to_owned()))?;
+            bitmaps.push(bitmap_mig::load(directory, &self.renames.stored(name))?.digest()?);
+        }
+        unfinished.prepare(content)?;
+        Ok(Some(DiskProof { content, bitmaps }))
+    }
+
+    fn note_receipt(&self, sealed: &Sealed, proof: &DiskProof) {
+        let Some(session) = self.session else { return };
+        let bitmaps =
+            sealed.bitmaps.iter().zip(&proof.bitmaps).map(|(bitmap, digest)| ReceiptBitmap {
+                name: self.renames.stored(&bitmap.name),
+                granularity: 1u32.checked_shl(bitmap.granularity_bits.into()).unwrap_or(0),
+                is_enabled: bitmap.is_enabled,
+                digest: *digest,
+            });
+        let (size, content, bitmaps) = (self.size, proof.content, bitmaps.collect());
+        let receipt = Receipt { session, size, content, bitmaps };
+        *self.receipt.lock().unwrap_or_else(PoisonError::into_inner) = Some(receipt);
+    }
+
+    /// Reads again what an earlier attempt left, and tells what of it is believed.
+    fn tell(
+        &self,
+        unfinished: &Unfinished,
+        tell: &mut dyn FnMut(Have) -> stream::Result<()>,
+    ) -> stream::Result<()> {
+        let workers = workers(self.options.workers);
+        unfinished.recheck(None, workers, &Unwatched).map_err(failed)?;
+        let Some(keeper) = unfinished.keeper() else { return Ok(()) };
+        let mut at = 0;
+        loop {
+            let next = keeper.with_claims(|claims| {
+                Ok::<_, block_mig::Error>(claims.stretch(at)?.map(|stretch| match stretch {
+                    Stretch::Unknown(units) => (units.end, None),
+                    Stretch::Zeroes(units) => {
+                        (units.end, Some(Have::Zeroes(units.start, units.end - units.start)))
+                    }
+                    Stretch::Nodes(first, nodes) => {
+                        let nodes = nodes.get(..HAVE_UNITS).unwrap_or(nodes);
+                        let end = first.saturating_add(nodes.len() as u64);
+                        (end, Some(Have::Units(first, nodes.to_vec())))
+                    }
+                }))
+            })?;
+            let Some((end, have)) = next else { return Ok(()) };
+            at = end;
+            have.map_or(Ok(()), &mut *tell)?;
+        }
+    }
+}
+
+impl Landing for FilePlace {
+    fn sink(&self) -> &dyn BlockSink {
+        self.unfinished().map_or(&self.closed as &dyn BlockSink, |u| u.sink())
+    }
+
+    fn have(&self, tell: &mut dyn FnMut(Have) -> stream::Result<()>) -> stream::Result<()> {
+        self.unfinished.as_ref().map_or(Ok(()), |unfinished| self.tell(unfinished, tell))
+    }
+
+    fn wants_nodes(&self) -> bool {
+        self.unfinished.as_ref().is_some_and(|unfinished| unfinished.keeper().is_some())
+    }
+
+    fn begin(&self, range: Range<u64>) -> stream::Result<()> {
+        let keeper = self.unfinished.as_ref().and_then(Unfinished::keeper);
+        Ok(keeper.map_or(Ok(()), |keeper| keeper.begin(range))?)
+    }
+
+    fn arrived(&self, _range: Range<u64>, first: u64, nodes: &[Node]) -> stream::Result<()> {
+        let Some(unfinished) = &self.unfinished else { return Ok(()) };
+        let Some(keeper) = unfinished.keeper() else { return Ok(()) };
+        keeper.arrived_units(first, nodes)?;
+        if keeper.is_due() { unfinished.checkpoint().map_err(failed) } else { Ok(()) }
+    }
+
+    fn arrived_zeroes(&self, range: Range<u64>) -> stream::Result<()> {
+        let Some(keeper) = self.unfinished.as_ref().and_then(Unfinished::keeper) else {
+            return Ok(());
+        };
+        // Units that are zero in part were told with their nodes.
+        let start = range.start.next_multiple_of(UNIT_BYTES);
+        let end = if range.end >= self.size { self.size } else { range.end & !(UNIT_BYTES - 1) };
+        if start < end { Ok(keeper.arrived_zeroes(start..end)?) } else { Ok(()) }
+    }
+
+    fn durable(&self) -> stream::Result<()> {
+        match &self.unfinished {
+            Some(unfinished) if unfinished.keeper().is_some() => {
+                unfinished.checkpoint().map_err(failed)
+            }
+            _ => Ok(self.sink().sync()?),
+        }
+    }
+}
+
+impl Place for FilePlace {
+    fn prepare(&self, sealed: &Sealed) -> stream::Result<Option<DiskProof>> {
+        let proof = match (&self.known, &self.unfinished) {
+            (Some(known), _) => {
+                Some(known.proof(&self.path, &self.renames, sealed).map_err(failed)?)
+            }
+            (None, Some(unfinished)) => self.prove(unfinished, sealed).map_err(failed)?,
+            (None, None) => None,
+        };
+        if let Some(proof) = &proof {
+            self.note_receipt(sealed, proof);
+        }
+        Ok(proof)
+    }
+}
+
+/// Opens a disk that we made: with the data file that we made, and no other.
+fn open(path: &Path, format: Format, data: Option<&Path>) -> Result<Disk> {
+    let data_file = data.map(Path::to_owned);
+    Disk::open(&Request { data_file, ..Request::new(path, Some(format)) }, &Silent)
+}
+
+/// The bitmaps of a disk that we made.
+pub(super) fn bitmaps_of(
+    path: &Path,
+    format: Format,
+    data: Option<&Path>,
+) -> Result<Vec<ReceiptBitmap>> {
+    if format == Format::Raw {
+        return Ok(Vec::new());
+    }
+    let disk = open(path, format, data)?;
+    let Some(directory) = disk.bitmaps.directory() else { return Ok(Vec::new()) };
+    let digest = |entry: &qcow2_file::bitmaps::Entry| {
+        let bitmap = bitmap_mig::load(directory, entry.name())?;
+        let granularity = u32::try_from(entry.granularity()).unwrap_or(u32::MAX);
+        let (is_enabled, digest) = (bitmap.is_enabled, bitmap.digest()?);
+        Ok(ReceiptBitmap { name: bitmap.name, granularity, is_enabled, digest })
+    };
+    directory.list().iter().map(digest).collect()
+}

@@ -1,0 +1,171 @@
+//! Receipts: what a finished destination leaves, so that a command whose last answer was lost finds
+//! out that it had finished. SPEC 10.
+
+use std::fs;
+use std::io::{self, Read, Write};
+use std::path::Path;
+
+use format_spec::Reader;
+use format_spec::content_hash::{BitmapDigest, ContentHash};
+use format_spec::native::frame::{Record, encode_end};
+use format_spec::native::journal::{JournalRecord, RECEIPT_MAGIC, decode_start, encode_start};
+
+use super::log::Log;
+use crate::publish::sync_directory;
+use crate::{Error, Result};
+
+/// Longest receipt that is read.
+const MAX_RECEIPT_BYTES: u64 = 16 << 20;
+/// What a receipt is called until it is whole.
+const HALF_ENDING: &str = ".new";
+
+/// A bitmap that was published with the disk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct ReceiptBitmap {
+    pub(crate) name: String,
+    pub(crate) granularity: u32,
+    pub(crate) is_enabled: bool,
+    pub(crate) digest: BitmapDigest,
+}
+
+/// What was published.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Receipt {
+    pub(crate) session: [u8; 16],
+    pub(crate) size: u64,
+    pub(crate) content: ContentHash,
+    pub(crate) bitmaps: Vec<ReceiptBitmap>,
+}
+
+impl Receipt {
+    /// The receipt beside a destination, if there is one that is whole.
+    pub(crate) fn read(log: &Log) -> Result<Option<Self>> {
+        let path = log.receipt();
+        if !fs::symlink_metadata(path).is_ok_and(|m| m.is_file()) {
+            return Ok(None);
+        }
+        let mut bytes = Vec::new();
+        let file = fs::File::open(path).map_err(failed("open", path))?;
+        file.take(MAX_RECEIPT_BYTES).read_to_end(&mut bytes).map_err(failed("read", path))?;
+        Ok(Self::decode(&bytes))
+    }
+
+    /// Writes it durably, whole or not at all.
+    pub(crate) fn write(&self, log: &Log) -> Result<()> {
+        let path = log.receipt();
+        let mut half = path.as_os_str().to_owned();
+        half.push(HALF_ENDING);
+        let half = Path::new(&half);
+        if let Err(e) = fs::remove_file(half)
+            && e.kind() != io::ErrorKind::NotFound
+        {
+            return Err(failed("remove", half)(e));
+        }
+        let file = qcow2_file::HostFile::create_new(half)?;
+        let mut writer = file.file();
+        writer.write_all(&self.encode()).map_err(failed("write", half))?;
+        file.file().sync_all().map_err(failed("sync", half))?;
+        fs::rename(half, path).map_err(failed("rename to", path))?;
+        sync_directory(path)
+    }
+
+    fn encode(&self) -> Vec<u8> {
+        let mut out = Vec::new();
+        encode_start(RECEIPT_MAGIC, &mut out);
+        let Self { session, size, content, bitmaps } = self;
+        JournalRecord::Receipt { session: *session, size: *size, hash: *content }.encode(&mut out);
+        for bitmap in bitmaps {
+            let record = JournalRecord::ReceiptBitmap {
+                granularity: bitmap.granularity,
+                is_enabled: bitmap.is_enabled,
+                is_persistent: true,
+                digest: bitmap.digest,
+                name: &bitmap.name,
+            };
+            record.encode(&mut out);
+        }
+        encode_end(&mut out);
+        out
+    }
+
+    /// `None` for what is torn or wrong: a receipt is believed whole or not at all.
+    fn decode(bytes: &[u8]) -> Option<Self> {
+        let mut reader = Reader::new(bytes, 0);
+        decode_start(&mut reader, RECEIPT_MAGIC).ok()?;
+        let first = Record::decode(&mut reader).ok()?;
+        let JournalRecord::Receipt { session, size, hash } =
+            JournalRecord::decode(&first).ok()??
+        else {
+            return None;
+        };
+        let mut bitmaps = Vec::new();
+        loop {
+            let record = Record::decode(&mut reader).ok()?;
+            if record.header.is_end() {
+                return (reader.left() == 0).then_some(Self {
+                    session,
+                    size,
+                    content: hash,
+                    bitmaps,
+                });
+            }
+            match JournalRecord::decode(&record).ok()? {
+                Some(JournalRecord::ReceiptBitmap {
+                    granularity,
+                    is_enabled,
+                    digest,
+                    name,
+                    ..
+                }) => {
+                    let name = name.to_owned();
+                    bitmaps.push(ReceiptBitmap { name, granularity, is_enabled, digest });
+                }
+                None => {}
+                Some(_) => return None,
+            }
+        }
+    }
+}
+
+fn failed(action: &'static str, path: &Path) -> impl Fn(io::Error) -> Error {
+    move |source| Error::File { action, path: path.to_owned(), source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn receipt() -> Receipt {
+        let bitmap = |name: &str| ReceiptBitmap {
+            name: name.into(),
+            granularity: 65536,
+            is_enabled: name == "a",
+            digest: BitmapDigest([4; 32]),
+        };
+        Receipt {
+            session: [1; 16],
+            size: 512,
+            content: ContentHash([2; 32]),
+            bitmaps: vec![bitmap("a"), bitmap("b")],
+        }
+    }
+
+    #[test]
+    fn a_receipt_is_read_whole_or_not_at_all() {
+        let dir = tempfile::tempdir().unwrap();
+        let log = Log::beside(&dir.path().join("disk")).unwrap();
+        assert_eq!(Receipt::read(&log).unwrap(), None);
+        receipt().write(&log).unwrap();
+        receipt().write(&log).unwrap();
+        assert_eq!(Receipt::read(&log).unwrap(), Some(receipt()));
+        let bytes = fs::read(log.receipt()).unwrap();
+        for at in 0..bytes.len() {
+            let mut bad = bytes.clone();
+            bad[at] ^= 4;
+            assert_eq!(Receipt::decode(&bad), None, "{at}");
+            assert_eq!(Receipt::decode(&bytes[..at]), None, "{at}");
+        }
+        log.remove_receipt().unwrap();
+        assert_eq!(Receipt::read(&log).unwrap(), None);
+    }
+}

@@ -1,0 +1,348 @@
+//! A new disk under temporary names, with its journal.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use block_mig::device::RawSink;
+use block_mig::journal::{Identity, Keeper, Replayed};
+use block_mig::ledger::Ledger;
+use block_mig::recheck::{Recheck, Rechecked, clear_unknown, recheck};
+use format_spec::content_hash::ContentHash;
+use mig_core::block::BlockSource;
+use qcow2_file::bitmaps::PersistentBitmap;
+use qcow2_file::create::{Backing, CreateOptions, DataFile, NewImage};
+use qcow2_file::{Access, Guard, HostFile, Storage, preflight};
+
+use super::log::Log;
+use super::sink::Sink;
+use crate::copy::{DataFileTarget, Shape};
+use crate::publish::{Draft, publish};
+use crate::{Error, Result};
+
+/// What a new disk is to be.
+#[derive(Debug)]
+pub(crate) struct NewDisk<'a> {
+    /// Its final name.
+    pub(crate) path: &'a Path,
+    /// Guest-visible bytes.
+    pub(crate) size: u64,
+    /// Its format.
+    pub(crate) kind: NewKind<'a>,
+    /// Whose it is; `None` where nothing is kept for another try.
+    pub(crate) session: Option<[u8; 16]>,
+    /// Whether what an earlier try left is removed.
+    pub(crate) is_fresh: bool,
+}
+
+/// Format of a new disk.
+#[derive(Debug)]
+pub(crate) enum NewKind<'a> {
+    /// The guest's bytes.
+    Raw,
+    /// qcow2.
+    Qcow2 {
+        /// Its shape.
+        shape: Shape,
+        /// Where its data goes, if not into itself.
+        data_file: Option<&'a DataFileTarget>,
+        /// What it stands on.
+        backing: Option<Backing>,
+    },
+}
+
+impl NewDisk<'_> {
+    /// Final names of its files, in the order in which they are published.
+    pub(super) fn targets(&self) -> Vec<&Path> {
+        let data = match &self.kind {
+            NewKind::Qcow2 { data_file: Some(data), .. } => Some(data.path.as_path()),
+            _ => None,
+        };
+        data.into_iter().chain([self.path]).collect()
+    }
+
+    fn identity(&self, session: [u8; 16]) -> Identity {
+        let target = match &self.kind {
+            NewKind::Raw => "raw".to_owned(),
+            NewKind::Qcow2 { shape, data_file, .. } => {
+                let data = data_file.map(|data| (data.is_raw, &data.name));
+                format!("qcow2 {shape:?} {data:?}")
+            }
+        };
+        Identity { session, size: self.size, target }
+    }
+}
+
+/// A destination under temporary names.
+pub(crate) struct Unfinished {
+    /// Published in this order: what others name comes first.
+    pub(crate) drafts: Vec<Draft>,
+    sink: Sink,
+    size: u64,
+    log: Log,
+    keeper: Option<Keeper>,
+    /// Whether an earlier try is gone on with.
+    pub(crate) is_resumed: bool,
+}
+
+impl Unfinished {
+    /// Goes on with what an earlier try of the same session left, or begins anew.
+    pub(crate) fn open(disk: &NewDisk<'_>) -> Result<Self> {
+        let log = Log::beside(disk.path)?;
+        if let Some(found) = Self::find(disk, &log)? {
+            return Ok(found);
+        }
+        let mut drafts = Vec::new();
+        for target in disk.targets() {
+            drafts.push(Draft::create(target)?);
+        }
+        log.remove_receipt()?;
+        let keeper = match disk.session {
+            Some(session) => log.start(disk.identity(session))?.map(Keeper::new).transpose()?,
+            None => log.remove().map(|()| None)?,
+        };
+        let sink = match create_options(disk, &drafts) {
+            Some((options, file)) => Sink::Image(Box::new(NewImage::create(file, &options)?)),
+            None => raw(disk, &drafts),
+        };
+        let unfinished = Self { drafts, sink, size: disk.size, log, keeper, is_resumed: false };
+        unfinished.begin()?;
+        Ok(unfinished)
+    }
+
+    /// What an earlier try left, if it can be gone on with.
+    fn find(disk: &NewDisk<'_>, log: &Log) -> Result<Option<Self>> {
+        let Some(session) = disk.session.filter(|_| !disk.is_fresh) else { return Ok(None) };
+        let mut drafts = Vec::new();
+        for target in disk.targets() {
+            let Some(draft) = Draft::reopen(target)? else { return Ok(None) };
+            drafts.push(draft);
+        }
+        let Some(replayed) = log.find(&disk.identity(session))? else { return Ok(None) };
+        let sink = match create_options(disk, &drafts) {
+            Some((options, file)) => match NewImage::reopen(file, &options) {
+                Ok(image) => Sink::Image(Box::new(image)),
+                Err(error @ qcow2_file::Error::Io { .. }) => return Err(error.into()),
+                Err(error) => {
+                    tracing::warn!(%error, "what an earlier try left is of no use");
+                    return Ok(None);
+                }
+            },
+            None => raw(disk, &drafts),
+        };
+        let Some(keeper) = resume(log, replayed)? else { return Ok(None) };
+        let log = log.clone();
+        let unfinished =
+            Self { drafts, sink, size: disk.size, log, keeper: Some(keeper), is_resumed: true };
+        unfinished.begin()?;
+        Ok(Some(unfinished))
+    }
+
+    /// Before anything is written.
+    fn begin(&self) -> Result<()> {
+        if let Some(keeper) = &self.keeper {
+            keeper.unprepare()?;
+            self.drafts.iter().for_each(Draft::keep);
+        }
+        match (&self.sink, self.drafts.first()) {
+            (Sink::Raw(_), Some(draft)) => set_length(draft, self.size),
+            _ => Ok(()),
+        }
+    }
+
+    /// The journal's keeper, where there is one.
+    pub(crate) fn keeper(&self) -> Option<&Keeper> {
+        self.keeper.as_ref()
+    }
+
+    /// Where content goes.
+    pub(crate) fn sink(&self) -> &Sink {
+        &self.sink
+    }
+
+    /// Reads again what an earlier try left, and clears what is not as its journal says.
+    pub(crate) fn recheck(
+        &self,
+        source: Option<&dyn BlockSource>,
+        workers: usize,
+        monitor: &dyn block_mig::Monitor,
+    ) -> Result<Rechecked> {
+        let Some(keeper) = self.keeper.as_ref().filter(|_| self.is_resumed) else {
+            return Ok(Rechecked::default());
+        };
+        let request = Recheck { disk: &self.sink, source, workers, monitor };
+        // Nobody else uses the keeper yet.
+        Ok(keeper.with_claims(|claims: &mut Ledger| {
+            let found = recheck(request, claims)?;
+            clear_unknown(&self.sink, claims)?;
+            Ok::<_, block_mig::Error>(found)
+        })?)
+    }
+
+    /// Stores bitmaps and metadata and makes everything durable.
+    pub(crate) fn seal(&self, stored: &[PersistentBitmap]) -> Result<()> {
+        if let Some(image) = self.sink.image() {
+            image.finish(stored)?;
+        }
+        self.sync()?;
+        if let Some(keeper) = &self.keeper {
+            keeper.checkpoint::<Error>(|| Ok(()))?;
+        }
+        Ok(())
+    }
+
+    /// Makes the files durable.
+    pub(crate) fn sync(&self) -> Result<()> {
+        self.drafts.iter().try_for_each(sync)
+    }
+
+    /// Gives the files their final names. Everything is durable; `content` is what was proved.
+    pub(crate) fn publish(&self, content: Option<ContentHash>, replaces: bool) -> Result<()> {
+        if let (Some(keeper), Some(content), true) = (&self.keeper, content, self.drafts.len() > 1)
+        {
+            keeper.prepare(content)?;
+        }
+        publish_together(&[self], replaces, |_| Ok(()))
+    }
+
+    /// Notes durably that everything was proved.
+    pub(crate) fn prepare(&self, content: ContentHash) -> Result<()> {
+        if let Some(keeper) = &self.keeper {
+            keeper.prepare(content)?;
+            self.log.sync_name()?;
+        }
+        Ok(())
+    }
+
+    /// Where it can be read: its own file, and its data file where that is another.
+    pub(crate) fn paths(&self) -> (&Path, Option<&Path>) {
+        match self.drafts.as_slice() {
+            [first, .., last] => (last.temporary(), Some(first.temporary())),
+            [only] => (only.temporary(), None),
+            [] => (Path::new(""), None),
+        }
+    }
+
+    /// Its journal and receipt.
+    pub(crate) fn log(&self) -> &Log {
+        &self.log
+    }
+
+    /// A disk that was proved by an earlier try, if there is one. Nothing of it is opened for
+    /// writing.
+    pub(crate) fn prepared(disk: &NewDisk<'_>) -> Result<Option<(Self, ContentHash)>> {
+        let Some(session) = disk.session else { return Ok(None) };
+        let log = Log::beside(disk.path)?;
+        let mut drafts = Vec::new();
+        for target in disk.targets() {
+            let Some(draft) = Draft::reopen(target)? else { return Ok(None) };
+            drafts.push(draft);
+        }
+        let Some(replayed) = log.find(&disk.identity(session))? else { return Ok(None) };
+        let Some(content) = replayed.prepared else { return Ok(None) };
+        let Some(keeper) = resume(&log, replayed)? else { return Ok(None) };
+        let (sink, size, keeper) = (Sink::Closed(disk.size), disk.size, Some(keeper));
+        Ok(Some((Self { drafts, sink, size, log, keeper, is_resumed: true }, content)))
+    }
+
+    /// Makes what has arrived durable, and its journal say so, as far as that can be done.
+    pub(crate) fn checkpoint(&self) -> Result<()> {
+        use mig_core::block::BlockSink as _;
+        let Some(keeper) = &self.keeper else { return Ok(()) };
+        keeper.checkpoint(|| self.sink.sync().map_err(block_mig::Error::Sink))?;
+        keeper.compact::<Error>(|| Ok(self.log.anew()? as Arc<dyn Storage>), || self.log.replace())
+    }
+
+    /// Nothing is kept for another try.
+    pub(crate) fn forsake(&self) -> Result<()> {
+        self.drafts.iter().for_each(Draft::forsake);
+        self.log.remove()
+    }
+}
+
+/// Publishes disks that belong together: all of their files get their names, or, where a crash comes
+/// between, the rest of them when it is gone on with. `finish` is told of each disk before its
+/// journal goes.
+pub(crate) fn publish_together(
+    disks: &[&Unfinished],
+    replaces: bool,
+    finish: impl Fn(usize) -> Result<()>,
+) -> Result<()> {
+    for disk in disks {
+        if let [_, .., last] = disk.drafts.as_slice() {
+            retire(last.target())?;
+        }
+    }
+    // One rename is done or not. Of several, and of a receipt that is still to come, this tells.
+    for disk in disks {
+        if let Some(keeper) = disk.keeper().filter(|keeper| keeper.prepared().is_some()) {
+            keeper.commit()?;
+            disk.log.sync_name()?;
+        }
+    }
+    let drafts: Vec<_> = disks.iter().flat_map(|disk| &disk.drafts).collect();
+    if let Err(error) = publish(drafts, replaces) {
+        disks.iter().filter_map(|disk| disk.keeper()).try_for_each(Keeper::unprepare)?;
+        return Err(error);
+    }
+    for (index, disk) in disks.iter().enumerate() {
+        finish(index)?;
+        disk.log.remove()?;
+    }
+    Ok(())
+}
+
+fn resume(log: &Log, replayed: Replayed) -> Result<Option<Keeper>> {
+    Ok(log.resume(replayed)?.map(Keeper::new).transpose()?)
+}
+
+fn raw(disk: &NewDisk<'_>, drafts: &[Draft]) -> Sink {
+    // `targets` names one file at least; an empty sink would be refused by its size.
+    let nothing = || Arc::new(qcow2_file::Memory::new()) as Arc<dyn Storage>;
+    let storage = drafts.first().map_or_else(nothing, Draft::storage);
+    Sink::Raw(RawSink::new(storage, disk.size))
+}
+
+/// How the image of a qcow2 disk is created, and in which file.
+fn create_options(
+    disk: &NewDisk<'_>,
+    drafts: &[Draft],
+) -> Option<(CreateOptions, Arc<dyn Storage>)> {
+    let NewKind::Qcow2 { shape, data_file, backing } = &disk.kind else { return None };
+    let mut options = shape.create_options(disk.size);
+    options.backing = backing.clone();
+    let (first, last) = (drafts.first()?, drafts.last()?);
+    options.data_file = data_file.map(|data| DataFile {
+        name: data.name.clone().into(),
+        is_raw: data.is_raw,
+        storage: first.storage(),
+    });
+    Some((options, last.storage()))
+}
+
+/// Takes the validity of the bitmaps of an overlay whose data file is about to be replaced: between
+/// the two renames it would stand on data that it does not describe. SPEC 3.2.
+fn retire(overlay: &Path) -> Result<()> {
+    if !overlay.exists() {
+        return Ok(());
+    }
+    let file = HostFile::open(overlay, Access::ReadWrite)?;
+    // What is no qcow2 image has no bitmaps.
+    let has_bitmaps = preflight::read_header(&file).is_ok_and(|h| h.bitmaps().is_some());
+    if has_bitmaps { Ok(Guard::invalidate(&file)?) } else { Ok(()) }
+}
+
+fn set_length(draft: &Draft, size: u64) -> Result<()> {
+    draft.file().set_len(size).map_err(|source| Error::File {
+        action: "set the length of",
+        path: draft.temporary().to_owned(),
+        source,
+    })
+}
+
+fn sync(draft: &Draft) -> Result<()> {
+    draft.file().file().sync_all().map_err(|source| Error::File {
+        action: "sync",
+        path: draft.temporary().to_owned(),
+        source,
+    })
+}
