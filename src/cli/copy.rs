@@ -51,6 +51,7 @@ fn options(args: CopyArgs) -> bitferry::Result<CopyOptions> {
         renames: args.rename_bitmap,
         skip_broken_bitmaps: args.skip_broken_bitmaps,
         no_verify: args.no_verify,
+        bandwidth: args.bandwidth,
         ..CopyOptions::default()
     })
 }

@@ -8,10 +8,12 @@ use block_mig::limits::{MAX_UNIT_BYTES, UNIT_BYTES};
 use block_mig::recorded::Recorded;
 use block_mig::{TransferOptions, Transferred, transfer};
 use mig_core::block::BlockSink;
+use mig_core::meter::Meter;
 use qcow2_file::bitmaps::PersistentBitmap;
 use qcow2_file::create::{Backing, DataFile, NewImage};
 use qcow2_file::{Access, Guard, HostFile, Opener, Storage, preflight};
 
+use super::metered::Metered;
 use super::options::Existing;
 use super::plan::Job;
 use super::shape::Shape;
@@ -65,7 +67,9 @@ pub(super) fn move_data(
         unit_bytes: largest_cluster.clamp(UNIT_BYTES, MAX_UNIT_BYTES),
     };
     let blocks = job.source.blocks();
-    let source = Recorded { source: &*blocks, runs: &job.runs };
+    let recorded = Recorded { source: &*blocks, runs: &job.runs };
+    let meter = Meter::new(job.options.bandwidth.filter(|rate| *rate > 0));
+    let source = Metered { source: &recorded, meter: &meter, observer };
     let moved = transfer(&source, sink, &options, &progress)?;
     job.source.check_unchanged(observer)?;
     progress.end();
