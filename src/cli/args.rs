@@ -6,6 +6,8 @@ use clap::{Args as Group, Parser, Subcommand, ValueEnum};
 
 use bitferry::copy::{BitmapSelection, Format};
 
+use super::size;
+
 /// Move VM disk images with their backup bitmaps: copy them, prove the copy, go on with
 /// incremental backups.
 #[derive(Debug, Parser)]
@@ -164,6 +166,9 @@ pub(crate) struct CopyArgs {
     /// Start anew instead of going on with what an interrupted copy left
     #[arg(long)]
     pub(crate) fresh: bool,
+    /// Bytes per second at most that are read from SRC; K, M, G and T are powers of 1024
+    #[arg(long, value_name = "RATE", value_parser = size::parse)]
+    pub(crate) bandwidth: Option<u64>,
     /// Say what would be done, the space it needs and what would be lost; write nothing
     #[arg(long)]
     pub(crate) dry_run: bool,

@@ -56,6 +56,7 @@ fn options(args: CopyArgs) -> bitferry::Result<CopyOptions> {
         skip_broken_bitmaps: args.skip_broken_bitmaps,
         no_verify: args.no_verify,
         fresh: args.fresh,
+        bandwidth: args.bandwidth,
         ..CopyOptions::default()
     })
 }
