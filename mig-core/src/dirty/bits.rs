@@ -161,10 +161,16 @@ impl AtomicBits {
             let words =
                 self.chunk(index / CHUNK_WORDS as u64).and_then(|words| words.get(within..));
             let mut words = words.unwrap_or_default().iter().map(|w| w.load(Ordering::Acquire));
-            for bytes in head.chunks_mut(8) {
+            let (whole, rest_of_word) = head.as_chunks_mut::<8>();
+            for bytes in whole {
                 let word = words.next().unwrap_or(0);
                 any |= word;
-                bytes.iter_mut().zip(word.to_le_bytes()).for_each(|(to, from)| *to = from);
+                *bytes = word.to_le_bytes();
+            }
+            if !rest_of_word.is_empty() {
+                let word = words.next().unwrap_or(0).to_le_bytes();
+                any |= u64::from(rest_of_word.iter().zip(word).any(|(_, byte)| byte != 0));
+                rest_of_word.iter_mut().zip(word).for_each(|(to, from)| *to = from);
             }
             index += (len / 8) as u64;
             rest = tail;
