@@ -153,8 +153,12 @@ mod tests {
         let gate = Gate::new(2);
         std::thread::scope(|scope| {
             let waiter = scope.spawn(|| gate.arrive(barrier(1, 1), || Ok(())));
+            while gate.lock().waiting != [false, true] {
+                std::thread::yield_now();
+            }
             let odd = Barrier { is_durable: true, ..barrier(1, 0) };
-            while !gate.arrive(odd, || Ok(())).is_err_and(|e| e.to_string().contains("durable")) {}
+            let error = gate.arrive(odd, || Ok(())).unwrap_err().to_string();
+            assert!(error.contains("durable on some"), "{error}");
             gate.close();
             assert!(matches!(waiter.join().unwrap(), Err(Error::Ended)));
         });

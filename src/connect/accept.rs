@@ -122,7 +122,7 @@ impl Listen for SocketListener {
         let Accepting { introductions, ages, listener, runtime } = &mut *state;
         let step = |cx: &mut Context<'_>| self.poll(cx, listener, introductions, ages);
         let next = std::future::poll_fn(step);
-        let accepted = runtime.block_on(async {
+        runtime.block_on(async {
             match limit {
                 Some(limit) => timeout(limit, next).await.unwrap_or_else(|_| {
                     let (uri, seconds) = (self.uri.to_string(), limit.as_secs());
@@ -130,8 +130,7 @@ impl Listen for SocketListener {
                 }),
                 None => next.await,
             }
-        });
-        accepted
+        })
     }
 
     fn close(&self) {

@@ -75,10 +75,13 @@ impl Default for Options {
     }
 }
 
+/// Hears why a connection was turned away.
+type Tell = dyn Fn(&Error) + Send + Sync;
+
 /// Who is told of connections that a listener turned away: they are no reason to stop, and the user
 /// of a peer that got its certificates wrong needs to know.
 #[derive(Clone, Default)]
-pub struct Refused(Option<Arc<dyn Fn(&Error) + Send + Sync>>);
+pub struct Refused(Option<Arc<Tell>>);
 
 impl Refused {
     /// Calls `tell` with the reason, on the thread that accepts.
