@@ -23,8 +23,8 @@ pub trait Landing: Send + Sync {
         Ok(())
     }
 
-    /// Whether [`arrived`](Landing::arrived) wants the nodes of units. They cost a hash of everything
-    /// that arrives.
+    /// Whether [`arrived`](Landing::arrived) wants the nodes of units. They cost a hash of all that
+    /// arrives.
     fn wants_nodes(&self) -> bool {
         false
     }

@@ -3,9 +3,11 @@
 use std::io;
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use mig_core::transport::{Connection, Dial, HangUp, Listen, Nature};
+
+const POLL_INTERVAL: Duration = Duration::from_micros(200);
 
 /// Both ends of TCP connections over the loopback interface.
 pub(crate) struct Loopback(TcpListener);
@@ -58,8 +60,22 @@ impl Listen for Loopback {
         NATURE
     }
 
-    fn accept(&self, _limit: Option<Duration>) -> io::Result<Connection> {
-        connection(self.0.accept()?.0)
+    fn accept(&self, limit: Option<Duration>) -> io::Result<Connection> {
+        let begun = Instant::now();
+        self.0.set_nonblocking(true)?;
+        loop {
+            match self.0.accept() {
+                Ok((stream, _)) => {
+                    stream.set_nonblocking(false)?;
+                    return connection(stream);
+                }
+                Err(e) if e.kind() != io::ErrorKind::WouldBlock => return Err(e),
+                Err(_) if limit.is_some_and(|limit| begun.elapsed() >= limit) => {
+                    return Err(io::ErrorKind::TimedOut.into());
+                }
+                Err(_) => std::thread::sleep(POLL_INTERVAL),
+            }
+        }
     }
 
     fn close(&self) {}

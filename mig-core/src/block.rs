@@ -112,8 +112,8 @@ pub trait BlockSink: Send + Sync {
 /// Where a page of memory begins, as the system copies to and from it.
 const PAGE_BYTES: usize = 4096;
 
-/// `len` bytes inside `room` that begin on a page boundary; `room` grows to hold them and is kept by
-/// the caller for the next time. What they hold is anything.
+/// `len` bytes inside `room` that begin on a page boundary; `room` grows to hold them and is kept
+/// by the caller for the next time. What they hold is anything.
 ///
 /// Large allocations begin 16 bytes behind a page boundary, and some processors copy into such a
 /// place several times slower than into one that is aligned as the source is.

@@ -1,9 +1,17 @@
-//! The qcow2 file as a whole: header and extensions, map, allocator and refcounts, writers and
-//! persistent bitmaps, with locks that QEMU respects. Panic-free on any input.
+#![doc = include_str!("../README.md")]
 //!
-//! What this crate does not do: format probing by content on its own account, encryption, growing
-//! or shrinking a disk, reading internal snapshots. It opens no file whose name it found inside an
-//! image unless its caller allowed that.
+//! ## Where to begin
+//!
+//! | to | use |
+//! |---|---|
+//! | read a disk, with everything below it | [`Opener`], [`Chain`] |
+//! | read one layer from any [`Storage`] | [`Image`] |
+//! | make an image | [`create::NewImage`] |
+//! | change one in place | [`edit::Editor`] |
+//! | look at bitmaps, and change them | [`bitmaps::Bitmaps`], [`bitmaps::BitmapEditor`] |
+//! | keep bitmaps right while something else writes | [`Guard`] |
+//! | check, and give leaks back | [`check::check`], [`check::reclaim`] |
+//! | take bytes apart | [`layout`], [`preflight::read_header`] |
 //!
 //! Layout questions are answered by the published qcow2 specification; doc comments cite it as
 //! "qcow2 spec".

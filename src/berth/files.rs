@@ -16,7 +16,7 @@ use super::unfinished::{NewDisk, NewKind, publish_together};
 use crate::copy::{DataFileTarget, Format, Shape, TargetOptions};
 use crate::incoming::{Destination, Place, SessionId, Wanted};
 use crate::publish::directory;
-use crate::{Error, Result};
+use crate::{Error, Renames, Result};
 
 /// Where one disk goes, as the user configured it.
 #[derive(Debug, Clone)]
@@ -29,6 +29,8 @@ pub struct DiskPlace {
     pub format: Format,
     /// `-o` options, for qcow2.
     pub target: TargetOptions,
+    /// New names for its bitmaps.
+    pub renames: Renames,
 }
 
 /// How disks are received.

@@ -23,7 +23,7 @@ use crate::disk::{Disk, Request};
 use crate::hash::content_of;
 use crate::incoming::{Place, Sealed};
 use crate::proof::DiskProof;
-use crate::{Error, Phase, Result, Silent};
+use crate::{Error, Phase, Renames, Result, Silent};
 
 /// Most units that are told at once.
 const HAVE_UNITS: usize = 4096;
@@ -52,14 +52,14 @@ impl Known {
     }
 
     /// Holds what the source says against it.
-    fn proof(&self, path: &Path, sealed: &Sealed) -> Result<DiskProof> {
+    fn proof(&self, path: &Path, renames: &Renames, sealed: &Sealed) -> Result<DiskProof> {
         let differs = |reason| Err(Error::ProofMismatch { path: path.to_owned(), reason });
         if let Some(said) = sealed.content.filter(|said| *said != self.content) {
             return differs(format!("{} was proved, the source now has {said}", self.content));
         }
         let mut bitmaps = Vec::new();
         for bitmap in &sealed.bitmaps {
-            match self.bitmaps.iter().find(|found| found.name == bitmap.name) {
+            match self.bitmaps.iter().find(|found| found.name == renames.stored(&bitmap.name)) {
                 Some(found) => bitmaps.push(found.digest),
                 None => return differs(format!("bitmap {:?} is not here", bitmap.name)),
             }
@@ -73,6 +73,7 @@ pub(super) struct FilePlace {
     name: String,
     path: PathBuf,
     format: Format,
+    renames: Renames,
     session: Option<[u8; 16]>,
     size: u64,
     options: FileOptions,
@@ -95,6 +96,7 @@ impl FilePlace {
             name: place.name.clone(),
             path: place.path.clone(),
             format: place.format,
+            renames: place.renames.clone(),
             session: disk.session,
             size: disk.size,
             options,
@@ -138,7 +140,8 @@ impl FilePlace {
 
     fn prove(&self, unfinished: &Unfinished, sealed: &Sealed) -> Result<Option<DiskProof>> {
         let stored = sealed.bitmaps.iter();
-        let stored: Vec<_> = stored.map(|b| b.clone().into_stored_as(&b.name)).collect();
+        let stored: Vec<_> =
+            stored.map(|b| b.clone().into_stored_as(&self.renames.stored(&b.name))).collect();
         unfinished.seal(&stored)?;
         let Some(said) = sealed.content else { return Ok(None) };
         let (path, data) = unfinished.paths();
@@ -153,7 +156,7 @@ impl FilePlace {
         for Bitmap { name, .. } in &sealed.bitmaps {
             let directory = disk.bitmaps.directory();
             let directory = directory.ok_or_else(|| mismatch("the bitmaps are gone".to_owned()))?;
-            bitmaps.push(bitmap_mig::load(directory, name)?.digest()?);
+            bitmaps.push(bitmap_mig::load(directory, &self.renames.stored(name))?.digest()?);
         }
         unfinished.prepare(content)?;
         Ok(Some(DiskProof { content, bitmaps }))
@@ -163,7 +166,7 @@ impl FilePlace {
         let Some(session) = self.session else { return };
         let bitmaps =
             sealed.bitmaps.iter().zip(&proof.bitmaps).map(|(bitmap, digest)| ReceiptBitmap {
-                name: bitmap.name.clone(),
+                name: self.renames.stored(&bitmap.name),
                 granularity: 1u32.checked_shl(bitmap.granularity_bits.into()).unwrap_or(0),
                 is_enabled: bitmap.is_enabled,
                 digest: *digest,
@@ -252,7 +255,9 @@ impl Landing for FilePlace {
 impl Place for FilePlace {
     fn prepare(&self, sealed: &Sealed) -> stream::Result<Option<DiskProof>> {
         let proof = match (&self.known, &self.unfinished) {
-            (Some(known), _) => Some(known.proof(&self.path, sealed).map_err(failed)?),
+            (Some(known), _) => {
+                Some(known.proof(&self.path, &self.renames, sealed).map_err(failed)?)
+            }
             (None, Some(unfinished)) => self.prove(unfinished, sealed).map_err(failed)?,
             (None, None) => None,
         };

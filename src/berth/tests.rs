@@ -13,6 +13,7 @@ use qcow2_file::bitmaps::Bits;
 use tempfile::TempDir;
 
 use super::{DiskPlace, FileOptions, Files};
+use crate::Renames;
 use crate::copy::{Format, TargetOptions};
 use crate::incoming::{Destination, Place, Sealed, Wanted};
 
@@ -49,6 +50,7 @@ impl Here {
             path: self.path(name),
             format,
             target,
+            renames: Renames::default(),
         };
         let raw = place("b", Format::Raw, TargetOptions::default());
         Files::new(vec![place("a", Format::Qcow2, target), raw], options)

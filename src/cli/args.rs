@@ -6,6 +6,8 @@ use clap::{Args as Group, Parser, Subcommand, ValueEnum};
 
 use bitferry::copy::{BitmapSelection, Format};
 
+use super::size;
+
 /// Move VM disk images with their backup bitmaps: copy them, prove the copy, go on with
 /// incremental backups.
 #[derive(Debug, Parser)]
@@ -43,7 +45,9 @@ Examples:
   bitferry copy -o data_file=vm.raw,data_file_raw=on vm.qcow2 vm-bitmaps.qcow2
       a raw disk, and beside it an overlay that holds its bitmaps
   bitferry copy --flatten --allow-backing overlay.qcow2 whole.qcow2
-      a chain as one image";
+      a chain as one image
+  bitferry copy --compress zstd vm.qcow2 backup@host.example:/backup/vm.qcow2
+      to another host over ssh, compressed";
 
 /// What every verb takes.
 #[derive(Debug, Group)]
@@ -108,14 +112,15 @@ impl Verb {
 ///
 /// The destination gets its name only when it is complete, durable and, unless --no-verify is
 /// given, read back and found equal. Bitmaps keep their names, granularity and flags. What the
-/// destination could not hold is refused before anything is written (exit status 7).
+/// destination could not hold is refused before anything is written (exit status 7). An operand
+/// [USER@]HOST:PATH is at another host, where `bitferry` is run over ssh; ./A:B is a file here.
 #[derive(Debug, Group)]
 #[command(after_long_help = COPY_EXAMPLES)]
 pub(crate) struct CopyArgs {
-    /// Image to copy
+    /// Image to copy: a path or [USER@]HOST:PATH
     #[arg(value_name = "SRC")]
     pub(crate) source: PathBuf,
-    /// Where to copy it
+    /// Where to copy it: a path or [USER@]HOST:PATH
     #[arg(value_name = "DST")]
     pub(crate) destination: PathBuf,
     /// Format of SRC, raw or qcow2; probed unless given
@@ -152,12 +157,18 @@ pub(crate) struct CopyArgs {
     /// Go on without inconsistent bitmaps, and say so
     #[arg(long)]
     pub(crate) skip_broken_bitmaps: bool,
+    /// Compress on the way to or from another host: none, zlib[:LEVEL] or zstd[:LEVEL]
+    #[arg(long, value_name = "METHOD", default_value = "none", hide_default_value = true)]
+    pub(crate) compress: super::transport::Compress,
     /// Leave out the proof that DST reads back as SRC
     #[arg(long)]
     pub(crate) no_verify: bool,
     /// Start anew instead of going on with what an interrupted copy left
     #[arg(long)]
     pub(crate) fresh: bool,
+    /// Bytes per second at most that are read from SRC; K, M, G and T are powers of 1024
+    #[arg(long, value_name = "RATE", value_parser = size::parse)]
+    pub(crate) bandwidth: Option<u64>,
     /// Say what would be done, the space it needs and what would be lost; write nothing
     #[arg(long)]
     pub(crate) dry_run: bool,

@@ -1,6 +1,5 @@
-//! `copy`: one image with its bitmaps, on one host.
+//! `copy`: one image with its bitmaps, here or, see [`remote`], to or from another host.
 
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use bitferry::copy::{self, BackingChoice, CopyOptions, Existing, Plan};
@@ -8,6 +7,7 @@ use bitferry::report::Status;
 use bitferry::{Error, Report, exit_status};
 
 use super::args::CopyArgs;
+use super::remote::{self, Route};
 use super::size::{human, human_time};
 use super::watch::{Summary, Watch};
 use super::{Outcome, Output, WOULD_LOSE, outcome, table, target_options};
@@ -15,24 +15,28 @@ use super::{Outcome, Output, WOULD_LOSE, outcome, table, target_options};
 pub(crate) fn run(args: CopyArgs, output: &Output) -> Outcome {
     let start = Instant::now();
     let is_dry_run = args.dry_run;
-    let result = options(args).and_then(|options| {
-        let watch = Watch::with_events(output, !options.no_verify)?;
-        if is_dry_run { dry_run(&options, &watch, output) } else { go(&options, &watch, output) }
-    });
+    let result = match remote::route(&args.source, &args.destination) {
+        Ok(Route::To(remote)) => remote::to(args, &remote, output),
+        Ok(Route::From(remote)) => remote::from(args, &remote, output),
+        Ok(Route::Here) => options(args).and_then(|options| here(&options, is_dry_run, output)),
+        Err(error) => Err(error),
+    };
     outcome::failed(&result, start, output)?;
     result
 }
 
+fn here(options: &CopyOptions, is_dry_run: bool, output: &Output) -> Outcome {
+    let watch = Watch::with_events(output, !options.no_verify)?;
+    if is_dry_run { dry_run(options, &watch, output) } else { go(options, &watch, output) }
+}
+
 /// The validated plan of what was typed.
 fn options(args: CopyArgs) -> bitferry::Result<CopyOptions> {
-    for path in [&args.source, &args.destination] {
-        refuse_remote(path)?;
+    if args.compress.0.is_some() {
+        let reason = "--compress is for the wire, and both paths are on this host".to_owned();
+        return Err(Error::Usage { reason });
     }
-    let existing = match (args.force, args.in_place) {
-        (true, _) => Existing::Replace,
-        (_, true) => Existing::InPlace,
-        _ => Existing::Refuse,
-    };
+    let existing = existing(args.force, args.in_place);
     let backing = match args.backing {
         Some(path) => BackingChoice::Keep(path),
         None if args.flatten => BackingChoice::Flatten,
@@ -52,22 +56,17 @@ fn options(args: CopyArgs) -> bitferry::Result<CopyOptions> {
         skip_broken_bitmaps: args.skip_broken_bitmaps,
         no_verify: args.no_verify,
         fresh: args.fresh,
+        bandwidth: args.bandwidth,
         ..CopyOptions::default()
     })
 }
 
-/// `HOST:PATH` is read as scp does: a colon before the first slash.
-fn refuse_remote(path: &Path) -> bitferry::Result<()> {
-    let text = path.to_string_lossy();
-    let first = text.split('/').next().unwrap_or_default();
-    match first.split_once(':') {
-        None => Ok(()),
-        Some((host, _)) => Err(Error::Usage {
-            reason: format!(
-                "{text:?} names the host {host:?}, and this version copies on one host only: run \
-                 it where both paths can be reached, or write ./{text} for a file of that name"
-            ),
-        }),
+/// What to do where the destination exists.
+pub(super) fn existing(force: bool, in_place: bool) -> Existing {
+    match (force, in_place) {
+        (true, _) => Existing::Replace,
+        (_, true) => Existing::InPlace,
+        _ => Existing::Refuse,
     }
 }
 
@@ -130,20 +129,4 @@ fn plan_text(plan: &Plan, output: &Output) -> String {
     text.push_str(&outcome::planned_bitmaps(&plan.bitmaps));
     text.push_str(&output.strong("nothing was written\n"));
     text
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_colon_before_the_first_slash_is_a_host() {
-        for local in ["a", "./a:b", "/a:b", "a/b:c", "../x:y"] {
-            assert!(refuse_remote(Path::new(local)).is_ok(), "{local}");
-        }
-        for remote in ["h:a", "u@h:/a", "h:", "[::1]:/a"] {
-            let error = refuse_remote(Path::new(remote)).unwrap_err();
-            assert_eq!(error.exit_status(), 2, "{remote}");
-        }
-    }
 }

@@ -14,9 +14,10 @@ use bitferry::options::DiskOption;
 use bitferry::receive::{self, Arrivals, ReceiveOptions};
 use bitferry::status::Migration;
 
+use super::dialect::DialectArg;
 use super::transport::TransportArgs;
 use super::watch::Watch;
-use super::{Outcome, Output, outcome};
+use super::{Outcome, Output, outcome, target_options};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -42,28 +43,37 @@ pub(crate) struct ReceiveArgs {
     /// made as qcow2 unless format= says otherwise; may be repeated
     #[arg(long, value_name = "ID=PATH[,format=F]", required = true)]
     pub(crate) disk: Vec<DiskOption>,
-    /// Write into images that exist; the only way for what a QEMU sends, which does not say how
-    /// large its disks are
-    #[arg(long)]
-    pub(crate) in_place: bool,
-    /// Replace images that exist; the old ones stay until the new ones are complete
+    /// Shape of new qcow2 images in qemu-img's words: cluster_size, extended_l2, compression_type,
+    /// refcount_bits, compat, data_file, data_file_raw; may be repeated
+    #[arg(short = 'o', long, value_name = "K=V,…")]
+    pub(crate) target_options: Vec<String>,
+    /// Replace what exists; the old ones stay until the new ones are complete
     #[arg(long, conflicts_with = "in_place")]
     pub(crate) force: bool,
+    /// Write into what exists; the only way for block devices, and from a QEMU
+    #[arg(long)]
+    pub(crate) in_place: bool,
     /// Begin anew instead of going on with what an interrupted run left
     #[arg(long)]
     pub(crate) fresh: bool,
-    /// Open the backing and data files that the images name
+    /// Open the backing and data files that existing images name
     #[arg(long)]
     pub(crate) allow_backing: bool,
-    /// From a QEMU: what it does not send is there already, as with its migrate -i
-    #[arg(long, requires = "in_place")]
-    pub(crate) shared_base: bool,
     /// From a QEMU: bitmaps to store: all, none or names
     #[arg(long, value_name = "all|none|NAME,…", default_value = "all", hide_default_value = true)]
     pub(crate) bitmaps: BitmapSelection,
-    /// From a QEMU: give a bitmap another name; may be repeated
+    /// Give a bitmap another name here, on the disk NODE or on all; may be repeated
     #[arg(long, value_name = "[NODE/]OLD=NEW")]
     pub(crate) rename_bitmap: Vec<Rename>,
+    /// Do not insist on the proof: the source decides
+    #[arg(long)]
+    pub(crate) no_verify: bool,
+    /// What the source must speak: native or qemu[:VERSION]; recognised unless given
+    #[arg(long, value_name = "native|qemu[:VERSION]", help_heading = "From a QEMU")]
+    pub(crate) dialect: Option<DialectArg>,
+    /// The source migrates with -i: what it does not send is in the images already
+    #[arg(long, help_heading = "From a QEMU")]
+    pub(crate) shared_base: bool,
 }
 
 /// Where a source may connect, told as soon as it may.
@@ -82,19 +92,21 @@ pub(crate) fn run(args: ReceiveArgs, output: &Output) -> Outcome {
 
 fn go(args: ReceiveArgs, output: &Output) -> Outcome {
     let watch = Watch::with_events(output, true)?;
-    let (listener, refused) = listen(&args.transport)?;
     let options = ReceiveOptions {
         disks: args.disk,
-        in_place: args.in_place,
-        replaces: args.force,
+        target: target_options::parse(&args.target_options)?,
+        existing: super::copy::existing(args.force, args.in_place),
         fresh: args.fresh,
         allow_backing: args.allow_backing,
-        shared_base: args.shared_base,
         bitmaps: args.bitmaps,
         renames: args.rename_bitmap,
+        no_verify: args.no_verify,
+        dialect: args.dialect.map(DialectArg::dialect),
+        shared_base: args.shared_base,
         ..ReceiveOptions::default()
     };
     options.check()?;
+    let (listener, refused) = listen(&args.transport)?;
     let migration = Arc::new(Migration::default());
     let _control = args.transport.control(&migration, &Arc::default())?;
     announce(&listener, &args.transport.uri, output)?;

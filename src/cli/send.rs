@@ -5,14 +5,18 @@ use std::time::{Duration, Instant};
 
 use clap::Args as Group;
 
-use bitferry::connect::{self, Options};
+use bitferry::connect::{self, Dial as _, Options};
 use bitferry::control::Supervised;
 use bitferry::copy::BitmapSelection;
 use bitferry::options::DiskOption;
+use bitferry::qemu::{Version, outgoing};
 use bitferry::send::{self, Plan, PlannedDisk, SendOptions};
 use bitferry::status::Migration;
 use mig_core::meter::Meter;
 
+use mig_core::stream;
+
+use super::dialect::{DialectArg, QemuArgs};
 use super::size::{self, human};
 use super::transport::{Compress, TransportArgs};
 use super::watch::{Summary, Watch};
@@ -26,6 +30,8 @@ Examples:
       two disks over four connections, compressed
   bitferry send --disk vda=vm.qcow2 --tls-dir /etc/pki/bitferry tcp:host.example:4444
       encrypted, both sides with a certificate
+  bitferry send --disk drive0=vm.qcow2 --dialect qemu:7.2 --peer-qmp /run/qmp unix:/run/migrate
+      to a QEMU that waits with -incoming
   bitferry send --disk vda=vm.qcow2 file:vm.stream
       into a file, for `bitferry receive --disk vda=vm.qcow2 file:vm.stream`";
 
@@ -72,6 +78,8 @@ pub(crate) struct SendArgs {
     /// The other end of - or exec: answers, on standard input or the command's output
     #[arg(long, help_heading = "Transport")]
     pub(crate) two_way: bool,
+    #[command(flatten)]
+    pub(crate) qemu: QemuArgs,
     /// Leave out the proof that the destination reads back what was sent
     #[arg(long)]
     pub(crate) no_verify: bool,
@@ -92,18 +100,26 @@ pub(crate) fn run(args: SendArgs, output: &Output) -> Outcome {
 
 fn go(args: SendArgs, output: &Output) -> Outcome {
     let watch = Watch::with_events(output, !args.no_verify)?;
-    let transport = Options { is_two_way: args.two_way, ..args.transport.options() };
+    match args.qemu.dialect {
+        DialectArg::Native => native(args, &watch, output),
+        DialectArg::Qemu(version) => to_qemu(args, version, &watch, output),
+    }
+}
+
+fn native(args: SendArgs, watch: &Watch<'_>, output: &Output) -> Outcome {
+    args.qemu.refuse_in_native()?;
+    let transport = args.connect_options();
     let (transport_args, is_dry_run) = (args.transport.clone(), args.dry_run);
     let uri = &transport_args.uri;
     let options = options(args);
     if is_dry_run {
-        return dry_run(&options, &watch, output);
+        return dry_run(&options, watch, output);
     }
     let dialer = connect::dial(uri, &transport)?;
     let rate = options.meter.bandwidth().unwrap_or(0);
     let migration = Arc::new(Migration::new(rate, Duration::ZERO));
     let _control = transport_args.control(&migration, &options.meter)?;
-    let supervised = Supervised::new(&watch, migration);
+    let supervised = Supervised::new(watch, migration);
     let result = send::run(&options, &dialer, &supervised);
     supervised.end(result.as_ref().err());
     let report = result?;
@@ -111,6 +127,68 @@ fn go(args: SendArgs, output: &Output) -> Outcome {
     dialer.end()?;
     watch.finish();
     outcome::finish(&report, &format!("sent to {uri}"), output)
+}
+
+/// To a stock QEMU: see [`bitferry::qemu::outgoing`].
+fn to_qemu(
+    args: SendArgs,
+    version: Option<Version>,
+    watch: &Watch<'_>,
+    output: &Output,
+) -> Outcome {
+    args.refuse_to_qemu()?;
+    let transport = args.connect_options();
+    let uri = args.transport.uri.clone();
+    let dialer = connect::dial(&uri, &transport)?;
+    let machine = args.qemu.machine.clone().unwrap_or_default();
+    let options = outgoing::Options {
+        disks: args.disk.into_iter().map(source_disk).collect(),
+        allow_backing: args.allow_backing || args.flatten,
+        version: Version::decide(version, &machine)?,
+        machine,
+        uuid: args.qemu.uuid.map(|uuid| uuid.0),
+        blocks: !args.qemu.no_blocks,
+        shared_base: args.qemu.shared_base,
+        bitmaps: args.bitmaps,
+        renames: args.rename_bitmap,
+        skip_broken_bitmaps: args.skip_broken_bitmaps,
+        peer_qmp: args.qemu.peer_qmp,
+        is_one_way: dialer.nature().is_one_way,
+        no_verify: args.no_verify,
+        ..outgoing::Options::default()
+    };
+    // A QEMU that waits dies of a connection on which nothing comes.
+    let prepared = outgoing::prepare(&options, watch)?;
+    let connection =
+        dialer.dial().map_err(stream::Error::Connect).map_err(bitferry::Error::from)?;
+    let report = prepared.send(connection, watch)?;
+    dialer.end()?;
+    watch.finish();
+    outcome::finish(&report, &format!("sent to QEMU at {uri}"), output)
+}
+
+fn source_disk(disk: DiskOption) -> outgoing::SourceDisk {
+    outgoing::SourceDisk { id: disk.id, path: disk.path, format: disk.format }
+}
+
+impl SendArgs {
+    fn connect_options(&self) -> Options {
+        Options { is_two_way: self.two_way, ..self.transport.options() }
+    }
+
+    /// Refuses what QEMU's dialect does not have.
+    fn refuse_to_qemu(&self) -> bitferry::Result<()> {
+        let given = [
+            (self.channels > 1, "--channels: disks and bitmaps have one connection to a QEMU"),
+            (self.compress.0.is_some(), "--compress: a QEMU takes disks and bitmaps plain"),
+            (self.bandwidth.is_some(), "--bandwidth is not there yet with --dialect qemu"),
+            (self.dry_run, "--dry-run is not there yet with --dialect qemu"),
+        ];
+        match given.iter().find(|(is_given, _)| *is_given) {
+            Some((_, reason)) => Err(bitferry::Error::Usage { reason: (*reason).to_owned() }),
+            None => Ok(()),
+        }
+    }
 }
 
 fn options(args: SendArgs) -> SendOptions {
@@ -127,10 +205,11 @@ fn options(args: SendArgs) -> SendOptions {
         compression: args.compress.0,
         // None as well as 0 mean no limit, as in QEMU.
         meter: Arc::new(Meter::new(args.bandwidth.filter(|rate| *rate > 0))),
+        cannot_hold: None,
     }
 }
 
-fn dry_run(options: &SendOptions, watch: &Watch<'_>, output: &Output) -> Outcome {
+pub(super) fn dry_run(options: &SendOptions, watch: &Watch<'_>, output: &Output) -> Outcome {
     let plan = send::plan(options, watch)?;
     watch.finish();
     if output.is_json {

@@ -99,6 +99,15 @@ impl std::str::FromStr for Compress {
     }
 }
 
+impl std::fmt::Display for Compress {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Some(Compression { method, level }) = self.0 else { return f.write_str("none") };
+        let known = MAX_LEVELS.iter().find(|(_, known, _)| *known == method);
+        f.write_str(known.map_or("none", |(name, ..)| name))?;
+        level.map_or(Ok(()), |level| write!(f, ":{level}"))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -114,6 +123,9 @@ mod tests {
         );
         for text in ["", "lz4", "zlib:", "zlib:0", "zlib:10", "zstd:23", "zstd:x", "none:1"] {
             assert!(parse(text).is_err(), "{text}");
+        }
+        for text in ["none", "zlib", "zstd:19"] {
+            assert_eq!(text.parse::<Compress>().unwrap().to_string(), text);
         }
     }
 }

@@ -24,7 +24,7 @@ mod uri;
 
 use std::ffi::OsString;
 use std::io;
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -195,6 +195,18 @@ pub fn listen_ssh(destination: &str, args: Vec<OsString>, options: &Options) -> 
     let running = Running::default();
     let inner = Inner::Once(over_ssh(destination, args, (&running, options)));
     Listener { inner, uri: Uri::Exec(format!("ssh {destination}")), running, idle: options.idle }
+}
+
+/// Runs `bitferry` with `args` at another host, over ssh, and answers what it prints.
+pub fn run_ssh(destination: &str, args: &[OsString]) -> Result<Vec<u8>> {
+    let command = format!("ssh {destination}");
+    let run =
+        ssh::command(destination, args).stdin(Stdio::null()).stderr(Stdio::inherit()).output();
+    let output = run.map_err(|source| Error::Run { command: command.clone(), source })?;
+    if output.status.success() {
+        return Ok(output.stdout);
+    }
+    Err(Error::Ended { command, end: End::Status(output.status) })
 }
 
 fn once(

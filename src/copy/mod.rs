@@ -2,6 +2,7 @@
 
 mod bitmaps;
 mod in_place;
+mod metered;
 mod new;
 mod options;
 mod plan;

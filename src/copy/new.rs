@@ -9,9 +9,11 @@ use block_mig::limits::{MAX_UNIT_BYTES, UNIT_BYTES, workers};
 use block_mig::recorded::Recorded;
 use block_mig::{TransferOptions, Transferred, transfer};
 use mig_core::block::BlockSink;
+use mig_core::meter::Meter;
 use qcow2_file::Opener;
 use qcow2_file::create::Backing;
 
+use super::metered::Metered;
 use super::options::{CopyOptions, Existing};
 use super::plan::Job;
 use super::target::Target;
@@ -152,8 +154,11 @@ pub(super) fn move_data(
         keeper,
     };
     let blocks = job.source.blocks();
-    let source = Recorded { source: &*blocks, runs: &job.runs };
+    let recorded = Recorded { source: &*blocks, runs: &job.runs };
+    let meter = Meter::new(job.options.bandwidth.filter(|rate| *rate > 0));
+    let source = Metered { source: &recorded, meter: &meter, observer };
     let moved = transfer(&source, sink, &options, &progress)?;
+    job.source.check_unchanged(observer)?;
     progress.end();
     Ok(moved)
 }

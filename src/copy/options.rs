@@ -177,6 +177,8 @@ pub struct CopyOptions {
     pub skip_broken_bitmaps: bool,
     /// Leave out the proof.
     pub no_verify: bool,
+    /// Bytes of content that are read from the source per second; `None` and 0 mean no limit.
+    pub bandwidth: Option<u64>,
     /// Ignore what an earlier try left.
     pub fresh: bool,
     /// Worker threads; by the number of cores where `None`.

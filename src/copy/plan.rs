@@ -4,6 +4,7 @@
 use block_mig::limits::UNIT_BYTES;
 use block_mig::plan::{Survey, survey_noting};
 use block_mig::recorded::Runs;
+use qcow2_file::{Access, HostFile, Storage};
 use serde::Serialize;
 
 use super::bitmaps::{self, BitmapPlan};
@@ -235,5 +236,23 @@ fn not_carried(
     if survey.compressed > 0 && !passes_compressed(source, target) {
         phrases.push(format!("compression of {} bytes: stored plain", survey.compressed));
     }
+    phrases.extend(left_over(options, source, target));
     phrases
+}
+
+/// What is on a device that is longer than the disk, which is not the source's: somebody who reads
+/// the whole of it finds something else.
+fn left_over(options: &CopyOptions, source: &Source, target: &Target) -> Option<String> {
+    if *target != Target::RawInPlace {
+        return None;
+    }
+    // What cannot be opened is refused elsewhere.
+    let device =
+        HostFile::open(&options.destination, Access::Read).ok().filter(HostFile::is_device)?;
+    let rest = device
+        .len()
+        .ok()?
+        .checked_sub(source.disk.chain.virtual_size())
+        .filter(|rest| *rest > 0)?;
+    Some(format!("the end of the device: its last {rest} bytes stay as they are"))
 }

@@ -1,13 +1,15 @@
 //! What is copied: the source with whatever below it may be opened, and which of its layers count.
 
 use std::ffi::OsString;
+use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use block_mig::device::{AboveSource, ChainSource};
 use block_mig::plan::Scope;
 use mig_core::block::BlockSource;
 use qcow2_file::chain::Backing;
-use qcow2_file::{Access, HostFile, Opener};
+use qcow2_file::{Access, HostFile, Opener, Storage};
 
 use super::options::{BackingChoice, CopyOptions, Format};
 use crate::disk::{Disk, Request};
@@ -32,6 +34,25 @@ pub(super) struct Kept {
 pub(super) struct Source {
     pub(super) disk: Disk,
     pub(super) kept: Option<Kept>,
+    /// Its files as they were when it was opened.
+    opened: Vec<FileState>,
+}
+
+/// What shows that a file was changed by somebody who does not ask for locks.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct FileState {
+    len: u64,
+    /// Seconds and nanoseconds; a device has none that tells.
+    modified: Option<(i64, i64)>,
+}
+
+impl FileState {
+    fn of(file: &HostFile) -> Result<Self> {
+        let failed = |source| Error::File { action: "look at", path: file.path().into(), source };
+        let found = file.file().metadata().map_err(failed)?;
+        let modified = (!file.is_device()).then(|| (found.mtime(), found.mtime_nsec()));
+        Ok(Self { len: file.len().map_err(failed)?, modified })
+    }
 }
 
 impl Source {
@@ -43,7 +64,7 @@ impl Source {
         };
         match &options.backing {
             BackingChoice::Keep(path) => Self::open_above(options, request, path, observer),
-            _ => Ok(Self { disk: Disk::open(&request, observer)?, kept: None }),
+            _ => Self::new(Disk::open(&request, observer)?, None),
         }
     }
 
@@ -82,7 +103,35 @@ impl Source {
         }
         let format = disk.chain.layers().get(layers).map_or(Format::Raw, |l| l.format().into());
         let name = recorded_name(path, &options.destination)?;
-        Ok(Self { disk, kept: Some(Kept { path: path.to_owned(), name, format, layers }) })
+        Self::new(disk, Some(Kept { path: path.to_owned(), name, format, layers }))
+    }
+
+    fn new(disk: Disk, kept: Option<Kept>) -> Result<Self> {
+        let opened = disk.files().map(|file| FileState::of(file)).collect::<Result<_>>()?;
+        Ok(Self { disk, kept, opened })
+    }
+
+    /// Looks whether the source is still what was opened: beyond the end of a file that was cut
+    /// everything reads as zero, and nobody would see that.
+    pub(super) fn check_unchanged(&self, observer: &dyn Observer) -> Result<()> {
+        for (file, before) in self.disk.files().zip(&self.opened) {
+            let now = FileState::of(file)?;
+            if now.len < before.len {
+                let source = io::Error::new(
+                    io::ErrorKind::UnexpectedEof,
+                    format!("it was cut from {} to {} bytes meanwhile", before.len, now.len),
+                );
+                return Err(Error::File { action: "read", path: file.path().into(), source });
+            }
+            if now != *before {
+                observer.warning(&format!(
+                    "{} was written to while it was copied, by a program that takes no locks; the \
+                     copy is what was read",
+                    file.path().display()
+                ));
+            }
+        }
+        Ok(())
     }
 
     /// What is to be moved, as a disk.

@@ -220,6 +220,59 @@ fn what_reads_back_different_is_not_published() {
     }
 }
 
+/// Does something to a file when the transfer begins, and keeps the warnings.
+struct Meddler<F> {
+    path: PathBuf,
+    change: F,
+    warnings: std::sync::Mutex<Vec<String>>,
+}
+
+impl<F: Fn(&fs::File) + Send + Sync> Observer for Meddler<F> {
+    fn phase(&self, phase: Phase) {
+        if phase == Phase::Transfer {
+            (self.change)(&fs::OpenOptions::new().write(true).open(&self.path).unwrap());
+        }
+    }
+
+    fn warning(&self, message: &str) {
+        self.warnings.lock().unwrap().push(message.to_owned());
+    }
+}
+
+#[test]
+fn a_source_that_is_cut_meanwhile_is_no_source() {
+    let place = Place::new();
+    place.image("s.qcow2");
+    let mut options = place.options("s.qcow2", "s.raw");
+    options.target_format = Some(Format::Raw);
+    options.bitmaps = BitmapSelection::None;
+    run(&options, &Silent).unwrap();
+    for name in ["s.raw", "s.qcow2"] {
+        let options = place.options(name, "copy");
+        let change = |file: &fs::File| file.set_len(1 << 20).unwrap();
+        let path = place.path(name);
+        let observer = Meddler { path, change, warnings: Default::default() };
+        let error = run(&options, &observer).unwrap_err();
+        assert!(matches!(error.exit_status(), 3 | 5), "{error:?}");
+        let text = crate::report::error_chain(&error);
+        assert!(text.contains(name), "{text}");
+        assert_eq!(place.names(), ["s.qcow2", "s.raw"]);
+    }
+}
+
+#[test]
+fn a_source_that_is_written_to_meanwhile_is_said() {
+    use std::os::unix::fs::FileExt;
+    let place = Place::new();
+    place.image("s.qcow2");
+    let change = |file: &fs::File| file.write_all_at(&[9; 512], 19 << 20).unwrap();
+    let path = place.path("s.qcow2");
+    let observer = Meddler { path, change, warnings: Default::default() };
+    run(&place.options("s.qcow2", "copy"), &observer).unwrap();
+    let warnings = observer.warnings.into_inner().unwrap();
+    assert!(warnings.iter().any(|w| w.contains("written to")), "{warnings:?}");
+}
+
 #[test]
 fn file_names_are_bytes() {
     use std::os::unix::ffi::OsStrExt;

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use bitmap_mig::{ArrivedBitmap, LoadBitmaps};
+use bitmap_mig::{ArrivedBitmap, Bitmap, LoadBitmaps};
 use block_mig::Landing;
 use block_mig::arrive::{Known, LoadBlocks};
 use format_spec::Blame;
@@ -71,6 +71,21 @@ impl BlockSection {
         Ok(())
     }
 
+    /// The name under which a bitmap of a disk is stored.
+    fn name_of(&self, disk: DiskId, sent: &str) -> Result<String> {
+        let place = lock(&self.places).get(&disk).cloned();
+        place.map_or_else(|| Ok(sent.to_owned()), |place| place.bitmap_name(sent))
+    }
+
+    /// Bitmaps of a disk, by the names under which they are stored.
+    fn renamed(&self, disk: DiskId, arrived: &[ArrivedBitmap]) -> Result<Vec<Bitmap>> {
+        let renamed = |arrived: &ArrivedBitmap| {
+            let name = self.name_of(disk, &arrived.bitmap.name)?;
+            Ok(Bitmap { name, ..arrived.bitmap.clone() })
+        };
+        arrived.iter().map(renamed).collect()
+    }
+
     /// One disk: its place stores the bitmaps, and says how everything reads.
     fn prepare_disk(
         &self,
@@ -121,6 +136,7 @@ impl LoadHandler for BlockSection {
             Some(BlockRecord::Disk(disk)) => self.introduce(&disk, at, context),
             Some(BlockRecord::DiskSeal(seal)) => self.blocks.seal(&seal, at),
             Some(BlockRecord::BitmapCreate(create)) => {
+                self.name_of(create.disk, create.name)?;
                 self.bitmaps.create(&create, self.blocks.size(create.disk, at)?, at)
             }
             Some(BlockRecord::BitmapUpdate(update)) => self.bitmaps.update(&update, at),
@@ -156,7 +172,7 @@ impl LoadHandler for BlockSection {
                 let reason = "a seal has no hash, and nobody else could notice a difference";
                 return Err(Error::protocol(0, 0, reason));
             }
-            let bitmaps = arrived.iter().map(|b| b.bitmap.clone()).collect();
+            let bitmaps = self.renamed(disk, &arrived)?;
             let done = self.prepare_disk(Sealed { content, bitmaps }, disk, &arrived)?;
             if let (Some(_), Some(proof)) = (content, &done.proof) {
                 ready.disks.push((disk, proof.content));

@@ -20,8 +20,8 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(200);
 const GRACE: Duration = Duration::from_millis(50);
 
 /// Accepts connections until all that were granted have joined, and reads them on threads of their
-/// own. Strangers are closed; they cost a thread for as long as a hello may take, and no more than a
-/// few at a time: the oldest makes room for the newest.
+/// own. Strangers are closed; they cost a thread for as long as a hello may take, and no more than
+/// a few at a time: the oldest makes room for the newest.
 pub(super) fn accept_all<'s>(
     scope: &'s Scope<'s, '_>,
     session: &'s Session,

@@ -39,12 +39,19 @@ pub struct Wanted<'a> {
 pub struct Sealed {
     /// The content hash; `None` where the source's user wanted no proof.
     pub content: Option<ContentHash>,
-    /// Its bitmaps, equal to their seals, in the order of their numbers. Not stored anywhere yet.
+    /// Its bitmaps, equal to their seals, in the order of their numbers, under the names that they
+    /// are stored by. Not stored anywhere yet.
     pub bitmaps: Vec<Bitmap>,
 }
 
 /// The place of one disk.
 pub trait Place: Landing {
+    /// The name under which a bitmap is stored here that the source calls `sent`. An error where
+    /// this place can hold none: asked as soon as the source introduces it.
+    fn bitmap_name(&self, sent: &str) -> Result<String> {
+        Ok(sent.to_owned())
+    }
+
     /// All has arrived and was sealed. Stores the bitmaps, makes everything durable under temporary
     /// names and, where the seal has a hash, reads it back as anybody would and answers with what
     /// was read; an error where that differs from the seal. Whoever keeps a journal writes durably

@@ -78,7 +78,7 @@ impl<'a> Steering<'a> {
     fn publish(&self, now: &Standing, round: &Round) {
         let expected = policy::expected_downtime(now);
         self.migration.update(|info| {
-            info.expected_downtime = expected.map(|time| millis(time));
+            info.expected_downtime = expected.map(millis);
             let disk = info.disk.get_or_insert_default();
             disk.dirty_sync_count = u64::from(self.passes);
             disk.dirty_bytes_rate = now.dirty_rate;

@@ -20,6 +20,15 @@ pub enum Dialect {
     Qemu,
 }
 
+impl std::fmt::Display for Dialect {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Native => "native",
+            Self::Qemu => "qemu",
+        })
+    }
+}
+
 /// Reads the first four bytes, in bounded time, and puts them back.
 pub(super) fn recognise(connection: Connection) -> Result<(Dialect, Connection)> {
     let Connection { mut reader, writer, line, peer } = connection;

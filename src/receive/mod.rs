@@ -2,6 +2,7 @@
 
 mod arrivals;
 mod dialect;
+mod in_place;
 mod options;
 
 use std::sync::Arc;
@@ -13,12 +14,14 @@ use mig_core::transport::{Connection, Listen};
 
 pub use self::arrivals::Arrivals;
 pub use self::dialect::Dialect;
+use self::in_place::InPlace;
 pub use self::options::ReceiveOptions;
 use crate::berth::{DiskPlace, FileOptions, Files};
-use crate::copy::{Format, TargetOptions};
-use crate::incoming::{IncomingOptions, Received, ReceivedDisk, receive};
+use crate::copy::{Existing, Format, Rename};
+use crate::incoming::{Destination, IncomingOptions, Received, ReceivedDisk, receive};
 use crate::observe::Stops;
 use crate::options::DiskOption;
+use crate::renames::Renames;
 use crate::report::{BitmapOutcome, BitmapReport, DiskReport, Report, Status, Verified};
 use crate::{Error, Observer, Phase, Result, qemu};
 
@@ -33,33 +36,15 @@ pub fn run(
     options.check()?;
     observer.phase(Phase::Wait);
     let (dialect, main) = first(arrivals, observer)?;
+    if let Some(wanted) = options.dialect.filter(|wanted| *wanted != dialect) {
+        let peer = &main.peer;
+        let reason = format!("{peer} speaks the {dialect} dialect, and {wanted} was asked for");
+        return Err(Error::Usage { reason });
+    }
     observer.phase(Phase::Transfer);
     match dialect {
-        Dialect::Native if options.in_place => Err(Error::Usage {
-            reason: format!(
-                "{} speaks bitferry's own dialect, which makes its images: leave --in-place out",
-                main.peer
-            ),
-        }),
         Dialect::Native => native(options, (main, arrivals), (observer, started)),
-        Dialect::Qemu if !options.in_place => Err(Error::Usage {
-            reason: format!(
-                "{} is a QEMU, and does not say how large its disks are: make the images first, as \
-                 large as they are, and use --in-place",
-                main.peer
-            ),
-        }),
-        Dialect::Qemu => {
-            let incoming = qemu::incoming::IncomingOptions {
-                disks: options.disks.clone(),
-                bitmaps: options.bitmaps.clone(),
-                renames: options.renames.clone(),
-                allow_backing: options.allow_backing,
-                shared_base: options.shared_base,
-                is_one_way: arrivals.nature().is_one_way,
-            };
-            qemu::incoming::run(main, &incoming, observer)
-        }
+        Dialect::Qemu => qemu(options, (main, arrivals), observer),
     }
 }
 
@@ -83,28 +68,85 @@ fn first(arrivals: &Arrivals<'_>, observer: &dyn Observer) -> Result<(Dialect, C
     }
 }
 
+/// From a QEMU: see [`qemu::incoming`](crate::qemu::incoming).
+fn qemu(
+    options: &ReceiveOptions,
+    (main, arrivals): (Connection, &Arrivals<'_>),
+    observer: &dyn Observer,
+) -> Result<Report> {
+    if options.existing != Existing::InPlace {
+        return Err(Error::Usage {
+            reason: format!(
+                "{} is a QEMU, whose stream says no sizes: make the images as large as its disks, \
+                 and use --in-place",
+                main.peer
+            ),
+        });
+    }
+    let incoming = qemu::incoming::IncomingOptions {
+        disks: options.disks.clone(),
+        bitmaps: options.bitmaps.clone(),
+        renames: options.renames.clone(),
+        allow_backing: options.allow_backing,
+        shared_base: options.shared_base,
+        is_one_way: arrivals.nature().is_one_way,
+    };
+    qemu::incoming::run(main, &incoming, observer)
+}
+
 fn native(
     options: &ReceiveOptions,
     (main, arrivals): (Connection, &Arrivals<'_>),
     (observer, started): (&dyn Observer, Instant),
 ) -> Result<Report> {
-    let place = |disk: &DiskOption| DiskPlace {
-        name: disk.id.clone(),
-        path: disk.path.clone(),
-        format: disk.format.unwrap_or(Format::Qcow2),
-        target: TargetOptions::default(),
+    let in_place = match options.existing {
+        Existing::InPlace => Some(Arc::new(InPlace::open(options, observer)?)),
+        Existing::Refuse | Existing::Replace => None,
     };
-    let files = FileOptions {
-        replaces: options.replaces,
-        is_fresh: options.fresh,
-        ..FileOptions::default()
+    let destination: Arc<dyn Destination> = match &in_place {
+        Some(in_place) => Arc::clone(in_place) as _,
+        None => Arc::new(new_files(options)),
     };
-    let destination = Arc::new(Files::new(options.disks.iter().map(place).collect(), files));
     let monitor = Stops(observer);
     let incoming =
         IncomingOptions { max_channels: options.max_channels, ..IncomingOptions::new(&monitor) };
     let received = receive(main, arrivals, destination, Registry::new(), &incoming)?;
-    Ok(report(options, received, started))
+    let mut report = report(options, received, started);
+    for disk in &mut report.disks {
+        disk.bitmaps.extend(in_place.iter().flat_map(|p| p.take_invalidated(&disk.id)));
+    }
+    for name in unused(options, &report) {
+        observer.warning(&format!("no bitmap {name:?} came that could be renamed"));
+    }
+    Ok(report)
+}
+
+/// Places that are made.
+fn new_files(options: &ReceiveOptions) -> Files {
+    let place = |disk: &DiskOption| DiskPlace {
+        name: disk.id.clone(),
+        path: disk.path.clone(),
+        format: disk.format.unwrap_or(Format::Qcow2),
+        target: options.target.clone(),
+        renames: Renames::of(&options.renames, &disk.id),
+    };
+    let files = FileOptions {
+        replaces: options.existing == Existing::Replace,
+        is_fresh: options.fresh,
+        no_verify: options.no_verify,
+        ..FileOptions::default()
+    };
+    Files::new(options.disks.iter().map(place).collect(), files)
+}
+
+/// Names that were to be changed, of bitmaps that did not come.
+fn unused<'a>(options: &'a ReceiveOptions, report: &Report) -> Vec<&'a str> {
+    let came = |rename: &Rename| {
+        let is_meant = |disk: &&DiskReport| rename.node.as_ref().is_none_or(|n| *n == disk.id);
+        let mut disks = report.disks.iter().filter(is_meant);
+        disks.any(|disk| disk.bitmaps.iter().any(|bitmap| bitmap.name == rename.old))
+    };
+    options.renames.iter().filter(|r| !came(r)).map(|r| r.old.as_str()).collect()
 }
 
 fn report(options: &ReceiveOptions, received: Received, started: Instant) -> Report {
@@ -123,13 +165,19 @@ fn report(options: &ReceiveOptions, received: Received, started: Instant) -> Rep
     }
 }
 
-fn disk_report(_options: &ReceiveOptions, disk: ReceivedDisk) -> DiskReport {
-    let bitmap = |name: String| BitmapReport {
-        name,
-        outcome: BitmapOutcome::Preserved,
-        changed: Vec::new(),
-        reason: None,
-        is_wanted: true,
+fn disk_report(options: &ReceiveOptions, disk: ReceivedDisk) -> DiskReport {
+    let of_disk = options.disks.iter().find(|option| option.id == disk.name);
+    let renames = of_disk.map(|option| Renames::of(&options.renames, &option.id));
+    let bitmap = |name: String| {
+        let stored = renames.as_ref().map_or_else(|| name.clone(), |r| r.stored(&name));
+        let changed = (stored != name).then(|| format!("name: {name} -> {stored}"));
+        BitmapReport {
+            name,
+            outcome: BitmapOutcome::Preserved,
+            changed: changed.into_iter().collect(),
+            reason: None,
+            is_wanted: true,
+        }
     };
     DiskReport {
         id: disk.name,

@@ -2,8 +2,9 @@
 
 use format_spec::native::hello::MAX_CHANNELS;
 
+use super::Dialect;
 use crate::berth::has_traces;
-use crate::copy::{BitmapSelection, Rename};
+use crate::copy::{BitmapSelection, Existing, Format, Rename, TargetOptions};
 use crate::options::DiskOption;
 use crate::send::check_ids;
 use crate::{Error, Result};
@@ -11,38 +12,45 @@ use crate::{Error, Result};
 /// What to receive, and where.
 #[derive(Debug, Clone)]
 pub struct ReceiveOptions {
-    /// A place for each disk, by its name on the wire.
+    /// A place for each disk, by its name on the wire. What does not exist is made, as qcow2 unless
+    /// a format is given.
     pub disks: Vec<DiskOption>,
+    /// Shape of new qcow2 images.
+    pub target: TargetOptions,
+    /// What to do where a place exists.
+    pub existing: Existing,
+    /// Open backing and data files that existing images name.
+    pub allow_backing: bool,
+    /// Which bitmaps to store; from a bitferry all that it sends.
+    pub bitmaps: BitmapSelection,
+    /// New names for bitmaps; without a node for those of all disks.
+    pub renames: Vec<Rename>,
+    /// Leave out the proof, where the source leaves it out too.
+    pub no_verify: bool,
+    /// Ignore what an earlier try left.
+    pub fresh: bool,
+    /// What the source has to speak; whatever it does where `None`.
+    pub dialect: Option<Dialect>,
+    /// From a QEMU that migrates with `-i`: what is not sent is there already.
+    pub shared_base: bool,
     /// Data connections that are granted, at most.
     pub max_channels: u16,
-    /// Write into images that exist, which is the only way for what QEMU sends.
-    pub in_place: bool,
-    /// Replace images that exist, at the end, by rename.
-    pub replaces: bool,
-    /// Begin anew, whatever an earlier run left.
-    pub fresh: bool,
-    /// Open backing and data files that images name.
-    pub allow_backing: bool,
-    /// What QEMU does not send is there already: it migrates with `inc` (`migrate -i`).
-    pub shared_base: bool,
-    /// Which bitmaps of a QEMU are stored.
-    pub bitmaps: BitmapSelection,
-    /// New names for bitmaps of a QEMU.
-    pub renames: Vec<Rename>,
 }
 
 impl Default for ReceiveOptions {
     fn default() -> Self {
         Self {
             disks: Vec::new(),
-            max_channels: MAX_CHANNELS,
-            in_place: false,
-            replaces: false,
-            fresh: false,
+            target: TargetOptions::default(),
+            existing: Existing::Refuse,
             allow_backing: false,
-            shared_base: false,
             bitmaps: BitmapSelection::All,
             renames: Vec::new(),
+            no_verify: false,
+            fresh: false,
+            dialect: None,
+            shared_base: false,
+            max_channels: MAX_CHANNELS,
         }
     }
 }
@@ -51,17 +59,50 @@ impl ReceiveOptions {
     /// What makes no sense is refused before anybody connects.
     pub fn check(&self) -> Result<()> {
         check_ids(&self.disks)?;
+        let usage = |reason| Err(Error::Usage { reason });
+        let has_shape = self.target != TargetOptions::default();
+        if has_shape && self.existing == Existing::InPlace {
+            return usage("-o options shape new images; --in-place writes into what exists".into());
+        }
+        if self.target.data_file.is_some() && self.disks.len() > 1 {
+            return usage("-o data_file= names one file, and there are several disks".into());
+        }
         for disk in &self.disks {
             if disk.is_readonly {
-                let reason = format!("disk {:?} is read-only: nothing can arrive in it", disk.id);
-                return Err(Error::Usage { reason });
+                return usage(format!("disk {:?} is read-only: nothing can arrive in it", disk.id));
             }
-            // One that this very migration published may be asked for again.
-            let is_free = self.in_place || self.replaces || has_traces(&disk.path)?;
-            if !is_free && disk.path.symlink_metadata().is_ok() {
-                return Err(Error::Exists { path: disk.path.clone() });
+            if has_shape && disk.format == Some(Format::Raw) {
+                return usage(format!("disk {:?} is raw and takes no -o options", disk.id));
             }
+            self.check_place(disk)?;
         }
-        Ok(())
+        let nodes = self.renames.iter().filter_map(|rename| rename.node.as_ref());
+        let mut unknown = nodes.filter(|node| self.disks.iter().all(|disk| disk.id != **node));
+        match unknown.next() {
+            Some(node) => {
+                usage(format!("a bitmap of disk {node:?} is renamed, which is not named"))
+            }
+            None => Ok(()),
+        }
+    }
+
+    fn check_place(&self, disk: &DiskOption) -> Result<()> {
+        let found = disk.path.symlink_metadata();
+        match (self.existing, found) {
+            // One that this very migration published may be asked for again.
+            (Existing::Refuse, Ok(_)) if !has_traces(&disk.path)? => {
+                Err(Error::Exists { path: disk.path.clone() })
+            }
+            (Existing::InPlace, Err(source)) => {
+                let path = disk.path.clone();
+                Err(Error::File { action: "write in place to", path, source })
+            }
+            (Existing::Replace, Ok(found)) if !found.is_file() && !found.is_symlink() => {
+                let path = disk.path.display();
+                let reason = format!("{path} is no file: only --in-place writes to it");
+                Err(Error::Usage { reason })
+            }
+            _ => Ok(()),
+        }
     }
 }

@@ -19,6 +19,8 @@ pub struct SendOptions {
     pub bitmaps: BitmapSelection,
     /// New names for bitmaps; without a node for all disks that have one of that name.
     pub renames: Vec<Rename>,
+    /// Why the destination can hold no bitmaps, where that is known.
+    pub cannot_hold: Option<String>,
     /// Go on without inconsistent bitmaps.
     pub skip_broken_bitmaps: bool,
     /// Leave out the proof.
@@ -43,6 +45,7 @@ impl Default for SendOptions {
             allow_backing: false,
             bitmaps: BitmapSelection::All,
             renames: Vec::new(),
+            cannot_hold: None,
             skip_broken_bitmaps: false,
             no_verify: false,
             destination: String::new(),

@@ -9,9 +9,11 @@ pub mod bitferry;
 pub mod destination;
 pub mod fuzz;
 pub mod image;
+#[cfg(feature = "programs")]
 pub mod incoming;
 pub mod json;
 pub mod peer;
+#[cfg(feature = "programs")]
 pub mod pki;
 pub mod process;
 pub mod qemu;

@@ -5,6 +5,7 @@ use std::io::{Read, Write};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -186,8 +187,8 @@ impl Run {
 pub struct Running {
     command: String,
     child: Child,
-    stdout: JoinHandle<Vec<u8>>,
-    stderr: JoinHandle<Vec<u8>>,
+    stdout: Drain,
+    stderr: Drain,
     begun: Instant,
     patience: Duration,
     is_reaped: bool,
@@ -202,6 +203,25 @@ impl Running {
     /// Waits until it ends or `limit` is over; answers whether it ended.
     pub fn ends_within(&self, limit: Duration) -> bool {
         ends_within(&self.child, limit)
+    }
+
+    /// Waits for a line on standard output, or with `is_stderr` among the diagnostics, that `find`
+    /// finds something in. Panics when the child ends without, or takes too long.
+    #[track_caller]
+    pub fn wait_for<T>(&self, is_stderr: bool, find: impl Fn(&str) -> Option<T>) -> T {
+        let drain = if is_stderr { &self.stderr } else { &self.stdout };
+        loop {
+            // Asked before looking, so that a last word is not missed.
+            let has_ended = self.ends_within(Duration::from_millis(5))
+                && drain.thread.as_ref().is_none_or(JoinHandle::is_finished);
+            let text = String::from_utf8_lossy(&drain.so_far()).into_owned();
+            let whole = text.rfind('\n').map_or("", |end| &text[..end]);
+            if let Some(found) = whole.lines().find_map(&find) {
+                return found;
+            }
+            let is_over = self.begun.elapsed() > self.patience;
+            assert!(!has_ended && !is_over, "{} said only: {text}", self.command);
+        }
     }
 
     /// Sends a signal to the child and what it started.
@@ -231,13 +251,11 @@ impl Running {
         let status = self.child.wait().expect("own child");
         self.is_reaped = true;
         let elapsed = self.begun.elapsed();
-        let stdout = std::mem::replace(&mut self.stdout, std::thread::spawn(Vec::new));
-        let stderr = std::mem::replace(&mut self.stderr, std::thread::spawn(Vec::new));
         Output {
             command: std::mem::take(&mut self.command),
             status,
-            stdout: stdout.join().expect("reader"),
-            stderr: stderr.join().expect("reader"),
+            stdout: self.stdout.finish(),
+            stderr: self.stderr.finish(),
             timed_out,
             elapsed,
         }
@@ -297,12 +315,36 @@ fn quote(word: &str) -> String {
     }
 }
 
-fn drain(mut pipe: impl Read + Send + 'static) -> JoinHandle<Vec<u8>> {
-    std::thread::spawn(move || {
-        let mut bytes = Vec::new();
-        let _ = pipe.read_to_end(&mut bytes);
-        bytes
-    })
+/// Reads a pipe to its end, so that the child is never held up.
+#[derive(Debug)]
+struct Drain {
+    so_far: Arc<Mutex<Vec<u8>>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+fn drain(mut pipe: impl Read + Send + 'static) -> Drain {
+    let so_far = Arc::new(Mutex::new(Vec::new()));
+    let bytes = Arc::clone(&so_far);
+    let thread = std::thread::spawn(move || {
+        let mut buf = [0; 1 << 16];
+        while let Ok(len @ 1..) = pipe.read(&mut buf) {
+            bytes.lock().expect("reader").extend_from_slice(&buf[..len]);
+        }
+    });
+    Drain { so_far, thread: Some(thread) }
+}
+
+impl Drain {
+    fn so_far(&self) -> Vec<u8> {
+        self.so_far.lock().expect("reader").clone()
+    }
+
+    fn finish(&mut self) -> Vec<u8> {
+        if let Some(thread) = self.thread.take() {
+            thread.join().expect("reader");
+        }
+        self.so_far()
+    }
 }
 
 fn ends_within(child: &Child, limit: Duration) -> bool {

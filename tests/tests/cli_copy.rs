@@ -168,3 +168,28 @@ fn info_shows_the_chain_when_it_may() {
     run("info --allow-backing over.qcow2", &scratch).expect_exit(Exit::Device);
     run("info over.qcow2", &scratch).expect_exit(Exit::Done);
 }
+
+#[test]
+fn a_limit_is_kept_and_can_be_interrupted() {
+    let scratch = Scratch::new();
+    if !require_all(&[Peer::QemuImg, Peer::QemuIo]) {
+        return;
+    }
+    make(&scratch, "big.qcow2", 64 * MIB).write(7, 0, 12 * MIB).done();
+    let output = run("copy --json --bandwidth 8M big.qcow2 copy.qcow2", &scratch);
+    let output = output.expect_exit(Exit::Done);
+    // The last MiB of twelve is read when the others are paid for, but for a burst.
+    let took = json::summary(&output)["total-time-ms"].as_u64().expect("a time");
+    assert!(took >= 1_000, "{output}");
+    let begun = Instant::now();
+    let slow = bitferry().dir(scratch.dir()).words("copy --bandwidth 1K big.qcow2 never.qcow2");
+    let child = slow.spawn();
+    let until = begun + PATIENCE;
+    while !scratch.path(".never.qcow2.bitferry-part").exists() && Instant::now() < until {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    child.signal(Signal::INT);
+    let output = child.wait();
+    assert_eq!(output.code(), Some(130), "{output}");
+    assert_eq!(scratch.names(), ["big.qcow2", "copy.qcow2"]);
+}

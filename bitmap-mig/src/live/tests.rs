@@ -103,7 +103,11 @@ fn digest(bitmaps: &LiveBitmaps, name: &str) -> BitmapDigest {
 
 /// One pass. Pieces are lost on the way if `is_lost`.
 fn pass(sender: &mut Sender, mirror: &mut Mirror, is_lost: bool) -> usize {
-    sender.announce(&mut |record| Ok(mirror.apply(record))).unwrap();
+    let mut tell = |record: &BlockRecord<'_>| {
+        mirror.apply(record);
+        Ok(())
+    };
+    sender.announce(&mut tell).unwrap();
     let mut total = 0;
     loop {
         let mut packed = Vec::new();
@@ -129,7 +133,11 @@ fn pass(sender: &mut Sender, mirror: &mut Mirror, is_lost: bool) -> usize {
 fn hand_over(mut sender: Sender, source: &LiveBitmaps, mirror: &mut Mirror) {
     source.freeze();
     pass(&mut sender, mirror, false);
-    let sealed = sender.seal(true, &mut |record| Ok(mirror.apply(record))).unwrap();
+    let mut tell = |record: &BlockRecord<'_>| {
+        mirror.apply(record);
+        Ok(())
+    };
+    let sealed = sender.seal(true, &mut tell).unwrap();
     assert_eq!(sealed, mirror.sealed);
     let carried: Vec<_> = source.all().into_iter().filter(|b| b.name != "private").collect();
     let mut there = mirror.store.all();

@@ -56,7 +56,9 @@ mod tests {
 
     proptest! {
         #[test]
-        fn it_is_the_set_of_bytes_that_came(ranges in proptest::collection::vec((0u64..60, 0u64..9), 0..40)) {
+        fn it_is_the_set_of_bytes_that_came(
+            ranges in proptest::collection::vec((0u64..60, 0u64..9), 0..40),
+        ) {
             let mut coverage = Coverage::default();
             let mut bytes = [false; 70];
             let span = |range: &Range<u64>| {

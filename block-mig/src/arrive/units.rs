@@ -13,8 +13,8 @@ use crate::ledger::UNIT_BYTES;
 
 /// Leaves of a unit.
 const UNIT_LEAVES: usize = 1 << LEDGER_HEIGHT;
-/// Units that are kept in part, about 2 MiB of them. What exceeds that has no node: it is sent again
-/// should the transfer be interrupted.
+/// Units that are kept in part, about 2 MiB of them. What exceeds that has no node: it is sent
+/// again should the transfer be interrupted.
 const MAX_PARTS: usize = 4096;
 
 /// Nodes that were completed: the first unit, and one for each from there on.

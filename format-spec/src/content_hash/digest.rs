@@ -35,8 +35,8 @@ impl DigestBuilder {
 
     /// Puts bytes that stand at byte `offset`, a multiple of [`LEAF_BYTES`]: whole leaves, or up to
     /// the end. Each leaf is put once, unless the
-    /// builder is [`replaceable`](Self::replaceable). Bits beyond the last granule are taken as zero, whatever
-    /// they are.
+    /// builder is [`replaceable`](Self::replaceable). Bits beyond the last granule are taken as
+    /// zero, whatever they are.
     pub fn put(&mut self, offset: u64, bytes: &[u8]) -> Result<(), HashError> {
         let leaf = offset.checked_div(LEAF_BYTES as u64).unwrap_or_default();
         let end = offset.saturating_add(bytes.len() as u64);

@@ -137,7 +137,8 @@ impl AtomicBits {
         }
     }
 
-    /// Sets every set bit in `other`, then clears it here. Not to be called while bits are set here.
+    /// Sets every set bit in `other`, then clears it here. Not to be called while others set bits
+    /// here.
     pub fn move_to(&self, other: &Self) {
         let mut from = 0;
         while let Some(run) = self.next_run(from, u64::MAX) {

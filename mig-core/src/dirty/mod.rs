@@ -77,7 +77,7 @@ impl DirtySet {
             let found = self.dirty.next_run(from, max)?;
             self.in_flight.set_range(found.clone());
             if let Some(run) = self.dirty.take_run(found.start, found.end - found.start) {
-                // What others took of it meanwhile is in flight as well, so nothing is to be undone.
+                // What others took of it meanwhile is in flight as well: nothing is to be undone.
                 return Some(self.bytes(run));
             }
             from = found.end;

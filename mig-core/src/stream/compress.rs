@@ -267,7 +267,7 @@ mod tests {
                 // A bomb: much from little.
                 let mut packed = Vec::new();
                 packer.pack(&[&vec![0; 2 << 20]], &mut packed).unwrap();
-                assert!(packed.len() < 20_000);
+                assert!(packed.len() < 40_000, "{method:?} {}", packed.len());
                 let mut unpacker = Unpacker::new(method).unwrap();
                 assert!(unpacker.unpack(&packed, &mut [0; 1000]).is_err());
             }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::check;
 use crate::edit::Refcounts;
 use crate::error::Result;
-use crate::layout::extension::Extension;
+use crate::layout::extension::{Extension, PADDING};
 use crate::layout::header::Header;
 use crate::limits;
 use crate::storage::{Storage, StorageExt};
@@ -19,7 +19,8 @@ use crate::storage::{Storage, StorageExt};
 /// but counted too often, stays as it is. A cut at any moment leaves fewer leaks than there were.
 pub fn reclaim(file: &Arc<dyn Storage>, header: &Header) -> Result<u64> {
     use crate::layout::header::incompatible::{CORRUPT, DIRTY};
-    let is_unknown = |e: &Extension| matches!(e, Extension::Unknown { .. });
+    let is_unknown =
+        |e: &Extension| matches!(e, Extension::Unknown { kind, .. } if *kind != PADDING);
     let is_marked = header.incompatible_features & (CORRUPT | DIRTY) != 0;
     let mut freed: u64 = 0;
     if is_marked || header.extensions.iter().any(is_unknown) {

@@ -13,6 +13,9 @@ const FEATURE_NAMES: u32 = 0x6803_f857;
 const BITMAPS: u32 = 0x2385_2875;
 const DATA_FILE: u32 = 0x4441_5441;
 const FEATURE_NAME_BYTES: usize = 48;
+/// Type of an extension without meaning, by which the bitmaps extension is kept inside one sector
+/// (SPEC 3.4). To everybody else it is an unknown extension, which they keep. "BfPd".
+pub const PADDING: u32 = 0x4266_5064;
 
 /// A header extension. What is not understood is kept byte for byte.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -252,7 +252,7 @@ fn data_files_can_be_gone_on_with() {
     for is_raw in [false, true] {
         let (file, data) = (Arc::new(Memory::new()), Arc::new(Memory::new()));
         let name = "data".to_owned();
-        let data_file = DataFile { name, is_raw, storage: data.clone() };
+        let data_file = DataFile { name: name.into(), is_raw, storage: data.clone() };
         let options = CreateOptions { data_file: Some(data_file), ..CreateOptions::new(SIZE) };
         let image = NewImage::create(Arc::clone(&file) as Arc<dyn Storage>, &options).unwrap();
         image.write_at(&[1; 100_000], GuestOffset(70_000)).unwrap();

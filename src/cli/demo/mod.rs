@@ -112,8 +112,8 @@ fn move_text(moved: &Moved, pid: u32, took: Duration) -> String {
     paragraph(&format!(
         "The guest went on writing while this process (pid {}) sent the disk to a second one (pid \
          {pid}): {} writes in {}. First everything went over, then, round after round ({} in all), \
-         what the guest had changed meanwhile, {} of it; the bitmaps went along. {} on the wire for \
-         {} of data; {} of zeroes went as a few words. Then the guest was paused, the rest was \
+         what the guest had changed meanwhile, {} of it; the bitmaps went along. {} on the wire \
+         for {} of data; {} of zeroes went as a few words. Then the guest was paused, the rest was \
          sent, the second process stored the bitmaps in a qcow2 image of its own under a temporary \
          name, made it durable, opened it afresh, read it back, and told this one what it read. \
          Only when both agreed was it given its final name. The guest was paused for {}.",

@@ -1,0 +1,219 @@
+//! `copy` to or from another host: `bitferry` runs at both ends of an ssh connection.
+
+use std::ffi::OsString;
+use std::path::Path;
+
+use bitferry::connect::{self, Location, Options, Remote};
+use bitferry::copy::{BitmapSelection, Format};
+use bitferry::options::{DiskOption, doubled};
+use bitferry::receive::{self, Arrivals, ReceiveOptions};
+use bitferry::report::Report;
+use bitferry::send::{self, SendOptions};
+use bitferry::{Error, Result};
+
+use super::args::CopyArgs;
+use super::watch::Watch;
+use super::{Outcome, Output, outcome, target_options};
+
+/// The disk's name on the wire: there is only one.
+const DISK: &str = "disk0";
+
+/// Which of the operands is at another host.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Route {
+    /// Neither.
+    Here,
+    /// The destination.
+    To(Remote),
+    /// The source.
+    From(Remote),
+}
+
+/// Reads both operands.
+pub(super) fn route(source: &Path, destination: &Path) -> Result<Route> {
+    let parse = |path: &Path| Location::parse(path.as_os_str()).map_err(connect::Error::from);
+    match (parse(source)?, parse(destination)?) {
+        (Location::Local(_), Location::Local(_)) => Ok(Route::Here),
+        (Location::Local(_), Location::Remote(remote)) => Ok(Route::To(remote)),
+        (Location::Remote(remote), Location::Local(_)) => Ok(Route::From(remote)),
+        (Location::Remote(_), Location::Remote(_)) => Err(Error::Usage {
+            reason: "both SRC and DST are at other hosts: run it on one of them".to_owned(),
+        }),
+    }
+}
+
+/// Sends to a `bitferry receive` at the other host.
+pub(super) fn to(args: CopyArgs, remote: &Remote, output: &Output) -> Outcome {
+    refuse_backing(&args)?;
+    let watch = Watch::with_events(output, !args.no_verify)?;
+    let mut options = SendOptions {
+        disks: vec![disk(args.source.clone(), args.source_format)],
+        allow_backing: args.allow_backing || args.flatten,
+        bitmaps: args.bitmaps.clone(),
+        renames: args.rename_bitmap.clone(),
+        skip_broken_bitmaps: args.skip_broken_bitmaps,
+        no_verify: args.no_verify,
+        compression: args.compress.0,
+        ..SendOptions::default()
+    };
+    let plan = send::plan(&options, &watch)?;
+    let has_shape = !args.target_options.is_empty();
+    // As with a local copy: the source's format, unless something else is asked for.
+    let format = match (args.target_format, plan.disks.first()) {
+        (Some(format), _) => format,
+        (None, Some(disk)) if !has_shape => disk.source_format,
+        (None, _) => Format::Qcow2,
+    };
+    if format == Format::Raw && !args.in_place {
+        options.cannot_hold = Some("a raw image has no place for bitmaps".to_owned());
+    }
+    if args.dry_run {
+        return super::send::dry_run(&options, &watch, output);
+    }
+    let dialer = connect::dial_ssh(
+        &remote.destination,
+        receive_args(&args, remote, format)?,
+        &Options::default(),
+    );
+    let mut report = send::run(&options, &dialer, &watch)?;
+    dialer.end()?;
+    watch.finish();
+    name(&mut report, &remote.to_string());
+    outcome::finish(&report, &format!("copied {} -> {remote}", args.source.display()), output)
+}
+
+/// Receives from a `bitferry send` at the other host.
+pub(super) fn from(args: CopyArgs, remote: &Remote, output: &Output) -> Outcome {
+    refuse_backing(&args)?;
+    let watch = Watch::with_events(output, !args.no_verify)?;
+    if args.dry_run {
+        return Err(Error::Usage {
+            reason: format!(
+                "what would be sent is known at {0}: run `bitferry copy --dry-run` there, or \
+                 `ssh {0} bitferry send --dry-run …`",
+                remote.destination
+            ),
+        });
+    }
+    let target = target_options::parse(&args.target_options)?;
+    let mut disk = disk(args.destination.clone(), args.target_format);
+    if args.target_format.is_none() && args.target_options.is_empty() && !args.in_place {
+        disk.format = Some(remote_format(&args, remote)?);
+    }
+    let options = ReceiveOptions {
+        disks: vec![disk],
+        target,
+        existing: super::copy::existing(args.force, args.in_place),
+        allow_backing: args.allow_backing,
+        no_verify: args.no_verify,
+        ..ReceiveOptions::default()
+    };
+    options.check()?;
+    let transport = Options::default();
+    let listener = connect::listen_ssh(&remote.destination, send_args(&args, remote)?, &transport);
+    let (_tell, refused) = std::sync::mpsc::channel();
+    let arrivals = Arrivals::new(&listener, &watch, refused);
+    let mut report = receive::run(&options, &arrivals, &watch)?;
+    listener.end()?;
+    watch.finish();
+    name(&mut report, &args.destination.display().to_string());
+    outcome::finish(&report, &format!("copied {remote} -> {}", args.destination.display()), output)
+}
+
+/// What a copy calls its disk.
+fn name(report: &mut Report, destination: &str) {
+    report.disks.iter_mut().for_each(|disk| disk.id = destination.to_owned());
+}
+
+fn disk(path: std::path::PathBuf, format: Option<Format>) -> DiskOption {
+    DiskOption { id: DISK.to_owned(), path, format, is_readonly: false }
+}
+
+fn refuse_backing(args: &CopyArgs) -> Result<()> {
+    match &args.backing {
+        None => Ok(()),
+        Some(_) => Err(Error::Usage {
+            reason: "--backing is for copies on one host: use --flatten".to_owned(),
+        }),
+    }
+}
+
+/// Arguments of the receiving side.
+fn receive_args(args: &CopyArgs, remote: &Remote, format: Format) -> Result<Vec<OsString>> {
+    let format = (!args.in_place || args.target_format.is_some()).then_some(format);
+    let mut words = vec!["receive".to_owned(), "--quiet".to_owned()];
+    words.extend(["--disk".to_owned(), disk_word(&remote.path, format)?]);
+    words.extend(args.target_options.iter().flat_map(|o| ["-o".to_owned(), o.clone()]));
+    let switches =
+        [(args.force, "--force"), (args.in_place, "--in-place"), (args.no_verify, "--no-verify")];
+    words.extend(set(&switches));
+    words.push("-".to_owned());
+    Ok(words.into_iter().map(OsString::from).collect())
+}
+
+/// Arguments of the sending side.
+fn send_args(args: &CopyArgs, remote: &Remote) -> Result<Vec<OsString>> {
+    let mut words = vec!["send".to_owned(), "--quiet".to_owned(), "--two-way".to_owned()];
+    words.extend(["--disk".to_owned(), disk_word(&remote.path, args.source_format)?]);
+    words.push(match &args.bitmaps {
+        BitmapSelection::All => "--bitmaps=all".to_owned(),
+        BitmapSelection::None => "--bitmaps=none".to_owned(),
+        BitmapSelection::Named(names) => format!("--bitmaps={}", names.join(",")),
+    });
+    // Whatever disk was named here, there is only one there.
+    words.extend(
+        args.rename_bitmap.iter().map(|r| format!("--rename-bitmap={DISK}/{}={}", r.old, r.new)),
+    );
+    words.push(format!("--compress={}", args.compress));
+    let switches = [
+        (args.allow_backing || args.flatten, "--allow-backing"),
+        (args.skip_broken_bitmaps, "--skip-broken-bitmaps"),
+        (args.no_verify, "--no-verify"),
+    ];
+    words.extend(set(&switches));
+    words.push("-".to_owned());
+    Ok(words.into_iter().map(OsString::from).collect())
+}
+
+fn set(switches: &[(bool, &str)]) -> impl Iterator<Item = String> {
+    switches.iter().filter(|(is_set, _)| *is_set).map(|(_, word)| (*word).to_owned())
+}
+
+fn disk_word(path: &Path, format: Option<Format>) -> Result<String> {
+    let text = path.to_str().ok_or_else(|| Error::Usage {
+        reason: format!("{} is not UTF-8, which paths at other hosts must be", path.display()),
+    })?;
+    let format = format.map(|format| format!(",format={format}")).unwrap_or_default();
+    Ok(format!("{DISK}={}{format}", doubled(text)))
+}
+
+/// The format of the image at the other host, as `bitferry info` there says.
+fn remote_format(args: &CopyArgs, remote: &Remote) -> Result<Format> {
+    if let Some(format) = args.source_format {
+        return Ok(format);
+    }
+    let words = ["info".into(), "--json".into(), "--".into(), remote.path.clone().into_os_string()];
+    let answer = connect::run_ssh(&remote.destination, &words)?;
+    let info: Option<serde_json::Value> = serde_json::from_slice(&answer).ok();
+    let format = info.as_ref().and_then(|info| info.get("format")?.as_str()?.parse().ok());
+    format.ok_or_else(|| Error::Usage {
+        reason: format!("bitferry at {} does not say the format of the image", remote.destination),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_colon_before_the_first_slash_is_a_host() {
+        let route = |a: &str, b: &str| route(Path::new(a), Path::new(b));
+        assert_eq!(route("a", "./b:c").unwrap(), Route::Here);
+        let remote = Remote { destination: "u@h".into(), path: "/x".into() };
+        assert_eq!(route("a", "u@h:/x").unwrap(), Route::To(remote.clone()));
+        assert_eq!(route("u@h:/x", "a").unwrap(), Route::From(remote));
+        for (a, b) in [("h:a", "h:b"), ("-oX=y:a", "b"), ("h:", "b")] {
+            assert_eq!(route(a, b).unwrap_err().exit_status(), 2, "{a} {b}");
+        }
+    }
+}

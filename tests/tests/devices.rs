@@ -1,0 +1,140 @@
+//! Block devices as destinations, and what a copy takes over from its source beside the content.
+
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use bitferry_tests::image::make;
+use bitferry_tests::peer::cannot;
+use bitferry_tests::{Exit, Peer, Run, Scratch, bitferry, json, qemu, require_all};
+use rustix::fs::{XattrFlags, getxattr, setxattr};
+
+const MIB: u64 = 1 << 20;
+
+/// A file as a block device; let go of when dropped.
+struct Loop(PathBuf);
+
+impl Loop {
+    /// `None` where the machine does not let us, which is said and counted.
+    fn over(file: &Path) -> Option<Self> {
+        let output = Run::new("losetup").words("-f --show").arg(file).output();
+        if !output.status.success() {
+            cannot("no loop device can be set up here");
+            return None;
+        }
+        Some(Self(output.text().trim().into()))
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        Run::new("losetup").arg("-d").arg(&self.0).output();
+    }
+}
+
+#[test]
+fn a_longer_device_takes_the_disk_and_the_report_says_what_is_left() {
+    if !require_all(&[Peer::QemuImg, Peer::QemuIo]) {
+        return;
+    }
+    let scratch = Scratch::new();
+    let size = 8 * MIB;
+    let source = make(&scratch, "s.qcow2", size).write(7, MIB, 3 * MIB).done();
+    let file = scratch.path("device");
+    std::fs::write(&file, vec![0xaa; 11 << 20]).expect("write");
+    let Some(device) = Loop::over(&file) else { return };
+    let copy = |further: &[&str]| {
+        let run = bitferry().words("copy --json -O raw --in-place").args(further);
+        run.arg(&source).arg(&device.0).output().expect_exit(Exit::Done)
+    };
+    let left = "the end of the device: its last 3145728 bytes stay as they are";
+    let planned = json::lines(&copy(&["--dry-run"]).text());
+    let plan = planned.last().expect("a plan");
+    assert_eq!(plan["not-carried"], serde_json::json!([left]), "{plan}");
+    let output = copy(&[]);
+    let disk = &json::summary(&output)["disks"][0];
+    assert_eq!(disk["verified"], "yes", "{output}");
+    assert_eq!(disk["not-carried"], serde_json::json!([left]), "{output}");
+    drop(device);
+    let bytes = std::fs::read(&file).expect("read");
+    assert!(bytes[8 << 20..].iter().all(|b| *b == 0xaa), "the rest is touched");
+    std::fs::File::options().write(true).open(&file).expect("open").set_len(size).expect("cut");
+    qemu::same_content((&source, "qcow2"), (&file, "raw"));
+}
+
+#[test]
+fn a_shorter_device_is_refused() {
+    if !require_all(&[Peer::QemuImg, Peer::QemuIo]) {
+        return;
+    }
+    let scratch = Scratch::new();
+    let source = make(&scratch, "s.qcow2", 8 * MIB).write(7, MIB, MIB).done();
+    let file = scratch.path("device");
+    std::fs::write(&file, vec![0xaa; 7 << 20]).expect("write");
+    let Some(device) = Loop::over(&file) else { return };
+    let run = bitferry().words("copy -O raw --in-place").arg(&source).arg(&device.0);
+    run.output().expect_exit(Exit::Usage);
+    drop(device);
+    assert!(std::fs::read(&file).expect("read").iter().all(|b| *b == 0xaa));
+}
+
+#[test]
+fn a_device_is_a_source() {
+    if !require_all(&[Peer::QemuImg, Peer::QemuIo]) {
+        return;
+    }
+    let scratch = Scratch::new();
+    let raw = make(&scratch, "s.raw", 8 * MIB).format("raw").write(5, MIB, 2 * MIB).done();
+    let Some(device) = Loop::over(&raw) else { return };
+    let copy = scratch.path("copy.qcow2");
+    let run = bitferry().words("copy -q -f raw -O qcow2").arg(&device.0).arg(&copy);
+    run.output().expect_exit(Exit::Done);
+    drop(device);
+    qemu::same_content((&raw, "raw"), (&copy, "qcow2"));
+    qemu::check_is_clean(&copy);
+    // A device's mode is not a file's.
+    assert_eq!(copy.metadata().expect("metadata").mode() & 0o777, 0o600);
+}
+
+#[test]
+fn owner_mode_and_label_are_the_sources() {
+    if !require_all(&[Peer::QemuImg, Peer::QemuIo]) {
+        return;
+    }
+    let scratch = Scratch::new();
+    let source = make(&scratch, "s.qcow2", 8 * MIB).bitmap("b", 65536).write(5, 0, MIB).done();
+    let is_root = std::os::unix::fs::chown(&source, Some(1234), Some(2345)).is_ok();
+    let label = b"system_u:object_r:svirt_image_t:s0\0";
+    let name = "security.selinux";
+    let is_labelled = setxattr(&source, name, label, XattrFlags::empty()).is_ok();
+    for (mode, expected) in [(0o640, 0o640), (0o600, 0o600), (0o4755, 0o755), (0o444, 0o444)] {
+        let mode = std::fs::Permissions::from_mode(mode);
+        std::fs::set_permissions(&source, mode).expect("chmod");
+        let data = scratch.path("copy.raw");
+        let pair = format!("data_file={},data_file_raw=on", data.display());
+        for options in [vec!["--force"], vec!["--force", "-O", "qcow2", "-o", &pair]] {
+            let copy = scratch.path("copy.qcow2");
+            let run = bitferry().words("copy -q").args(&options).arg(&source).arg(&copy);
+            run.output().expect_exit(Exit::Done);
+            let files = if options.len() > 1 { vec![copy, data.clone()] } else { vec![copy] };
+            for file in files {
+                let found = file.metadata().expect("metadata");
+                assert_eq!(found.mode() & 0o7777, expected, "{}", file.display());
+                if is_root {
+                    assert_eq!((found.uid(), found.gid()), (1234, 2345), "{}", file.display());
+                }
+                if is_labelled {
+                    let mut room = vec![0; 100];
+                    let len = getxattr(&file, name, room.as_mut_slice()).expect("a label");
+                    assert_eq!(&room[..len], label, "{}", file.display());
+                }
+            }
+        }
+    }
+    if !is_root {
+        cannot("only root gives files away");
+    }
+    let untouched = std::fs::File::open(&source).expect("open");
+    let mut magic = [0; 4];
+    untouched.read_exact_at(&mut magic, 0).expect("read");
+    assert_eq!(&magic, b"QFI\xfb");
+}
