@@ -6,7 +6,7 @@
 //!
 //! DIR holds certificates for 127.0.0.1, by the names that `bitferry --tls-dir` reads. Two threads
 //! of this process are connected over loopback: one writes 512 KiB at a time from warm memory, one
-//! reads into warm memory. Printed are medians: in the clear, with TLS, and the limit: what one core
+//! reads into warm memory. It prints medians: in clear, with TLS, and the limit: what one core
 //! seals with the same cipher in records of the same size and another opens, without any socket,
 //! and what remains of it when the bytes have to pass through a socket too.
 

@@ -1,8 +1,8 @@
 //! Files that get their final name only when they are complete. SPEC 3.1 and 3.2.
 //!
 //! A [`Draft`] is a file under its temporary name, locked, and removed when it is dropped without
-//! having been published, unless it is kept to be gone on with. What belongs together is finished and synced as drafts first, and then
-//! [`publish`]ed in one go; the directory is synced last.
+//! having been published, unless it is kept to be gone on with. What belongs together is finished
+//! and synced as drafts first, and then [`publish`]ed in one go; the directory is synced last.
 
 use std::borrow::Borrow;
 use std::ffi::{OsStr, OsString};

@@ -127,7 +127,7 @@ mod tests {
     #[test]
     fn every_single_bit_counts() {
         let key = Key::new(&[7; 16]);
-        let plain: Vec<u8> = (0..LEAF_BYTES).map(|n| (n * 31 % 251) as u8).collect();
+        let plain: Vec<u8> = (0..LEAF_BYTES).map(|n| u8::try_from(n * 31 % 251).unwrap()).collect();
         let expected = node(&key, &plain);
         assert_eq!(node(&key, &plain.clone()), expected);
         for at in [0, 7, 8, 15, 16, BLOCK_BYTES - 1, BLOCK_BYTES, LEAF_BYTES - 1] {
@@ -142,7 +142,7 @@ mod tests {
     #[test]
     fn what_moved_does_not_hash_alike() {
         let key = Key::new(&[9; 16]);
-        let plain: Vec<u8> = (0..LEAF_BYTES).map(|n| (n / 16 % 251) as u8).collect();
+        let plain: Vec<u8> = (0..LEAF_BYTES).map(|n| u8::try_from(n / 16 % 251).unwrap()).collect();
         for distance in [8, 16, BLOCK_BYTES, LEAF_BYTES / 2] {
             let mut turned = plain.clone();
             turned.rotate_left(distance);

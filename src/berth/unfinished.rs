@@ -259,9 +259,9 @@ impl Unfinished {
     }
 }
 
-/// Publishes disks that belong together: all of their files get their names, or, where a crash comes
-/// between, the rest of them when it is gone on with. `finish` is told of each disk before its
-/// journal goes.
+/// Publishes disks that belong together: all of their files get their names, or, where a crash
+/// comes between, the rest of them when it is gone on with. `finish` is told of each disk before
+/// its journal goes.
 pub(crate) fn publish_together(
     disks: &[&Unfinished],
     replaces: bool,

@@ -1,8 +1,9 @@
 //! Accepting over TCP and Unix sockets.
 //!
 //! Whoever connects has to introduce itself before it is handed out: by a handshake where there is
-//! TLS, else by its first byte, since the source of a migration speaks first. Many do so at once, so
-//! that one that hangs holds nobody up; how many is bounded, and the oldest is closed for a new one.
+//! TLS, else by its first byte, since the source of a migration speaks first. Many do so at once,
+//! so that one that hangs holds nobody up; how many is bounded, and the oldest is closed for a new
+//! one.
 
 use std::collections::VecDeque;
 use std::io;

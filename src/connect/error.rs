@@ -265,7 +265,7 @@ fn command_hint(status: ExitStatus) -> Option<String> {
     let text = match status.code()? {
         126 => "the command is there and may not be run",
         127 => {
-            "the command was not found at that end; BITFERRY_REMOTE names bitferry at the other host"
+            "the command was not found at that end; BITFERRY_REMOTE names bitferry at the other end"
         }
         255 => "ssh itself failed: `ssh HOST true` must work without a question",
         _ => "what the command said above is the reason",

@@ -14,12 +14,12 @@ pub(super) fn take(number: i32) -> Result<OwnedFd> {
     if number <= 2 {
         return Err(fault("is a standard stream"));
     }
-    // SAFETY: the borrow ends in this function, and the number is only asked for its flags; one that
-    // is not open answers with an error.
+    // SAFETY: the borrow ends in this function, and the number is only asked for its flags; one
+    // that is not open answers with an error.
     let borrowed = unsafe { BorrowedFd::borrow_raw(number) };
     let flags = fcntl_getfd(borrowed).map_err(|_| fault("is not open"))?;
-    // All that Rust programs open closes on exec; what lives without that flag came in with exec and
-    // has no owner yet. Setting it is what makes a second taking fail.
+    // All that Rust programs open closes on exec; what lives without that flag came in with exec
+    // and has no owner yet. Setting it is what makes a second taking fail.
     if flags.contains(FdFlags::CLOEXEC) {
         return Err(fault("was not inherited, or is in use already"));
     }

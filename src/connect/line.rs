@@ -272,8 +272,8 @@ pub(super) fn system(action: &'static str, source: impl Into<io::Error>) -> Erro
     Error::System { action, source: source.into() }
 }
 
-/// Says at the first byte that the peer speaks TLS, which no dialect begins with: it is a peer whose
-/// user gave other options, and its bytes would be reported as nonsense.
+/// Says at the first byte that the peer speaks TLS, which no dialect begins with: it is a peer
+/// whose user gave other options, and its bytes would be reported as nonsense.
 #[derive(Debug)]
 pub(super) struct PlainReader {
     pub(super) line: LineReader,

@@ -1,9 +1,9 @@
 //! Connections: where a stream comes from and goes to.
 //!
-//! [`Uri`] and [`Location`] say where, in QEMU's and in scp's words; [`dial`] and [`listen`] make of
-//! it what the engine knows as [`Dial`] and [`Listen`]. Once connected, a stream is blocking, with
-//! an idle limit and a way to hang up; asynchronous code runs only until then. Nothing here knows
-//! what is in the stream.
+//! [`Uri`] and [`Location`] say where, in QEMU's and in scp's words; [`dial`] and [`listen`] make
+//! of it what the engine knows as [`Dial`] and [`Listen`]. Once connected, a stream is blocking,
+//! with an idle limit and a way to hang up; asynchronous code runs only until then. Nothing here
+//! knows what is in the stream.
 
 mod accept;
 mod bind;

@@ -8,6 +8,7 @@ use block_mig::journal::Keeper;
 use block_mig::limits::{MAX_UNIT_BYTES, UNIT_BYTES, workers};
 use block_mig::recorded::Recorded;
 use block_mig::{TransferOptions, Transferred, transfer};
+use format_spec::Blame;
 use mig_core::block::BlockSink;
 use mig_core::meter::Meter;
 use qcow2_file::Opener;
@@ -26,28 +27,32 @@ use crate::report::Verified;
 use crate::{Error, Observer, Phase, Result};
 
 /// Copies to a new destination. Nothing has a final name before everything is durable and proved.
-/// What an error leaves is gone on with by the same command, where there is a journal.
+/// What an error leaves is gone on with by the same command, where there is a journal and the error
+/// is not in the source's bytes.
 pub(super) fn copy(job: &Job<'_>, observer: &dyn Observer) -> Result<Done> {
     let unfinished = Unfinished::open(&disk(job)?)?;
     let is_kept = unfinished.keeper().is_some();
-    let done = finish(job, unfinished, observer);
-    if is_kept && done.is_err() {
-        observer.warning(
+    let done = finish(job, &unfinished, observer);
+    match &done {
+        // A source that is damaged stays so: there is nothing to go on with.
+        Err(error) if is_kept && error.blame() == Blame::Bytes => unfinished.forsake()?,
+        Err(_) if is_kept => observer.warning(
             "what was copied so far is kept: the same command goes on with it, --fresh starts anew",
-        );
+        ),
+        _ => {}
     }
     done
 }
 
-fn finish(job: &Job<'_>, unfinished: Unfinished, observer: &dyn Observer) -> Result<Done> {
+fn finish(job: &Job<'_>, unfinished: &Unfinished, observer: &dyn Observer) -> Result<Done> {
     let is_resumed = unfinished.is_resumed;
-    let repeated = if is_resumed { recheck(job, &unfinished, observer)? } else { 0 };
+    let repeated = if is_resumed { recheck(job, unfinished, observer)? } else { 0 };
     let moved = move_data(job, unfinished.sink(), unfinished.keeper(), observer)?;
     observer.phase(Phase::Bitmaps);
     let stored = bitmaps::load(&job.source, &job.bitmaps)?;
     observer.phase(Phase::Seal);
     unfinished.seal(&stored)?;
-    let proof = prove::new_destination(job, &unfinished, &moved, &stored, observer)?;
+    let proof = prove::new_destination(job, unfinished, &moved, &stored, observer)?;
     if proof.verified == Verified::Mismatch {
         unfinished.forsake()?;
     } else {

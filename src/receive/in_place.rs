@@ -67,7 +67,7 @@ enum Sink {
     Raw(RawSink),
     /// Taken and closed when the source has let go.
     Qcow2 {
-        editor: RwLock<Option<Editor>>,
+        editor: Box<RwLock<Option<Editor>>>,
         size: u64,
     },
 }
@@ -211,7 +211,7 @@ impl Written {
                     return Err(target.other_size(found, size));
                 }
                 let editor = open_editor(&target.chain, target.allow_backing)?;
-                Sink::Qcow2 { editor: RwLock::new(Some(editor)), size }
+                Sink::Qcow2 { editor: Box::new(RwLock::new(Some(editor))), size }
             }
         };
         Ok(Self { target, size, sink, stored: Mutex::default() })

@@ -18,8 +18,8 @@ use crate::report::{BitmapOutcome, error_chain};
 use crate::{Error, Observer, Phase, Result};
 
 /// What to do where a bitmap cannot be carried.
-const HINT: &str = "use --bitmaps none to go on without bitmaps or --bitmaps with names for some of \
-     them; a raw disk with bitmaps is -O qcow2 -o data_file=FILE,data_file_raw=on";
+const HINT: &str = "use --bitmaps none to go on without bitmaps or --bitmaps with names for some \
+     of them; a raw disk with bitmaps is -O qcow2 -o data_file=FILE,data_file_raw=on";
 
 /// What would become of one disk.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]

@@ -191,5 +191,6 @@ fn a_limit_is_kept_and_can_be_interrupted() {
     child.signal(Signal::INT);
     let output = child.wait();
     assert_eq!(output.code(), Some(130), "{output}");
-    assert_eq!(scratch.names(), ["big.qcow2", "copy.qcow2"]);
+    let kept = [".never.qcow2.bitferry-journal", ".never.qcow2.bitferry-part"];
+    assert_eq!(scratch.names(), [kept[0], kept[1], "big.qcow2", "copy.qcow2"]);
 }

@@ -50,7 +50,7 @@ fn places(scratch: &Scratch) -> [String; 3] {
 
 /// Bytes that are not the same everywhere.
 fn pattern(len: usize) -> Vec<u8> {
-    (0..len).map(|i| (i * 31 >> 7) as u8).collect()
+    (0..len).map(|i| ((i * 31) >> 7) as u8).collect()
 }
 
 /// Writes with vectors of odd lengths.

@@ -53,8 +53,8 @@ fn text(path: &Path) -> String {
     path.to_string_lossy().into_owned()
 }
 
-/// What lies beside the source of a copy: of a copy that did not end well, perhaps what the next try
-/// goes on with.
+/// What lies beside the source of a copy: of a copy that did not end well, perhaps what the next
+/// try goes on with.
 #[track_caller]
 fn nothing_else(scratch: &Scratch, output: &Output) {
     let known = ["source", ".copy.bitferry-part", ".copy.bitferry-journal"];

@@ -126,7 +126,9 @@ proptest! {
     }
 
     #[test]
-    fn noise_is_no_journal_and_costs_little(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
+    fn noise_is_no_journal_and_costs_little(
+        bytes in proptest::collection::vec(any::<u8>(), 0..300),
+    ) {
         let mut file = Vec::new();
         encode_start(JOURNAL_MAGIC, &mut file);
         file.extend(bytes);

@@ -175,7 +175,8 @@ proptest! {
                 Err(failed) => {
                     let Failed { base, log, image, journal } = *failed;
                     // A kill leaves what was written; a power failure, what was synced and more.
-                    let image = if seed % 2 == 0 { image.snapshot() } else { cut(&base, &log, seed) };
+                    let is_whole = seed % 2 == 0;
+                    let image = if is_whole { image.snapshot() } else { cut(&base, &log, seed) };
                     forge(&journal, how, seed >> 8);
                     left = Some(Left { image, journal: journal.snapshot() });
                 }

@@ -197,8 +197,8 @@ impl<'a> Refcounts<'a> {
         Ok(reach)
     }
 
-    /// This writer never lets two guest clusters have one, but for compressed ones: only a file that
-    /// other hands wrote to can say so.
+    /// This writer never lets two guest clusters have one, but for compressed ones: only a file
+    /// that other hands wrote to can say so.
     fn shared(&self) -> Result<()> {
         let reason = "two guest clusters are mapped to one place".to_owned();
         Err(Error::Refused { file: self.file.name(), reason })

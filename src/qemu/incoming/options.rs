@@ -7,9 +7,9 @@ use crate::{Error, Result};
 /// What arrives where.
 #[derive(Debug, Clone, Default)]
 pub struct IncomingOptions {
-    /// The images that exist and take disks, their bitmaps, or both. The name on the wire is that of
-    /// the block backend where there is one, else of the node, or the alias. QEMU's stream says no
-    /// sizes: each image must be as large as the source's disk.
+    /// The images that exist and take disks, their bitmaps, or both. The name on the wire is that
+    /// of the block backend where there is one, else of the node, or the alias. QEMU's stream says
+    /// no sizes: each image must be as large as the source's disk.
     pub disks: Vec<DiskOption>,
     /// Which bitmaps are stored, by their names on the wire. Others are received and dropped.
     pub bitmaps: BitmapSelection,
