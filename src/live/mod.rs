@@ -5,7 +5,7 @@
 //! # use bitferry::live::Outgoing;
 //! # fn example(
 //! #     vda: Arc<dyn block_mig::tracked::LiveSource>, bitmaps: Arc<bitmap_mig::LiveBitmaps>,
-//! #     my_device: impl Fn() -> Box<dyn mig_core::section::SaveHandler> + Sync,
+//! #     my_device: impl Fn() -> Box<dyn mig_core::section::SaveHandler> + Sync + 'static,
 //! #     dial: &dyn mig_core::transport::Dial, guest: &mut dyn mig_core::guest::Guest,
 //! # ) -> bitferry::Result<()> {
 //! let report = Outgoing::builder()

@@ -68,7 +68,9 @@ fn an_image_goes_there_and_back_with_its_bitmaps() {
         (&summary["status"], &summary["disks"][0]["verified"]),
         (&"completed".into(), &"yes".into())
     );
-    assert_eq!(hosts.there.names(), [name]);
+    // Beside the image a receipt stays, by which the same command finds out that it had finished.
+    let seen = hosts.there.names().into_iter().filter(|n| !n.starts_with('.'));
+    assert_eq!(seen.collect::<Vec<_>>(), [name]);
     same(&hosts.here.path("a.qcow2"), &hosts.there.path(name));
 
     let output = hosts.copy(&[&format!("host:{name}"), "back.qcow2"]).output();
