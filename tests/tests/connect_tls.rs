@@ -2,7 +2,7 @@
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
@@ -214,7 +214,7 @@ fn stuck_handshakes_hold_nobody_up() {
 }
 
 /// Both ends of an encrypted connection.
-fn pair(directory: &PathBuf, options: &Options) -> (Listener, Connection, Connection) {
+fn pair(directory: &Path, options: &Options) -> (Listener, Connection, Connection) {
     let listener = listen(&"tcp:127.0.0.1:0".parse().unwrap(), options).unwrap();
     let uri = listener.uri().clone();
     let (source, destination) = std::thread::scope(|scope| {
@@ -231,7 +231,7 @@ fn both_directions_at_once_and_an_orderly_end() {
     let scratch = Scratch::new();
     let good = Authority::new("ours").directory(&scratch, "good", GOOD);
     let (_listener, source, destination) = pair(&good, &options(Some(&good)));
-    let bytes: Vec<u8> = (0..16 << 20).map(|i| (i * 31 >> 7) as u8).collect();
+    let bytes: Vec<u8> = (0..16 << 20).map(|i| ((i * 31) >> 7) as u8).collect();
     std::thread::scope(|scope| {
         for (mut writer, mut reader) in
             [(source.writer, destination.reader), (destination.writer, source.reader)]
