@@ -3,7 +3,7 @@
 //! [`LiveBitmaps`] is one object with three sides: guest threads mark writes (it is the
 //! [`Recorder`] of a tracked disk), backup jobs add, clear, merge and remove at any time, and a
 //! migration sends what changed (`Sender`) or, at the destination, loads what arrives (it is a
-//! [`BitmapStore`](mig_core::bitmap::BitmapStore)).
+//! [`BitmapStore`]).
 
 mod jobs;
 mod one;
