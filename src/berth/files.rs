@@ -69,22 +69,26 @@ impl Files {
     /// What is on the disk of this session.
     fn look(&self, session: SessionId) -> Result<SessionState> {
         let (mut prepared, mut unprepared) = (0, 0);
-        let mut is_published = false;
+        let mut published = 0;
         self.finish()?;
         for disk in &self.disks {
             let log = Log::beside(&disk.path)?;
             let found = log.peek()?.filter(|found| found.identity.session == session);
             let receipt = Receipt::read(&log)?.filter(|receipt| receipt.session == session);
             match (receipt, found) {
-                (Some(receipt), _) => is_published |= place_size(disk)? == Some(receipt.size),
+                (Some(receipt), _) if place_size(disk)? == Some(receipt.size) => published += 1,
+                (Some(_), _) => {}
                 (None, Some(found)) if found.prepared.is_some() => prepared += 1,
                 (None, Some(_)) => unprepared += 1,
                 (None, None) => {}
             }
         }
+        // One receipt does not speak for other disks. What was proved is of no use without proof.
+        let is_published = published > 0 && published == self.disks.len();
         Ok(match (self.options.is_fresh, is_published, prepared, unprepared) {
             (true, ..) => SessionState::Fresh,
             (_, true, ..) => SessionState::Committed,
+            (_, _, 1.., _) if self.options.no_verify => SessionState::Fresh,
             (_, _, 1.., 0) => SessionState::Ready,
             (_, _, 0, 0) => SessionState::Fresh,
             _ => SessionState::Resumable,
@@ -148,7 +152,13 @@ impl Files {
         drop(state);
         let known = match found {
             SessionState::Committed => Known::published(&new)?,
-            SessionState::Ready => Known::prepared(&new, disk.format)?,
+            SessionState::Ready => Some(Known::prepared(&new, disk.format)?.ok_or_else(|| {
+                let path = disk.path.display();
+                let reason = format!(
+                    "what was proved of {path} is gone, or was for other options; use --fresh"
+                );
+                Error::Usage { reason }
+            })?),
             _ => {
                 self.check_free(&new)?;
                 None
