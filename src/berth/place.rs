@@ -12,6 +12,7 @@ use format_spec::content_hash::{ContentHash, Node};
 use mig_core::block::BlockSink;
 use mig_core::section::{Fate, Have};
 use mig_core::stream;
+use qcow2_file::lock::Lock;
 
 use super::files::{DiskPlace, FileOptions, failed};
 use super::log::Log;
@@ -75,20 +76,23 @@ pub(super) struct FilePlace {
     format: Format,
     renames: Renames,
     session: Option<[u8; 16]>,
+    target: String,
     size: u64,
     options: FileOptions,
     known: Option<Known>,
     unfinished: Option<Unfinished>,
     /// Where content goes when nothing is expected.
     closed: Sink,
+    /// Hold everybody else off what will be replaced.
+    _held: Vec<Lock>,
     receipt: Mutex<Option<Receipt>>,
 }
 
 impl FilePlace {
-    /// Opens or makes the files of a disk, unless it is complete.
+    /// Opens or makes the files of a disk, unless it is complete. What it will replace is held.
     pub(super) fn open(
         (place, disk): (&DiskPlace, &NewDisk<'_>),
-        known: Option<Known>,
+        (known, held): (Option<Known>, Vec<Lock>),
         options: FileOptions,
     ) -> Result<Self> {
         let unfinished = if known.is_some() { None } else { Some(Unfinished::open(disk)?) };
@@ -98,11 +102,13 @@ impl FilePlace {
             format: place.format,
             renames: place.renames.clone(),
             session: disk.session,
+            target: disk.target(),
             size: disk.size,
             options,
             known,
             unfinished,
             closed: Sink::Closed(disk.size),
+            _held: held,
             receipt: Mutex::new(None),
         })
     }
@@ -172,7 +178,7 @@ impl FilePlace {
                 digest: *digest,
             });
         let (size, content, bitmaps) = (self.size, proof.content, bitmaps.collect());
-        let receipt = Receipt { session, size, content, bitmaps };
+        let receipt = Receipt { session, size, content, target: self.target.clone(), bitmaps };
         *self.receipt.lock().unwrap_or_else(PoisonError::into_inner) = Some(receipt);
     }
 
