@@ -69,8 +69,17 @@ pub struct FileOptions {
     pub is_fresh: bool,
     /// Do not hash what arrives: nothing can be gone on with then.
     pub no_verify: bool,
+    /// Keep nothing for another attempt: no journal, no receipt.
+    pub keeps_nothing: bool,
     /// Worker threads for reading back.
     pub workers: Option<std::num::NonZeroUsize>,
+}
+
+impl FileOptions {
+    /// Whether another attempt can go on with what an attempt leaves.
+    fn keeps(&self) -> bool {
+        !self.no_verify && !self.keeps_nothing
+    }
 }
 
 /// New files for the disks of one migration.
@@ -103,7 +112,7 @@ impl Files {
             return Ok(SessionState::Fresh);
         }
         let traces = self.disks.iter().map(|disk| Trace::of(disk, session));
-        Ok(state(&traces.collect::<Result<Vec<_>>>()?, self.options.no_verify))
+        Ok(state(&traces.collect::<Result<Vec<_>>>()?, self.options.keeps()))
     }
 
     /// Finishes a publication that a crash interrupted.
@@ -153,7 +162,7 @@ impl Files {
         }
         let data = disk.data_file();
         let mut new = disk.new_disk(wanted.size, data.as_ref())?;
-        new.session = (!self.options.no_verify).then_some(state.session);
+        new.session = self.options.keeps().then_some(state.session);
         new.is_fresh = state.is_fresh;
         let (found, options) = (state.found, self.options);
         drop(state);

@@ -8,7 +8,6 @@
 mod accept;
 mod back;
 mod block;
-mod image;
 mod join;
 mod place;
 mod read;
@@ -28,7 +27,6 @@ use mig_core::transport::{Connection, Listen};
 use self::accept::Accepted;
 pub(crate) use self::accept::turn_away;
 use self::block::BlockSection;
-pub use self::image::{NewImages, receive_image};
 pub use self::place::{Destination, Place, Sealed, SessionId, Wanted};
 use self::read::{LOOK_INTERVAL, Session};
 use crate::Timing;

@@ -2,6 +2,7 @@
 
 mod arrivals;
 mod dialect;
+mod image;
 mod in_place;
 mod options;
 
@@ -14,6 +15,7 @@ use mig_core::transport::{Connection, Listen};
 
 pub use self::arrivals::Arrivals;
 pub use self::dialect::Dialect;
+pub use self::image::{new_image, receive_image};
 use self::in_place::InPlace;
 pub use self::options::ReceiveOptions;
 use crate::berth::{DiskPlace, FileOptions, Files};
