@@ -82,3 +82,9 @@ pub const MAX_EDITOR_TABLES: u64 = 8192;
 /// Bytes of a guest write that an editor maps at a time, so that one huge write does not hold its
 /// range, and neither memory for its entries, for long.
 pub const EDITOR_STEP_BYTES: u64 = 16 << 20;
+
+/// Bytes of a part of a file whose writes are counted, as a power of two: a cluster mostly.
+pub const WATCHED_PART_BITS: u32 = 16;
+/// Most parts whose writes are counted: 8 MiB of counts. Parts are larger in files of more than
+/// 256 GiB.
+pub const MAX_WATCHED_PARTS: u64 = 1 << 22;

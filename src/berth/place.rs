@@ -2,9 +2,10 @@
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use bitmap_mig::Bitmap;
+use block_mig::journal::Keeper;
 use block_mig::ledger::{Stretch, UNIT_BYTES};
 use block_mig::limits::workers;
 use block_mig::{Landing, Unwatched};
@@ -16,6 +17,7 @@ use qcow2_file::lock::Lock;
 
 use super::files::{DiskPlace, FileOptions, failed};
 use super::log::Log;
+use super::prover::Prover;
 use super::receipt::{Receipt, ReceiptBitmap};
 use super::sink::Sink;
 use super::unfinished::{NewDisk, Unfinished};
@@ -80,7 +82,9 @@ pub(super) struct FilePlace {
     size: u64,
     options: FileOptions,
     known: Option<Known>,
-    unfinished: Option<Unfinished>,
+    /// Ends before the files go.
+    prover: Option<Prover>,
+    unfinished: Option<Arc<Unfinished>>,
     /// Where content goes when nothing is expected.
     closed: Sink,
     /// Hold everybody else off what will be replaced.
@@ -95,7 +99,12 @@ impl FilePlace {
         (known, held): (Option<Known>, Vec<Lock>),
         options: FileOptions,
     ) -> Result<Self> {
-        let unfinished = if known.is_some() { None } else { Some(Unfinished::open(disk)?) };
+        let unfinished = match known {
+            Some(_) => None,
+            None => Some(Arc::new(Unfinished::open(disk)?)),
+        };
+        let proved = unfinished.as_ref().filter(|_| !options.no_verify);
+        let prover = proved.map(Prover::start).transpose()?;
         Ok(Self {
             name: place.name.clone(),
             path: place.path.clone(),
@@ -106,6 +115,7 @@ impl FilePlace {
             size: disk.size,
             options,
             known,
+            prover,
             unfinished,
             closed: Sink::Closed(disk.size),
             _held: held,
@@ -118,10 +128,14 @@ impl FilePlace {
         &self.name
     }
 
+    fn keeper(&self) -> Option<&Keeper> {
+        self.unfinished.as_ref().and_then(|unfinished| unfinished.keeper())
+    }
+
     /// Its files, while they have temporary names.
     pub(super) fn unfinished(&self) -> Option<&Unfinished> {
         let known = self.known.as_ref().and_then(|known| known.unfinished.as_ref());
-        self.unfinished.as_ref().or(known)
+        self.unfinished.as_deref().or(known)
     }
 
     /// Writes the receipt, once it is published.
@@ -148,12 +162,18 @@ impl FilePlace {
         let stored = sealed.bitmaps.iter();
         let stored: Vec<_> =
             stored.map(|b| b.clone().into_stored_as(&self.renames.stored(&b.name))).collect();
+        self.prover.iter().for_each(Prover::stop);
         unfinished.seal(&stored)?;
         let Some(said) = sealed.content else { return Ok(None) };
         let (path, data) = unfinished.paths();
         let disk = open(path, self.format, data)?;
-        let workers = workers(self.options.workers);
-        let content = content_of(&disk, workers, None, (Phase::Prove, &Silent))?;
+        let content = match &self.prover {
+            Some(prover) => prover.finish(&disk, self.options)?.content,
+            None => {
+                let workers = workers(self.options.workers);
+                content_of(&disk, workers, None, (Phase::Prove, &Silent))?
+            }
+        };
         let mismatch = |reason| Error::ProofMismatch { path: self.path.clone(), reason };
         if content != said {
             return Err(mismatch(format!("{said} was sent, {content} was read")));
@@ -223,15 +243,17 @@ impl Landing for FilePlace {
     }
 
     fn wants_nodes(&self) -> bool {
-        self.unfinished.as_ref().is_some_and(|unfinished| unfinished.keeper().is_some())
+        self.keeper().is_some()
     }
 
     fn begin(&self, range: Range<u64>) -> stream::Result<()> {
-        let keeper = self.unfinished.as_ref().and_then(Unfinished::keeper);
+        self.prover.iter().for_each(|prover| prover.begin(range.clone()));
+        let keeper = self.keeper();
         Ok(keeper.map_or(Ok(()), |keeper| keeper.begin(range))?)
     }
 
-    fn arrived(&self, _range: Range<u64>, first: u64, nodes: &[Node]) -> stream::Result<()> {
+    fn arrived(&self, range: Range<u64>, first: u64, nodes: &[Node]) -> stream::Result<()> {
+        self.prover.iter().for_each(|prover| prover.arrived(range.clone()));
         let Some(unfinished) = &self.unfinished else { return Ok(()) };
         let Some(keeper) = unfinished.keeper() else { return Ok(()) };
         keeper.arrived_units(first, nodes)?;
@@ -239,9 +261,8 @@ impl Landing for FilePlace {
     }
 
     fn arrived_zeroes(&self, range: Range<u64>) -> stream::Result<()> {
-        let Some(keeper) = self.unfinished.as_ref().and_then(Unfinished::keeper) else {
-            return Ok(());
-        };
+        self.prover.iter().for_each(|prover| prover.arrived_zeroes(range.clone()));
+        let Some(keeper) = self.keeper() else { return Ok(()) };
         // Units that are zero in part were told with their nodes.
         let start = range.start.next_multiple_of(UNIT_BYTES);
         let end = if range.end >= self.size { self.size } else { range.end & !(UNIT_BYTES - 1) };
@@ -251,10 +272,13 @@ impl Landing for FilePlace {
     fn durable(&self) -> stream::Result<()> {
         match &self.unfinished {
             Some(unfinished) if unfinished.keeper().is_some() => {
-                unfinished.checkpoint().map_err(failed)
+                unfinished.checkpoint().map_err(failed)?;
             }
-            _ => Ok(self.sink().sync()?),
+            _ => self.sink().sync()?,
         }
+        // A guest may be paused next: what it would have to wait for is done before.
+        self.prover.iter().for_each(Prover::rest);
+        Ok(())
     }
 }
 
