@@ -162,8 +162,9 @@ impl FilePlace {
         let stored = sealed.bitmaps.iter();
         let stored: Vec<_> =
             stored.map(|b| b.clone().into_stored_as(&self.renames.stored(&b.name))).collect();
-        self.prover.iter().for_each(Prover::stop);
+        // Until storage is done with what is written, more is read.
         unfinished.seal(&stored)?;
+        self.prover.iter().for_each(Prover::stop);
         let Some(said) = sealed.content else { return Ok(None) };
         let (path, data) = unfinished.paths();
         let disk = open(path, self.format, data)?;
@@ -269,6 +270,10 @@ impl Landing for FilePlace {
         if start < end { Ok(keeper.arrived_zeroes(start..end)?) } else { Ok(()) }
     }
 
+    fn settled(&self) {
+        self.prover.iter().for_each(Prover::settled);
+    }
+
     fn durable(&self) -> stream::Result<()> {
         match &self.unfinished {
             Some(unfinished) if unfinished.keeper().is_some() => {
@@ -277,7 +282,7 @@ impl Landing for FilePlace {
             _ => self.sink().sync()?,
         }
         // A guest may be paused next: what it would have to wait for is done before.
-        self.prover.iter().for_each(Prover::rest);
+        self.prover.iter().for_each(Prover::wait);
         Ok(())
     }
 }

@@ -49,9 +49,14 @@ impl Prover {
         self.proven.arrived(last.max(range.start)..range.end);
     }
 
-    /// See [`Proven::rest`].
-    pub(super) fn rest(&self) {
-        self.proven.rest();
+    /// See [`Proven::settled`].
+    pub(super) fn settled(&self) {
+        self.proven.settled();
+    }
+
+    /// See [`Proven::wait`].
+    pub(super) fn wait(&self) {
+        self.proven.wait();
     }
 
     /// Nothing more is written: nothing more is read back before [`finish`](Self::finish).

@@ -102,10 +102,14 @@ impl Proven {
         }
     }
 
-    /// All that has arrived has come to rest: waits until it was read.
-    pub fn rest(&self) {
-        let mut state = self.lock();
-        self.settle(&mut state);
+    /// All that has arrived has come to rest.
+    pub fn settled(&self) {
+        self.settle(&mut self.lock());
+    }
+
+    /// Waits until all that has come to rest was read.
+    pub fn wait(&self) {
+        let state = self.lock();
         let busy = |state: &mut State| {
             !state.is_over && (state.reading.is_some() || !state.waiting.is_empty())
         };
@@ -133,7 +137,7 @@ impl Proven {
         }
     }
 
-    /// Ends [`run`](Self::run) and [`rest`](Self::rest), now and later. On return nothing is being
+    /// Ends [`run`](Self::run) and [`wait`](Self::wait), now and later. On return nothing is being
     /// read.
     pub fn stop(&self) {
         let mut state = self.lock();
@@ -177,6 +181,9 @@ impl Proven {
     }
 
     fn settle(&self, state: &mut State) {
+        if state.arrived.is_empty() {
+            return;
+        }
         state.fresh_bytes = 0;
         for units in std::mem::take(&mut state.arrived).iter() {
             if state.waiting.runs() < MAX_WAITING_RUNS {

@@ -63,15 +63,9 @@ impl Disk {
     /// Reads what has come to rest.
     fn rest(&self) {
         std::thread::scope(|scope| {
-            let reader = scope.spawn(|| {
-                while self.proven.lock().waiting.is_empty() {
-                    if self.proven.lock().is_over {
-                        return;
-                    }
-                }
-                self.proven.run(self);
-            });
-            self.proven.rest();
+            let reader = scope.spawn(|| self.proven.run(self));
+            self.proven.settled();
+            self.proven.wait();
             self.proven.stop();
             reader.join().unwrap();
         });
