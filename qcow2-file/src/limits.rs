@@ -83,8 +83,7 @@ pub const MAX_EDITOR_TABLES: u64 = 8192;
 /// range, and neither memory for its entries, for long.
 pub const EDITOR_STEP_BYTES: u64 = 16 << 20;
 
-/// Bytes of a part of a file whose writes are counted, as a power of two: a cluster mostly.
+/// Most bytes of a part of a file whose writes are counted, as a power of two: a usual cluster.
 pub const WATCHED_PART_BITS: u32 = 16;
-/// Most parts whose writes are counted: 8 MiB of counts. Parts are larger in files of more than
-/// 256 GiB.
+/// Most parts whose writes are counted: 8 MiB of counts. Parts are larger in files that have more.
 pub const MAX_WATCHED_PARTS: u64 = 1 << 22;

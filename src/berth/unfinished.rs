@@ -270,7 +270,7 @@ impl Unfinished {
         let Some(content) = replayed.prepared else { return Ok(None) };
         let Some(keeper) = resume(&log, replayed)? else { return Ok(None) };
         let (sink, size, keeper) = (Sink::Closed(disk.size), disk.size, Some(keeper));
-        let writes = Arc::new(Writes::new(0));
+        let writes = Arc::new(Writes::new(0, 0));
         Ok(Some((Self { drafts, sink, size, writes, log, keeper, is_resumed: true }, content)))
     }
 
@@ -327,7 +327,11 @@ fn resume(log: &Log, replayed: Replayed) -> Result<Option<Keeper>> {
 
 /// The file that holds the content: a data file comes first.
 fn watched(disk: &NewDisk<'_>, drafts: &[Draft]) -> (Arc<Writes>, Arc<dyn Storage>) {
-    let writes = Arc::new(Writes::new(disk.size));
+    let cluster_bits = match &disk.kind {
+        NewKind::Raw => u32::MAX,
+        NewKind::Qcow2 { shape, .. } => shape.cluster_bits,
+    };
+    let writes = Arc::new(Writes::new(disk.size, cluster_bits));
     // `targets` names one file at least; an empty sink would be refused by its size.
     let nothing = || Arc::new(qcow2_file::Memory::new()) as Arc<dyn Storage>;
     let content = drafts.first().map_or_else(nothing, Draft::storage);

@@ -4,8 +4,8 @@ use std::ops::Deref;
 
 use mig_core::Result;
 use mig_core::block::{BlockSink, CompressedUnit, Extent, ExtentKind};
-use qcow2_file::{GuestOffset, LayerExtent, LayerKind};
 use qcow2_file::create::NewImage;
+use qcow2_file::{GuestOffset, LayerExtent, LayerKind};
 
 use super::{compression_type, failed};
 use crate::recheck::ReadBack;

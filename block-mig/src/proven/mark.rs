@@ -38,9 +38,7 @@ pub(super) fn mark(
         }
         let next = Run { at, len, host };
         run = match run {
-            Some(run) if run.joins(&next) => {
-                Some(Run { len: run.len.saturating_add(len), ..run })
-            }
+            Some(run) if run.joins(&next) => Some(Run { len: run.len.saturating_add(len), ..run }),
             ended => {
                 ended.hash(&mut hasher);
                 Some(next)

@@ -28,7 +28,7 @@ struct Disk {
 
 impl Disk {
     fn new() -> Self {
-        let writes = Arc::new(Writes::new(16 << 20));
+        let writes = Arc::new(Writes::new(16 << 20, 16));
         let file = Arc::new(Watched::new(Arc::new(Memory::new()), writes.clone()));
         let proven = Arc::new(Proven::new(SIZE as u64, writes).unwrap());
         Self { file, table: Mutex::new(vec![None; UNITS]), proven, is_disturbed: false }

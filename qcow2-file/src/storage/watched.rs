@@ -17,10 +17,11 @@ pub struct Writes {
 }
 
 impl Writes {
-    /// Nothing was written yet to a file of about `len` bytes. Parts are as large as a cluster
-    /// mostly is, and larger where a file has more of them than are counted.
-    pub fn new(len: u64) -> Self {
-        let mut part_bits = WATCHED_PART_BITS;
+    /// Nothing was written yet to a file of about `len` bytes. What is written together is
+    /// `1 << cluster_bits` bytes long, and so is a part, unless that is many or there are more
+    /// parts than are counted.
+    pub fn new(len: u64, cluster_bits: u32) -> Self {
+        let mut part_bits = cluster_bits.min(WATCHED_PART_BITS);
         while len >> part_bits > MAX_WATCHED_PARTS {
             part_bits += 1;
         }
@@ -54,7 +55,8 @@ impl Writes {
         let first = range.start >> self.part_bits;
         let last = range.end.saturating_sub(1) >> self.part_bits;
         let count = if range.is_empty() { 0 } else { (last - first).saturating_add(1).min(all) };
-        let index = move |n: u64| usize::try_from((first.wrapping_add(n)) % all).unwrap_or_default();
+        let index =
+            move |n: u64| usize::try_from((first.wrapping_add(n)) % all).unwrap_or_default();
         (0..count).filter_map(move |n| self.counts.get(index(n)))
     }
 }
@@ -134,7 +136,7 @@ mod tests {
 
     #[test]
     fn every_change_counts_where_it_happens() {
-        let writes = Arc::new(Writes::new(8 * PART));
+        let writes = Arc::new(Writes::new(8 * PART, WATCHED_PART_BITS));
         let watched = Watched::new(Arc::new(Memory::new()), writes.clone());
         watched.write_at(&[1; 10], 5).unwrap();
         watched.write_at(&[1; 2], PART - 1).unwrap();
@@ -154,7 +156,7 @@ mod tests {
 
     #[test]
     fn a_part_that_is_written_without_end_is_not_known() {
-        let writes = Writes::new(1);
+        let writes = Writes::new(1, 9);
         for _ in 0..u16::MAX {
             writes.note(0, 1);
         }
@@ -165,7 +167,7 @@ mod tests {
 
     #[test]
     fn memory_does_not_follow_the_file() {
-        let writes = Writes::new(1 << 50);
+        let writes = Writes::new(1 << 50, 21);
         assert_eq!(writes.counts.len() as u64, MAX_WATCHED_PARTS);
         writes.note(0, u64::MAX);
         writes.note(1 << 60, 1);
