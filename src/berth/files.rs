@@ -17,7 +17,7 @@ use super::unfinished::{NewDisk, NewKind, publish_together};
 use crate::copy::{DataFileTarget, Format, Shape, TargetOptions};
 use crate::incoming::{Destination, Place, SessionId, Wanted};
 use crate::publish::{directory, hold};
-use crate::{Error, Renames, Result};
+use crate::{Error, Observer, Renames, Result, Silent};
 
 /// Where one disk goes, as the user configured it.
 #[derive(Debug, Clone)]
@@ -86,6 +86,7 @@ impl FileOptions {
 pub struct Files {
     disks: Vec<DiskPlace>,
     options: FileOptions,
+    observer: Arc<dyn Observer>,
     state: Mutex<State>,
 }
 
@@ -102,7 +103,12 @@ impl Files {
     pub fn new(disks: Vec<DiskPlace>, options: FileOptions) -> Self {
         let (found, is_fresh, places) = (SessionState::Fresh, options.is_fresh, Vec::new());
         let state = State { session: [0; 16], found, is_fresh, places };
-        Self { disks, options, state: Mutex::new(state) }
+        Self { disks, options, observer: Arc::new(Silent), state: Mutex::new(state) }
+    }
+
+    /// Lets `observer` be told what takes long.
+    pub fn watched_by(self, observer: Arc<dyn Observer>) -> Self {
+        Self { observer, ..self }
     }
 
     /// What is on the disk of this session.
@@ -179,7 +185,8 @@ impl Files {
             SessionState::Committed => Vec::new(),
             _ => self.clear(&new)?,
         };
-        let place = Arc::new(FilePlace::open((disk, &new), (known, held), options)?);
+        let place =
+            Arc::new(FilePlace::open((disk, &new), (known, held), options, &self.observer)?);
         self.lock().places.push(Arc::clone(&place));
         Ok(place)
     }

@@ -5,10 +5,10 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bitmap_mig::Bitmap;
+use block_mig::Landing;
 use block_mig::journal::Keeper;
 use block_mig::ledger::{Stretch, UNIT_BYTES};
 use block_mig::limits::workers;
-use block_mig::{Landing, Unwatched};
 use format_spec::content_hash::{ContentHash, Node};
 use mig_core::block::BlockSink;
 use mig_core::section::{Fate, Have};
@@ -25,8 +25,9 @@ use crate::copy::Format;
 use crate::disk::{Disk, Request};
 use crate::hash::content_of;
 use crate::incoming::{Place, Sealed};
+use crate::observe::Progress;
 use crate::proof::DiskProof;
-use crate::{Error, Phase, Renames, Result, Silent};
+use crate::{Error, Observer, Phase, Renames, Result, Silent};
 
 /// Most units that are told at once.
 const HAVE_UNITS: usize = 4096;
@@ -81,6 +82,7 @@ pub(super) struct FilePlace {
     target: String,
     size: u64,
     options: FileOptions,
+    observer: Arc<dyn Observer>,
     known: Option<Known>,
     /// Ends before the files go.
     prover: Option<Prover>,
@@ -98,6 +100,7 @@ impl FilePlace {
         (place, disk): (&DiskPlace, &NewDisk<'_>),
         (known, held): (Option<Known>, Vec<Lock>),
         options: FileOptions,
+        observer: &Arc<dyn Observer>,
     ) -> Result<Self> {
         let unfinished = match known {
             Some(_) => None,
@@ -114,6 +117,7 @@ impl FilePlace {
             target: disk.target(),
             size: disk.size,
             options,
+            observer: Arc::clone(observer),
             known,
             prover,
             unfinished,
@@ -162,17 +166,19 @@ impl FilePlace {
         let stored = sealed.bitmaps.iter();
         let stored: Vec<_> =
             stored.map(|b| b.clone().into_stored_as(&self.renames.stored(&b.name))).collect();
+        self.observer.phase(Phase::Seal);
         // Until storage is done with what is written, more is read.
         unfinished.seal(&stored)?;
         self.prover.iter().for_each(Prover::stop);
         let Some(said) = sealed.content else { return Ok(None) };
+        self.observer.phase(Phase::Prove);
         let (path, data) = unfinished.paths();
         let disk = open(path, self.format, data)?;
         let content = match &self.prover {
             Some(prover) => prover.finish(&disk, self.options)?.content,
             None => {
                 let workers = workers(self.options.workers);
-                content_of(&disk, workers, None, (Phase::Prove, &Silent))?
+                content_of(&disk, workers, None, (Phase::Prove, &*self.observer))?
             }
         };
         let mismatch = |reason| Error::ProofMismatch { path: self.path.clone(), reason };
@@ -210,8 +216,13 @@ impl FilePlace {
         tell: &mut dyn FnMut(Have) -> stream::Result<()>,
     ) -> stream::Result<()> {
         let workers = workers(self.options.workers);
-        unfinished.recheck(None, workers, &Unwatched).map_err(failed)?;
-        let Some(keeper) = unfinished.keeper() else { return Ok(()) };
+        let Some(keeper) = unfinished.keeper().filter(|_| unfinished.is_resumed) else {
+            return Ok(());
+        };
+        let progress = Progress::begin(&*self.observer, Phase::Recheck, keeper.claimed_bytes());
+        unfinished.recheck(None, workers, &progress).map_err(failed)?;
+        progress.end();
+        self.observer.phase(Phase::Transfer);
         let mut at = 0;
         loop {
             let next = keeper.with_claims(|claims| {

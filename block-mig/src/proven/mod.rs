@@ -4,10 +4,10 @@
 //! What counts in the end is what somebody reads who opens the finished disk. Of a unit that was
 //! read earlier two things are noted: its node, and its [mark](mark): where in the file its content
 //! stood, and how often that place had been written before it was read. At the end the finished
-//! disk is opened afresh, and each unit's mark is made anew by *its* tables. Where that is the same,
-//! the bytes that it names are those that were read, since every write to the file is counted,
-//! whatever part of this program wrote and whatever it meant to write. Where it is not the same, the
-//! unit is read again. So nothing has to be believed of the writer: tables that are wrong, content
+//! disk is opened afresh, and each unit's mark is made anew by *its* tables. Where that is the
+//! same, the bytes that it names are those that were read, since every write to the file is
+//! counted, whatever part of this program wrote and whatever it meant to write. Where it is not the
+//! same, the unit is read again. So nothing has to be believed of the writer: tables that are wrong, content
 //! that went astray or over other content, and writes that got lost are found as by reading all of
 //! it at the end.
 //!
