@@ -239,6 +239,10 @@ impl FilePlace {
                 }))
             })?;
             let Some((end, have)) = next else { return Ok(()) };
+            if let (Some(Have::Units(first, _)), Some(prover)) = (&have, &self.prover) {
+                let end = end.saturating_mul(UNIT_BYTES).min(self.size);
+                prover.arrived(first.saturating_mul(UNIT_BYTES)..end);
+            }
             at = end;
             have.map_or(Ok(()), &mut *tell)?;
         }

@@ -11,6 +11,8 @@ mod block;
 mod join;
 mod place;
 mod read;
+#[cfg(test)]
+mod tests;
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;

@@ -7,9 +7,9 @@
 //! disk is opened afresh, and each unit's mark is made anew by *its* tables. Where that is the
 //! same, the bytes that it names are those that were read, since every write to the file is
 //! counted, whatever part of this program wrote and whatever it meant to write. Where it is not the
-//! same, the unit is read again. So nothing has to be believed of the writer: tables that are wrong, content
-//! that went astray or over other content, and writes that got lost are found as by reading all of
-//! it at the end.
+//! same, the unit is read again. So nothing has to be believed of the writer: tables that are
+//! wrong, content that went astray or over other content, and writes that got lost are found as by
+//! reading all of it at the end.
 //!
 //! One race is left: a unit may be written while it is read, and in a way that leaves no mark (made
 //! zero, written, made zero again). Who writes says so [before](Proven::begin), and what is being
@@ -116,8 +116,8 @@ impl Proven {
         drop(self.changed.wait_while(state, busy).unwrap_or_else(PoisonError::into_inner));
     }
 
-    /// Reads what has come to rest until [`stop`](Self::stop) is called. What cannot be read is read
-    /// in the end, and is an error then.
+    /// Reads what has come to rest until [`stop`](Self::stop) is called. What cannot be read is
+    /// read in the end, and is an error then.
     pub fn run(&self, disk: &dyn ReadBack) {
         let mut buffer = Vec::new();
         while let Some(unit) = self.next() {

@@ -232,8 +232,8 @@ fn what_arrives_in_bulk_comes_to_rest_by_itself() {
     let disk = Disk::new();
     std::thread::scope(|scope| {
         scope.spawn(|| disk.proven.run(&disk));
-        for round in 0..=SETTLE_BYTES / SIZE as u64 {
-            (0..UNITS).for_each(|unit| disk.write(unit, round as u8 + 1));
+        for (_, byte) in (0..=SETTLE_BYTES / SIZE as u64).zip(1..) {
+            (0..UNITS).for_each(|unit| disk.write(unit, byte));
         }
         let is_read = || disk.proven.lock().marks.first_unknown().unwrap() != Some(0..UNITS as u64);
         while !is_read() {
