@@ -113,11 +113,11 @@ fn native(
     (main, arrivals): (Connection, &Arrivals<'_>),
     (observer, started): (&dyn Observer, Instant),
 ) -> Result<Report> {
+    let relay = Arc::new(Relay::default());
     let in_place = match options.existing {
-        Existing::InPlace => Some(Arc::new(InPlace::open(options, observer)?)),
+        Existing::InPlace => Some(Arc::new(InPlace::open(options, observer, relay.clone())?)),
         Existing::Refuse | Existing::Replace => None,
     };
-    let relay = Arc::new(Relay::default());
     let destination: Arc<dyn Destination> = match &in_place {
         Some(in_place) => Arc::clone(in_place) as _,
         None => Arc::new(new_files(options).watched_by(relay.clone())),
