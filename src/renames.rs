@@ -14,6 +14,12 @@ impl Renames {
         Self(renames.iter().filter(is_for).cloned().collect())
     }
 
+    /// All of them in words.
+    pub(crate) fn text(&self) -> String {
+        let one = |rename: &Rename| format!("{:?} as {:?}", rename.old, rename.new);
+        self.0.iter().map(one).collect::<Vec<_>>().join(", ")
+    }
+
     /// What a bitmap is called here that the source calls `sent`.
     pub(crate) fn stored(&self, sent: &str) -> String {
         let found = self.0.iter().find(|rename| rename.old == sent);

@@ -6,20 +6,24 @@
 //! log          the journal beside it, by name
 //! receipt      what is left when it was published
 //! recover      a publication that a crash interrupted is finished
+//! trace        what is answered to a source because of what lies there
+//! prover       what has arrived is read back while more arrives
 //! files        all of it as what a migration arrives at, disk by disk (place)
 //! ```
 
 mod files;
 mod log;
 mod place;
+mod prover;
 mod receipt;
 mod recover;
 mod sink;
 #[cfg(test)]
 mod tests;
+mod trace;
 mod unfinished;
 
 pub use files::{DiskPlace, FileOptions, Files};
 pub(crate) use log::{Log, has_traces};
-pub(crate) use recover::{Recovered, recover};
+pub(crate) use recover::{Half, Recovered, recover};
 pub(crate) use unfinished::{NewDisk, NewKind, Unfinished};

@@ -2,28 +2,36 @@
 
 mod arrivals;
 mod dialect;
+mod image;
 mod in_place;
 mod options;
+mod relay;
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use mig_core::heart::Heart;
 use mig_core::section::Registry;
 use mig_core::stream;
 use mig_core::transport::{Connection, Listen};
 
 pub use self::arrivals::Arrivals;
 pub use self::dialect::Dialect;
+pub use self::image::{new_image, receive_image};
 use self::in_place::InPlace;
 pub use self::options::ReceiveOptions;
+use self::relay::Relay;
 use crate::berth::{DiskPlace, FileOptions, Files};
 use crate::copy::{Existing, Format, Rename};
-use crate::incoming::{Destination, IncomingOptions, Received, ReceivedDisk, receive};
+use crate::incoming::{Destination, IncomingOptions, Received, ReceivedDisk, receive, turn_away};
 use crate::observe::Stops;
 use crate::options::DiskOption;
 use crate::renames::Renames;
 use crate::report::{BitmapOutcome, BitmapReport, DiskReport, Report, Status, Verified};
 use crate::{Error, Observer, Phase, Result, qemu};
+
+/// How often the observer is told how far it is.
+const TELL_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Receives one migration from whoever comes to `arrivals` first and speaks a dialect that is known
 /// here. On an error nothing was published.
@@ -43,7 +51,13 @@ pub fn run(
     }
     observer.phase(Phase::Transfer);
     match dialect {
-        Dialect::Native => native(options, (main, arrivals), (observer, started)),
+        Dialect::Native => {
+            if let Err(error) = options.check_for(dialect) {
+                turn_away(main, error.blame(), crate::report::error_chain(&error));
+                return Err(error);
+            }
+            native(options, (main, arrivals), (observer, started))
+        }
         Dialect::Qemu => qemu(options, (main, arrivals), observer),
     }
 }
@@ -103,14 +117,22 @@ fn native(
         Existing::InPlace => Some(Arc::new(InPlace::open(options, observer)?)),
         Existing::Refuse | Existing::Replace => None,
     };
+    let relay = Arc::new(Relay::default());
     let destination: Arc<dyn Destination> = match &in_place {
         Some(in_place) => Arc::clone(in_place) as _,
-        None => Arc::new(new_files(options)),
+        None => Arc::new(new_files(options).watched_by(relay.clone())),
     };
     let monitor = Stops(observer);
     let incoming =
         IncomingOptions { max_channels: options.max_channels, ..IncomingOptions::new(&monitor) };
-    let received = receive(main, arrivals, destination, Registry::new(), &incoming)?;
+    let (over, tell) = (Heart::new(), || relay.hand_on(observer));
+    let received = std::thread::scope(|scope| {
+        scope.spawn(|| over.run(TELL_INTERVAL, tell));
+        let received = receive(main, arrivals, destination, Registry::new(), &incoming);
+        over.stop();
+        received
+    })?;
+    tell();
     let mut report = report(options, received, started);
     for disk in &mut report.disks {
         disk.bitmaps.extend(in_place.iter().flat_map(|p| p.take_invalidated(&disk.id)));
