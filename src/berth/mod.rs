@@ -28,6 +28,7 @@ mod unfinished;
 pub use files::{DiskPlace, FileOptions, Files};
 pub(crate) use kept::{Kept, log_of};
 pub(crate) use log::{Log, has_traces};
+pub(crate) use prover::Prover;
 pub(crate) use receipt::Receipt;
 pub(crate) use recover::{Half, Recovered, recover};
 pub(crate) use trace::{Trace, state};

@@ -7,7 +7,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 use bitmap_mig::Bitmap;
 use block_mig::Landing;
 use block_mig::journal::Keeper;
-use block_mig::ledger::UNIT_BYTES;
 use block_mig::limits::workers;
 use format_spec::content_hash::{ContentHash, Node};
 use mig_core::block::BlockSink;
@@ -104,7 +103,7 @@ impl FilePlace {
             None => Some(Arc::new(Unfinished::open(disk)?)),
         };
         let proved = unfinished.as_ref().filter(|_| !options.no_verify);
-        let prover = proved.map(Prover::start).transpose()?;
+        let prover = proved.map(Unfinished::prover).transpose()?;
         Ok(Self {
             name: place.name.clone(),
             path: place.path.clone(),
@@ -172,7 +171,9 @@ impl FilePlace {
         let (path, data) = unfinished.paths();
         let disk = open(path, self.format, data)?;
         let content = match &self.prover {
-            Some(prover) => prover.finish(&disk, self.options)?.content,
+            Some(prover) => {
+                prover.finish(&disk.chain, self.options.workers, &*self.observer)?.content
+            }
             None => {
                 let workers = workers(self.options.workers);
                 content_of(&disk, workers, None, (Phase::Prove, &*self.observer))?
@@ -214,11 +215,7 @@ impl FilePlace {
         progress.end();
         self.observer.phase(Phase::Transfer);
         keeper.tell(&mut |have| {
-            if let (Have::Units(first, nodes), Some(prover)) = (&have, &self.prover) {
-                let start = first.saturating_mul(UNIT_BYTES);
-                let end = start.saturating_add(UNIT_BYTES.saturating_mul(nodes.len() as u64));
-                prover.arrived(start..end.min(self.size));
-            }
+            self.prover.iter().for_each(|prover| prover.told(&have));
             tell(have)
         })
     }

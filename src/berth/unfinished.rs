@@ -17,6 +17,7 @@ use qcow2_file::storage::{Watched, Writes};
 use qcow2_file::{Access, Guard, HostFile, Storage, preflight};
 
 use super::log::Log;
+use super::prover::Prover;
 use super::sink::Sink;
 use crate::copy::{DataFileTarget, Shape};
 use crate::publish::{Draft, publish};
@@ -169,14 +170,9 @@ impl Unfinished {
         self.keeper.as_ref()
     }
 
-    /// Guest-visible bytes.
-    pub(super) fn size(&self) -> u64 {
-        self.size
-    }
-
-    /// Counts what is written to the file that holds the content.
-    pub(super) fn writes(&self) -> &Arc<Writes> {
-        &self.writes
+    /// Begins to read back what will be written to it.
+    pub(super) fn prover(self: &Arc<Self>) -> Result<Prover> {
+        Prover::start(self, |this| &this.sink, (self.size, Arc::clone(&self.writes)))
     }
 
     /// Where content goes.

@@ -112,7 +112,7 @@ pub fn receive(
         disks: Vec::new(),
     };
     if received.already_complete {
-        accepted.already_complete(options)?;
+        accepted.already_complete(options);
         return Ok(received);
     }
     let known = match accepted.choice.state {
@@ -142,9 +142,13 @@ pub fn receive(
 impl Accepted {
     /// All was published before: says so. A source that hears nothing is read to its end, so that
     /// it ends as well as it would have.
-    fn already_complete(mut self, options: &IncomingOptions<'_>) -> Result<()> {
+    fn already_complete(mut self, options: &IncomingOptions<'_>) {
         if !self.back.is_one_way() {
-            return self.back.answer(&Answer::Committed(self.offer.session));
+            // The choice has told it, too: it may have gone.
+            if let Err(error) = self.back.answer(&Answer::Committed(self.offer.session)) {
+                tracing::debug!(%error, "the source did not wait to hear that all is published");
+            }
+            return;
         }
         let over = Heart::new();
         std::thread::scope(|scope| {
@@ -158,7 +162,6 @@ impl Accepted {
             self.reader.drain(u64::MAX);
             over.stop();
         });
-        Ok(())
     }
 }
 

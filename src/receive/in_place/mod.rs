@@ -7,6 +7,8 @@
 
 mod sink;
 mod target;
+#[cfg(test)]
+mod tests;
 mod written;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

@@ -6,7 +6,7 @@ use bitmap_mig::Bitmap;
 use block_mig::device::{EditorSink, RawSink};
 use block_mig::recheck::ReadBack;
 use format_spec::Blame;
-use mig_core::block::BlockSink;
+use mig_core::block::{BlockSink, Extent};
 use qcow2_file::bitmaps::PersistentBitmap;
 use qcow2_file::edit::Editor;
 
@@ -112,5 +112,9 @@ impl BlockSink for Sink {
 impl ReadBack for Sink {
     fn read_back(&self, buf: &mut [u8], offset: u64) -> mig_core::Result<()> {
         self.with("read back", offset, |sink| sink.read_back(buf, offset))
+    }
+
+    fn placed(&self, offset: u64, max_len: u64) -> mig_core::Result<Extent> {
+        self.with("look", offset, |sink| sink.placed(offset, max_len))
     }
 }

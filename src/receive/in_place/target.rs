@@ -101,6 +101,19 @@ impl Target {
         }
     }
 
+    /// Whether all that it reads stands in its own file.
+    pub(super) fn stands_alone(&self) -> bool {
+        let has_data_file =
+            self.chain.top().as_qcow2().is_some_and(|image| image.header().has_data_file());
+        self.chain.layers().len() == 1 && !has_data_file
+    }
+
+    /// log2 of what is written together.
+    pub(super) fn cluster_bits(&self) -> u32 {
+        let image = self.chain.top().as_qcow2();
+        image.map_or(u32::MAX, |image| image.header().cluster_bits)
+    }
+
     /// What it is to be, as a journal and a receipt say it.
     pub(super) fn words(&self) -> String {
         let words = format!("in place {} {}", self.format, self.renames.text());
