@@ -20,6 +20,7 @@ use super::plan::Job;
 use super::target::Target;
 use super::{Done, bitmaps, preserve, prove};
 use crate::berth::{NewDisk, NewKind, Recovered, Unfinished, recover};
+use crate::carry::Asked;
 use crate::facts::{Facts, FileFacts, host};
 use crate::observe::Progress;
 use crate::publish::directory;
@@ -116,13 +117,15 @@ pub(super) fn session(job: &Job<'_>) -> Result<Option<[u8; 16]>> {
         FileFacts::of(file.file()).map_err(failed(file.path().to_owned()))
     };
     let files = job.source.disk.files().map(facts).collect::<Result<_>>()?;
-    let destination = &job.options.destination;
+    let options = job.options;
+    let destination = &options.destination;
     let absolute = std::path::absolute(destination).map_err(failed(destination.clone()))?;
+    let bitmaps = Asked::wishes(&options.bitmaps, &options.renames, options.skip_broken_bitmaps);
     let facts = Facts {
         host: host(),
         disks: vec![(String::new(), job.source.disk.chain.virtual_size(), files)],
         destination: absolute.into_os_string().into_encoded_bytes(),
-        wishes: vec!["copy".to_owned(), format!("{:?}", job.target)],
+        wishes: vec!["copy".to_owned(), format!("{:?}", job.target), bitmaps],
     };
     Ok(Some(facts.session()))
 }

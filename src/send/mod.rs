@@ -20,7 +20,7 @@ pub use self::options::SendOptions;
 pub(crate) use self::plan::check_ids;
 pub use self::plan::{Plan, PlannedDisk};
 use self::plan::{Planned, decide, describe};
-use crate::carry;
+use crate::carry::{self, Asked};
 use crate::facts::{Facts, FileFacts, host};
 use crate::observe::Progress;
 use crate::outgoing::{Next, Outcome, OutgoingOptions, Policy, Round, Sent, send};
@@ -121,7 +121,7 @@ fn session(options: &SendOptions, disks: &[Planned]) -> Result<[u8; 16]> {
         let files = planned.disk.files().map(facts).collect::<Result<_>>()?;
         Ok((planned.option.id.clone(), planned.disk.chain.virtual_size(), files))
     };
-    let bitmaps = format!("{:?} {:?}", options.bitmaps, options.renames);
+    let bitmaps = Asked::wishes(&options.bitmaps, &options.renames, options.skip_broken_bitmaps);
     let facts = Facts {
         host: host(),
         disks: disks.iter().map(facts).collect::<Result<_>>()?,
