@@ -1,22 +1,18 @@
 //! `send`: disks at rest to a destination.
 
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clap::Args as Group;
 
 use bitferry::connect::{self, Dial as _, Options};
-use bitferry::control::Supervised;
 use bitferry::copy::BitmapSelection;
 use bitferry::options::DiskOption;
 use bitferry::qemu::{Version, outgoing};
 use bitferry::send::{self, Plan, PlannedDisk, SendOptions};
-use bitferry::status::Migration;
-use mig_core::meter::Meter;
-
 use mig_core::stream;
 
 use super::dialect::{DialectArg, QemuArgs};
+use super::outcome::Peer;
 use super::size::{self, human};
 use super::transport::{Compress, TransportArgs};
 use super::watch::{Summary, Watch};
@@ -75,6 +71,11 @@ pub(crate) struct SendArgs {
     /// Bytes per second at most, on all connections together; K, M, G and T are powers of 1024
     #[arg(long, value_name = "RATE", value_parser = size::parse, help_heading = "Transport")]
     pub(crate) bandwidth: Option<u64>,
+    /// How long a guest may be paused, in milliseconds: what `query-migrate-parameters` shows. Disks
+    /// at rest need no pause
+    #[arg(long, value_name = "MS", help_heading = "Transport")]
+    #[arg(value_parser = clap::value_parser!(u64).range(..=bitferry::control::MAX_DOWNTIME_MS))]
+    pub(crate) downtime: Option<u64>,
     /// The other end of - or exec: answers, on standard input or the command's output
     #[arg(long, help_heading = "Transport")]
     pub(crate) two_way: bool,
@@ -111,22 +112,18 @@ fn native(args: SendArgs, watch: &Watch<'_>, output: &Output) -> Outcome {
     let transport = args.connect_options();
     let (transport_args, is_dry_run) = (args.transport.clone(), args.dry_run);
     let uri = &transport_args.uri;
-    let options = options(args);
+    let downtime = args.downtime.map_or(Duration::ZERO, Duration::from_millis);
+    let options = options(args)?;
     if is_dry_run {
         return dry_run(&options, watch, output);
     }
     let dialer = connect::dial(uri, &transport)?;
-    let rate = options.meter.bandwidth().unwrap_or(0);
-    let migration = Arc::new(Migration::new(rate, Duration::ZERO));
-    let _control = transport_args.control(&migration, &options.meter)?;
-    let supervised = Supervised::new(watch, migration);
-    let result = send::run(&options, &dialer, &supervised);
-    supervised.end(result.as_ref().err());
-    let report = result?;
-    // A command at the other end has the last word.
-    dialer.end()?;
+    let limits = (&options.meter, downtime);
+    let control = &transport_args.control;
+    let report = control.supervise(limits, watch, |o| send::run(&options, &dialer, o))?;
     watch.finish();
-    outcome::finish(&report, &format!("sent to {uri}"), output)
+    let end = (Peer::Destination, dialer.end());
+    outcome::finish_with(report, end, &format!("sent to {uri}"), output)
 }
 
 /// To a stock QEMU: see [`bitferry::qemu::outgoing`].
@@ -162,9 +159,9 @@ fn to_qemu(
     let connection =
         dialer.dial().map_err(stream::Error::Connect).map_err(bitferry::Error::from)?;
     let report = prepared.send(connection, watch)?;
-    dialer.end()?;
     watch.finish();
-    outcome::finish(&report, &format!("sent to QEMU at {uri}"), output)
+    let end = (Peer::Destination, dialer.end());
+    outcome::finish_with(report, end, &format!("sent to QEMU at {uri}"), output)
 }
 
 fn source_disk(disk: DiskOption) -> outgoing::SourceDisk {
@@ -191,8 +188,8 @@ impl SendArgs {
     }
 }
 
-fn options(args: SendArgs) -> SendOptions {
-    SendOptions {
+fn options(args: SendArgs) -> bitferry::Result<SendOptions> {
+    Ok(SendOptions {
         disks: args.disk,
         allow_backing: args.allow_backing || args.flatten,
         bitmaps: args.bitmaps,
@@ -203,10 +200,10 @@ fn options(args: SendArgs) -> SendOptions {
         fresh: args.fresh,
         channels: args.channels,
         compression: args.compress.0,
-        // None as well as 0 mean no limit, as in QEMU.
-        meter: Arc::new(Meter::new(args.bandwidth.filter(|rate| *rate > 0))),
+        meter: super::copy::meter(args.bandwidth),
         cannot_hold: None,
-    }
+        reconnect: args.transport.reconnect()?,
+    })
 }
 
 pub(super) fn dry_run(options: &SendOptions, watch: &Watch<'_>, output: &Output) -> Outcome {

@@ -10,7 +10,6 @@ use block_mig::recorded::Recorded;
 use block_mig::{TransferOptions, Transferred, transfer};
 use format_spec::Blame;
 use mig_core::block::BlockSink;
-use mig_core::meter::Meter;
 use qcow2_file::Opener;
 use qcow2_file::create::Backing;
 
@@ -163,8 +162,7 @@ pub(super) fn move_data(
     };
     let blocks = job.source.blocks();
     let recorded = Recorded { source: &*blocks, runs: &job.runs };
-    let meter = Meter::new(job.options.bandwidth.filter(|rate| *rate > 0));
-    let source = Metered { source: &recorded, meter: &meter, observer };
+    let source = Metered { source: &recorded, meter: &job.options.meter, observer };
     let moved = transfer(&source, sink, &options, &progress)?;
     job.source.check_unchanged(observer)?;
     progress.end();

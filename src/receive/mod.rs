@@ -1,5 +1,6 @@
 //! Receive one migration into image files, and report what became of it.
 
+mod again;
 mod arrivals;
 mod dialect;
 mod in_place;
@@ -8,17 +9,17 @@ mod options;
 use std::sync::Arc;
 use std::time::Instant;
 
-use mig_core::section::Registry;
 use mig_core::stream;
 use mig_core::transport::{Connection, Listen};
 
+use self::again::receive_all;
 pub use self::arrivals::Arrivals;
 pub use self::dialect::Dialect;
 use self::in_place::InPlace;
 pub use self::options::ReceiveOptions;
 use crate::berth::{DiskPlace, FileOptions, Files};
 use crate::copy::{Existing, Format, Rename};
-use crate::incoming::{Destination, IncomingOptions, Received, ReceivedDisk, receive};
+use crate::incoming::{Destination, IncomingOptions, Received, ReceivedDisk};
 use crate::observe::Stops;
 use crate::options::DiskOption;
 use crate::renames::Renames;
@@ -35,7 +36,7 @@ pub fn run(
     let started = Instant::now();
     options.check()?;
     observer.phase(Phase::Wait);
-    let (dialect, main) = first(arrivals, observer)?;
+    let (dialect, main) = first(arrivals, observer, None)?;
     if let Some(wanted) = options.dialect.filter(|wanted| *wanted != dialect) {
         let peer = &main.peer;
         let reason = format!("{peer} speaks the {dialect} dialect, and {wanted} was asked for");
@@ -49,9 +50,14 @@ pub fn run(
 }
 
 /// The first connection that begins as a migration does. Others are turned away.
-fn first(arrivals: &Arrivals<'_>, observer: &dyn Observer) -> Result<(Dialect, Connection)> {
+fn first(
+    arrivals: &Arrivals<'_>,
+    observer: &dyn Observer,
+    end: Option<Instant>,
+) -> Result<(Dialect, Connection)> {
     loop {
-        let connection = arrivals.accept(None).map_err(|error| match observer.is_cancelled() {
+        let left = end.map(|end| end.saturating_duration_since(Instant::now()));
+        let connection = arrivals.accept(left).map_err(|error| match observer.is_cancelled() {
             true => Error::Interrupted,
             false => stream::Error::Connect(error).into(),
         })?;
@@ -83,6 +89,9 @@ fn qemu(
             ),
         });
     }
+    if !options.reconnect.is_zero() {
+        observer.warning("--reconnect has no effect: a QEMU does not come back with what is left");
+    }
     let incoming = qemu::incoming::IncomingOptions {
         disks: options.disks.clone(),
         bitmaps: options.bitmaps.clone(),
@@ -103,14 +112,18 @@ fn native(
         Existing::InPlace => Some(Arc::new(InPlace::open(options, observer)?)),
         Existing::Refuse | Existing::Replace => None,
     };
-    let destination: Arc<dyn Destination> = match &in_place {
-        Some(in_place) => Arc::clone(in_place) as _,
-        None => Arc::new(new_files(options)),
+    // What was there before the first attempt may be unwanted; what that one left never is.
+    let destination = |is_first: bool| -> Arc<dyn Destination> {
+        match &in_place {
+            Some(in_place) => Arc::clone(in_place) as _,
+            None => Arc::new(new_files(options, is_first && options.fresh)),
+        }
     };
     let monitor = Stops(observer);
     let incoming =
         IncomingOptions { max_channels: options.max_channels, ..IncomingOptions::new(&monitor) };
-    let received = receive(main, arrivals, destination, Registry::new(), &incoming)?;
+    let arriving = (main, arrivals);
+    let received = receive_all(arriving, destination, options.reconnect, (&incoming, observer))?;
     let mut report = report(options, received, started);
     for disk in &mut report.disks {
         disk.bitmaps.extend(in_place.iter().flat_map(|p| p.take_invalidated(&disk.id)));
@@ -122,7 +135,7 @@ fn native(
 }
 
 /// Places that are made.
-fn new_files(options: &ReceiveOptions) -> Files {
+fn new_files(options: &ReceiveOptions, is_fresh: bool) -> Files {
     let place = |disk: &DiskOption| DiskPlace {
         name: disk.id.clone(),
         path: disk.path.clone(),
@@ -132,7 +145,7 @@ fn new_files(options: &ReceiveOptions) -> Files {
     };
     let files = FileOptions {
         replaces: options.existing == Existing::Replace,
-        is_fresh: options.fresh,
+        is_fresh,
         no_verify: options.no_verify,
         ..FileOptions::default()
     };
