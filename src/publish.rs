@@ -229,6 +229,24 @@ fn followed(target: &Path) -> Result<PathBuf> {
     Ok(target.to_owned())
 }
 
+/// Whether an earlier try left something for `target`.
+pub(crate) fn is_begun(target: &Path) -> Result<bool> {
+    let temporary = temporary_path(&followed(target)?)?;
+    Ok(fs::symlink_metadata(temporary).is_ok_and(|found| found.is_file()))
+}
+
+/// Holds everybody else off a file that is to be replaced, where there is one. One that a program
+/// uses is [`qcow2_file::Error::InUse`].
+pub(crate) fn hold(target: &Path) -> Result<Option<Lock>> {
+    match HostFile::open(target, qcow2_file::Access::Read) {
+        Ok(file) => Ok(Some(lock::acquire(file.file(), &file.name(), lock::Mode::Write)?)),
+        Err(qcow2_file::Error::Open { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+            Ok(None)
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
 /// Bytes that the file system has given to what an earlier try left for `target`.
 pub(crate) fn left_bytes(target: &Path) -> u64 {
     let temporary = followed(target).and_then(|target| temporary_path(&target));

@@ -14,12 +14,24 @@ impl Renames {
         Self(renames.iter().filter(is_for).cloned().collect())
     }
 
+    /// All of them in words.
+    pub(crate) fn text(&self) -> String {
+        let one = |rename: &Rename| format!("{:?} as {:?}", rename.old, rename.new);
+        self.0.iter().map(one).collect::<Vec<_>>().join(", ")
+    }
+
     /// What a bitmap is called here that the source calls `sent`.
     pub(crate) fn stored(&self, sent: &str) -> String {
         let found = self.0.iter().find(|rename| rename.old == sent);
         found.map_or(sent, |rename| &rename.new).to_owned()
     }
 }
+
+/// Why a raw image can hold no bitmaps.
+pub(crate) const NO_PLACE_IN_RAW: &str = "a raw image has no place for bitmaps";
+/// Why an old image can hold none.
+pub(crate) const NO_PLACE_IN_VERSION_2: &str =
+    "a qcow2 image of version 2 has no place for bitmaps";
 
 /// A bitmap comes for an image that can hold none.
 pub(crate) fn no_place(disk: &str, bitmap: &str, why: &str) -> Error {

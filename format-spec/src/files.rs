@@ -6,6 +6,10 @@ pub const PART_ENDING: &str = ".bitferry-part";
 pub const JOURNAL_ENDING: &str = ".bitferry-journal";
 /// What the name of the receipt of a finished destination ends with.
 pub const RECEIPT_ENDING: &str = ".bitferry-receipt";
+/// What a journal that is written anew ends with until it takes the old one's place.
+pub const JOURNAL_ANEW_ENDING: &str = ".bitferry-journal.new";
+/// What a receipt ends with until it is whole.
+pub const RECEIPT_HALF_ENDING: &str = ".bitferry-receipt.new";
 /// Longest file name in bytes that file systems take.
 const MAX_NAME_BYTES: usize = 255;
 /// Bytes of an overlong name that are kept.
@@ -26,6 +30,16 @@ pub fn journal_name(name: &[u8]) -> Vec<u8> {
 /// The name of its receipt.
 pub fn receipt_name(name: &[u8]) -> Vec<u8> {
     beside(name, RECEIPT_ENDING)
+}
+
+/// The name of a journal that is written anew, until it takes the old one's place.
+pub fn journal_anew_name(name: &[u8]) -> Vec<u8> {
+    beside(name, JOURNAL_ANEW_ENDING)
+}
+
+/// The name of a receipt until it is whole.
+pub fn receipt_half_name(name: &[u8]) -> Vec<u8> {
+    beside(name, RECEIPT_HALF_ENDING)
 }
 
 fn beside(name: &[u8], ending: &str) -> Vec<u8> {
@@ -55,7 +69,19 @@ mod tests {
         assert_eq!(temporary_name(&[b'x'; 240]).len(), 255);
         assert_eq!(journal_name(b"vm"), b".vm.bitferry-journal");
         assert_eq!(receipt_name(b"vm"), b".vm.bitferry-receipt");
-        assert!(journal_name(&[b'x'; 240]).len() <= 255);
+    }
+
+    #[test]
+    fn no_name_is_too_long() {
+        for len in 1..=255 {
+            let name = vec![b'x'; len];
+            let names = [temporary_name, journal_name, receipt_name]
+                .into_iter()
+                .chain([journal_anew_name, receipt_half_name])
+                .map(|beside| beside(&name));
+            let names: std::collections::BTreeSet<_> = names.collect();
+            assert!(names.len() == 5 && names.iter().all(|name| name.len() <= 255), "{len}");
+        }
     }
 
     #[test]

@@ -126,7 +126,8 @@ fn journal_records_survive() {
     check_record!(JournalRecord, JournalRecord::Bitmap(BlockRecord::Run(run)));
     check_record!(JournalRecord, JournalRecord::Bitmap(BlockRecord::BitmapRemove(version)));
     let hash = ContentHash([2; 32]);
-    check_record!(JournalRecord, JournalRecord::Receipt { session: [1; 16], size: 512, hash });
+    let (session, target) = ([1; 16], "raw".to_owned());
+    check_record!(JournalRecord, JournalRecord::Receipt { session, size: 512, hash, target });
     check_record!(
         JournalRecord,
         JournalRecord::ReceiptBitmap {

@@ -7,15 +7,16 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use format_spec::native::hello::SessionState;
 use mig_core::section::Fate;
 use mig_core::stream;
+use qcow2_file::lock::Lock;
 
-use super::log::Log;
 use super::place::{FilePlace, Known, bitmaps_of};
 use super::receipt::Receipt;
-use super::recover::recover;
+use super::recover::{Half, Recovered, recover};
+use super::trace::{Trace, state};
 use super::unfinished::{NewDisk, NewKind, publish_together};
 use crate::copy::{DataFileTarget, Format, Shape, TargetOptions};
 use crate::incoming::{Destination, Place, SessionId, Wanted};
-use crate::publish::directory;
+use crate::publish::{directory, hold};
 use crate::{Error, Renames, Result};
 
 /// Where one disk goes, as the user configured it.
@@ -31,6 +32,32 @@ pub struct DiskPlace {
     pub target: TargetOptions,
     /// New names for its bitmaps.
     pub renames: Renames,
+}
+
+impl DiskPlace {
+    /// The file that takes its data, where that is another.
+    pub(super) fn data_file(&self) -> Option<DataFileTarget> {
+        let name = self.target.data_file.clone()?;
+        let path = directory(&self.path).join(&name);
+        Some(DataFileTarget { name, path, is_raw: self.target.data_file_raw.unwrap_or(false) })
+    }
+
+    /// What is to be made of it, for nobody's session yet.
+    pub(super) fn new_disk<'a>(
+        &'a self,
+        size: u64,
+        data_file: Option<&'a DataFileTarget>,
+    ) -> Result<NewDisk<'a>> {
+        let kind = match self.format {
+            Format::Raw => NewKind::Raw,
+            Format::Qcow2 => {
+                let shape = Shape::decide(None, &self.target)?;
+                NewKind::Qcow2 { shape, data_file, backing: None }
+            }
+        };
+        let wishes = self.renames.text();
+        Ok(NewDisk { path: &self.path, size, kind, session: None, is_fresh: false, wishes })
+    }
 }
 
 /// How disks are received.
@@ -56,59 +83,51 @@ pub struct Files {
 struct State {
     session: SessionId,
     found: SessionState,
+    /// Whether what an earlier try left is removed.
+    is_fresh: bool,
     places: Vec<Arc<FilePlace>>,
 }
 
 impl Files {
     /// Places for these disks. Nothing is touched yet.
     pub fn new(disks: Vec<DiskPlace>, options: FileOptions) -> Self {
-        let state = State { session: [0; 16], found: SessionState::Fresh, places: Vec::new() };
+        let (found, is_fresh, places) = (SessionState::Fresh, options.is_fresh, Vec::new());
+        let state = State { session: [0; 16], found, is_fresh, places };
         Self { disks, options, state: Mutex::new(state) }
     }
 
     /// What is on the disk of this session.
     fn look(&self, session: SessionId) -> Result<SessionState> {
-        let (mut prepared, mut unprepared) = (0, 0);
-        let mut published = 0;
         self.finish()?;
-        for disk in &self.disks {
-            let log = Log::beside(&disk.path)?;
-            let found = log.peek()?.filter(|found| found.identity.session == session);
-            let receipt = Receipt::read(&log)?.filter(|receipt| receipt.session == session);
-            match (receipt, found) {
-                (Some(receipt), _) if place_size(disk)? == Some(receipt.size) => published += 1,
-                (Some(_), _) => {}
-                (None, Some(found)) if found.prepared.is_some() => prepared += 1,
-                (None, Some(_)) => unprepared += 1,
-                (None, None) => {}
-            }
+        if self.options.is_fresh {
+            return Ok(SessionState::Fresh);
         }
-        // One receipt does not speak for other disks. What was proved is of no use without proof.
-        let is_published = published > 0 && published == self.disks.len();
-        Ok(match (self.options.is_fresh, is_published, prepared, unprepared) {
-            (true, ..) => SessionState::Fresh,
-            (_, true, ..) => SessionState::Committed,
-            (_, _, 1.., _) if self.options.no_verify => SessionState::Fresh,
-            (_, _, 1.., 0) => SessionState::Ready,
-            (_, _, 0, 0) => SessionState::Fresh,
-            _ => SessionState::Resumable,
-        })
+        let traces = self.disks.iter().map(|disk| Trace::of(disk, session));
+        Ok(state(&traces.collect::<Result<Vec<_>>>()?, self.options.no_verify))
     }
 
     /// Finishes a publication that a crash interrupted.
     fn finish(&self) -> Result<()> {
-        for disk in &self.disks {
-            let data = data_file(disk);
-            let targets = data.iter().map(|d| d.path.as_path()).chain([disk.path.as_path()]);
-            let targets: Vec<_> = targets.collect();
-            recover(&targets, self.options.replaces, |log, found| {
-                let data = data.as_ref().map(|data| data.path.as_path());
-                let bitmaps = bitmaps_of(&disk.path, disk.format, data)?;
-                let (session, size, content) = (found.session, found.size, found.content);
-                Receipt { session, size, content, bitmaps }.write(log)
-            })?;
+        let data: Vec<_> = self.disks.iter().map(DiskPlace::data_file).collect();
+        let mut places = Vec::new();
+        for (disk, data) in self.disks.iter().zip(&data) {
+            let new = disk.new_disk(0, data.as_ref())?;
+            places.push(Half { files: new.targets(), target: Some(new.target()) });
         }
-        Ok(())
+        let done = recover(&places, self.options.replaces, |index, log, found| {
+            let (Some(disk), Some(data)) = (self.disks.get(index), data.get(index)) else {
+                return Ok(());
+            };
+            let data = data.as_ref().map(|data| data.path.as_path());
+            let bitmaps = bitmaps_of(&disk.path, disk.format, data)?;
+            let Recovered { session, size, content, target } = found.clone();
+            Receipt { session, size, content, target, bitmaps }.write(log)
+        });
+        match done {
+            // What was wished before does not matter any more.
+            Err(Error::Usage { .. }) if self.options.is_fresh => Ok(()),
+            done => done.map(drop),
+        }
     }
 
     fn new_place(&self, wanted: &Wanted<'_>) -> Result<Arc<FilePlace>> {
@@ -132,51 +151,44 @@ impl Files {
             let reason = format!("disk {:?} is sent twice", wanted.name);
             return Err(Error::Usage { reason });
         }
-        let data = data_file(disk);
-        let kind = match disk.format {
-            Format::Raw => NewKind::Raw,
-            Format::Qcow2 => NewKind::Qcow2 {
-                shape: Shape::decide(None, &disk.target)?,
-                data_file: data.as_ref(),
-                backing: None,
-            },
-        };
-        let new = NewDisk {
-            path: &disk.path,
-            size: wanted.size,
-            kind,
-            session: (!self.options.no_verify).then_some(state.session),
-            is_fresh: self.options.is_fresh,
-        };
+        let data = disk.data_file();
+        let mut new = disk.new_disk(wanted.size, data.as_ref())?;
+        new.session = (!self.options.no_verify).then_some(state.session);
+        new.is_fresh = state.is_fresh;
         let (found, options) = (state.found, self.options);
         drop(state);
         let known = match found {
             SessionState::Committed => Known::published(&new)?,
             SessionState::Ready => Some(Known::prepared(&new, disk.format)?.ok_or_else(|| {
                 let path = disk.path.display();
-                let reason = format!(
-                    "what was proved of {path} is gone, or was for other options; use --fresh"
-                );
+                let reason = format!("what was proved of {path} is gone; use --fresh");
                 Error::Usage { reason }
             })?),
-            _ => {
-                self.check_free(&new)?;
-                None
-            }
+            _ => None,
         };
-        let place = FilePlace::open((disk, &new), known, options)?;
-        let place = Arc::new(place);
+        let held = match found {
+            SessionState::Committed => Vec::new(),
+            _ => self.clear(&new)?,
+        };
+        let place = Arc::new(FilePlace::open((disk, &new), (known, held), options)?);
         self.lock().places.push(Arc::clone(&place));
         Ok(place)
     }
 
-    /// What exists is replaced only where that was asked for.
-    fn check_free(&self, disk: &NewDisk<'_>) -> Result<()> {
-        let taken = disk.targets().into_iter().find(|path| path.symlink_metadata().is_ok());
-        match taken {
-            Some(path) if !self.options.replaces => Err(Error::Exists { path: path.to_owned() }),
-            _ => Ok(()),
+    /// What exists is replaced only where that was asked for, and nobody uses it. It is held until
+    /// then.
+    fn clear(&self, disk: &NewDisk<'_>) -> Result<Vec<Lock>> {
+        let mut held = Vec::new();
+        for path in disk.targets() {
+            if path.symlink_metadata().is_err() {
+                continue;
+            }
+            if !self.options.replaces {
+                return Err(Error::Exists { path: path.to_owned() });
+            }
+            held.extend(hold(path)?);
         }
+        Ok(held)
     }
 
     fn commit_all(&self) -> Result<()> {
@@ -201,6 +213,12 @@ impl Destination for Files {
         Ok(found)
     }
 
+    fn forget(&self) -> stream::Result<()> {
+        let mut state = self.lock();
+        (state.found, state.is_fresh) = (SessionState::Fresh, true);
+        Ok(())
+    }
+
     fn place(&self, wanted: &Wanted<'_>) -> stream::Result<Arc<dyn Place>> {
         let place = self.new_place(wanted).map_err(failed)?;
         Ok(place)
@@ -222,20 +240,4 @@ impl Destination for Files {
 /// What a stream hears of an error here.
 pub(super) fn failed(error: Error) -> stream::Error {
     stream::Error::handler(error.blame(), error)
-}
-
-fn data_file(disk: &DiskPlace) -> Option<DataFileTarget> {
-    let name = disk.target.data_file.clone()?;
-    let path = directory(&disk.path).join(&name);
-    Some(DataFileTarget { name, path, is_raw: disk.target.data_file_raw.unwrap_or(false) })
-}
-
-/// Guest-visible bytes of a disk that was published.
-fn place_size(disk: &DiskPlace) -> Result<Option<u64>> {
-    if !disk.path.exists() {
-        return Ok(None);
-    }
-    let opener =
-        qcow2_file::Opener::new().format(Some(disk.format.into())).without_named_files(true);
-    Ok(opener.open(&disk.path).ok().map(|chain| chain.virtual_size()))
 }

@@ -8,22 +8,23 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use block_mig::journal::{Found, Identity, Journal, Replayed, peek, replay};
-use format_spec::files::{journal_name, receipt_name};
+use format_spec::files::{journal_anew_name, journal_name, receipt_half_name, receipt_name};
 use format_spec::native::journal::MAX_TARGET;
 use qcow2_file::{Access, HostFile};
 
 use crate::publish::{directory, sync_directory};
 use crate::{Error, Result};
 
-/// What a journal that is written anew is called until it takes the old one's place.
-const ANEW_ENDING: &str = ".new";
-
 /// Names of a destination's journal and receipt. Whoever uses them holds the lock of what they
 /// belong to.
 #[derive(Debug, Clone)]
 pub(crate) struct Log {
     journal: PathBuf,
+    /// A journal that is written anew, until it takes the old one's place.
+    anew: PathBuf,
     receipt: PathBuf,
+    /// A receipt until it is whole.
+    half_receipt: PathBuf,
 }
 
 impl Log {
@@ -34,12 +35,22 @@ impl Log {
         })?;
         let at = |name: Vec<u8>| directory(target).join(OsString::from_vec(name));
         let name = OsStr::as_bytes(name);
-        Ok(Self { journal: at(journal_name(name)), receipt: at(receipt_name(name)) })
+        Ok(Self {
+            journal: at(journal_name(name)),
+            anew: at(journal_anew_name(name)),
+            receipt: at(receipt_name(name)),
+            half_receipt: at(receipt_half_name(name)),
+        })
     }
 
     /// Where the receipt stands.
     pub(crate) fn receipt(&self) -> &Path {
         &self.receipt
+    }
+
+    /// Where the receipt is written.
+    pub(crate) fn half_receipt(&self) -> &Path {
+        &self.half_receipt
     }
 
     /// Starts a journal anew. `None` where `identity` cannot be told apart from others in one.
@@ -83,31 +94,24 @@ impl Log {
 
     /// The file that a journal is written to anew.
     pub(crate) fn anew(&self) -> Result<Arc<HostFile>> {
-        let path = self.anew_path();
-        remove(&path)?;
-        Ok(Arc::new(HostFile::create_new(&path)?))
+        remove(&self.anew)?;
+        Ok(Arc::new(HostFile::create_new(&self.anew)?))
     }
 
     /// Gives that file the journal's name.
     pub(crate) fn replace(&self) -> Result<()> {
-        fs::rename(self.anew_path(), &self.journal).map_err(failed("rename to", &self.journal))
+        fs::rename(&self.anew, &self.journal).map_err(failed("rename to", &self.journal))
     }
 
     /// Removes the journal.
     pub(crate) fn remove(&self) -> Result<()> {
-        remove(&self.anew_path())?;
+        remove(&self.anew)?;
         remove(&self.journal)
     }
 
     /// Removes the receipt of an earlier transfer.
     pub(crate) fn remove_receipt(&self) -> Result<()> {
         remove(&self.receipt)
-    }
-
-    fn anew_path(&self) -> PathBuf {
-        let mut name = self.journal.clone().into_os_string();
-        name.push(ANEW_ENDING);
-        name.into()
     }
 
     /// Opens the journal, unless it is something that we would not have made.

@@ -6,6 +6,7 @@
 //! log          the journal beside it, by name
 //! receipt      what is left when it was published
 //! recover      a publication that a crash interrupted is finished
+//! trace        what is answered to a source because of what lies there
 //! files        all of it as what a migration arrives at, disk by disk (place)
 //! ```
 
@@ -17,9 +18,10 @@ mod recover;
 mod sink;
 #[cfg(test)]
 mod tests;
+mod trace;
 mod unfinished;
 
 pub use files::{DiskPlace, FileOptions, Files};
 pub(crate) use log::{Log, has_traces};
-pub(crate) use recover::{Recovered, recover};
+pub(crate) use recover::{Half, Recovered, recover};
 pub(crate) use unfinished::{NewDisk, NewKind, Unfinished};

@@ -12,6 +12,7 @@ use format_spec::content_hash::{ContentHash, Node};
 use mig_core::block::BlockSink;
 use mig_core::section::{Fate, Have};
 use mig_core::stream;
+use qcow2_file::lock::Lock;
 
 use super::files::{DiskPlace, FileOptions, failed};
 use super::log::Log;
@@ -23,6 +24,7 @@ use crate::disk::{Disk, Request};
 use crate::hash::content_of;
 use crate::incoming::{Place, Sealed};
 use crate::proof::DiskProof;
+use crate::renames::no_place;
 use crate::{Error, Phase, Renames, Result, Silent};
 
 /// Most units that are told at once.
@@ -74,21 +76,26 @@ pub(super) struct FilePlace {
     path: PathBuf,
     format: Format,
     renames: Renames,
+    /// Why it can hold no bitmaps, if so.
+    cannot_hold: Option<&'static str>,
     session: Option<[u8; 16]>,
+    target: String,
     size: u64,
     options: FileOptions,
     known: Option<Known>,
     unfinished: Option<Unfinished>,
     /// Where content goes when nothing is expected.
     closed: Sink,
+    /// Hold everybody else off what will be replaced.
+    _held: Vec<Lock>,
     receipt: Mutex<Option<Receipt>>,
 }
 
 impl FilePlace {
-    /// Opens or makes the files of a disk, unless it is complete.
+    /// Opens or makes the files of a disk, unless it is complete. What it will replace is held.
     pub(super) fn open(
         (place, disk): (&DiskPlace, &NewDisk<'_>),
-        known: Option<Known>,
+        (known, held): (Option<Known>, Vec<Lock>),
         options: FileOptions,
     ) -> Result<Self> {
         let unfinished = if known.is_some() { None } else { Some(Unfinished::open(disk)?) };
@@ -97,12 +104,15 @@ impl FilePlace {
             path: place.path.clone(),
             format: place.format,
             renames: place.renames.clone(),
+            cannot_hold: disk.cannot_hold(),
             session: disk.session,
+            target: disk.target(),
             size: disk.size,
             options,
             known,
             unfinished,
             closed: Sink::Closed(disk.size),
+            _held: held,
             receipt: Mutex::new(None),
         })
     }
@@ -172,7 +182,7 @@ impl FilePlace {
                 digest: *digest,
             });
         let (size, content, bitmaps) = (self.size, proof.content, bitmaps.collect());
-        let receipt = Receipt { session, size, content, bitmaps };
+        let receipt = Receipt { session, size, content, target: self.target.clone(), bitmaps };
         *self.receipt.lock().unwrap_or_else(PoisonError::into_inner) = Some(receipt);
     }
 
@@ -253,6 +263,14 @@ impl Landing for FilePlace {
 }
 
 impl Place for FilePlace {
+    /// Renamed when they are stored.
+    fn bitmap_name(&self, sent: &str) -> stream::Result<String> {
+        match self.cannot_hold {
+            None => Ok(sent.to_owned()),
+            Some(why) => Err(failed(no_place(&self.name, sent, why))),
+        }
+    }
+
     fn prepare(&self, sealed: &Sealed) -> stream::Result<Option<DiskProof>> {
         let proof = match (&self.known, &self.unfinished) {
             (Some(known), _) => {

@@ -16,8 +16,6 @@ use crate::{Error, Result};
 
 /// Longest receipt that is read.
 const MAX_RECEIPT_BYTES: u64 = 16 << 20;
-/// What a receipt is called until it is whole.
-const HALF_ENDING: &str = ".new";
 
 /// A bitmap that was published with the disk.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -34,6 +32,8 @@ pub(crate) struct Receipt {
     pub(crate) session: [u8; 16],
     pub(crate) size: u64,
     pub(crate) content: ContentHash,
+    /// What the destination was asked to be; see [`NewDisk::target`](super::NewDisk::target).
+    pub(crate) target: String,
     pub(crate) bitmaps: Vec<ReceiptBitmap>,
 }
 
@@ -52,10 +52,7 @@ impl Receipt {
 
     /// Writes it durably, whole or not at all.
     pub(crate) fn write(&self, log: &Log) -> Result<()> {
-        let path = log.receipt();
-        let mut half = path.as_os_str().to_owned();
-        half.push(HALF_ENDING);
-        let half = Path::new(&half);
+        let (path, half) = (log.receipt(), log.half_receipt());
         if let Err(e) = fs::remove_file(half)
             && e.kind() != io::ErrorKind::NotFound
         {
@@ -72,8 +69,9 @@ impl Receipt {
     fn encode(&self) -> Vec<u8> {
         let mut out = Vec::new();
         encode_start(RECEIPT_MAGIC, &mut out);
-        let Self { session, size, content, bitmaps } = self;
-        JournalRecord::Receipt { session: *session, size: *size, hash: *content }.encode(&mut out);
+        let Self { session, size, content, target, bitmaps } = self;
+        let (session, size, hash, target) = (*session, *size, *content, target.clone());
+        JournalRecord::Receipt { session, size, hash, target }.encode(&mut out);
         for bitmap in bitmaps {
             let record = JournalRecord::ReceiptBitmap {
                 granularity: bitmap.granularity,
@@ -93,7 +91,7 @@ impl Receipt {
         let mut reader = Reader::new(bytes, 0);
         decode_start(&mut reader, RECEIPT_MAGIC).ok()?;
         let first = Record::decode(&mut reader).ok()?;
-        let JournalRecord::Receipt { session, size, hash } =
+        let JournalRecord::Receipt { session, size, hash: content, target } =
             JournalRecord::decode(&first).ok()??
         else {
             return None;
@@ -102,12 +100,8 @@ impl Receipt {
         loop {
             let record = Record::decode(&mut reader).ok()?;
             if record.header.is_end() {
-                return (reader.left() == 0).then_some(Self {
-                    session,
-                    size,
-                    content: hash,
-                    bitmaps,
-                });
+                let receipt = Self { session, size, content, target, bitmaps };
+                return (reader.left() == 0).then_some(receipt);
             }
             match JournalRecord::decode(&record).ok()? {
                 Some(JournalRecord::ReceiptBitmap {
@@ -146,6 +140,7 @@ mod tests {
             session: [1; 16],
             size: 512,
             content: ContentHash([2; 32]),
+            target: "raw".into(),
             bitmaps: vec![bitmap("a"), bitmap("b")],
         }
     }

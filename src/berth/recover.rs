@@ -1,15 +1,29 @@
-//! A publication that a crash interrupted is finished: all renames happen once one has. SPEC 9.
+//! A publication that a crash interrupted is finished: all renames happen once one has. SPEC 9, 10.
 
 use std::path::Path;
 
 use format_spec::content_hash::ContentHash;
 
 use super::log::Log;
-use crate::Result;
-use crate::publish::{Draft, publish};
+use crate::publish::{Draft, hold, publish};
+use crate::{Error, Result};
+
+/// A destination whose publication may have begun.
+pub(crate) struct Half<'a> {
+    /// Its files in the order of their renames, the last one with the journal beside it.
+    pub(crate) files: Vec<&'a Path>,
+    /// What it is asked to be now, if that is known: it is published as nothing else.
+    pub(crate) target: Option<String>,
+}
+
+impl Half<'_> {
+    fn last(&self) -> &Path {
+        self.files.last().copied().unwrap_or(Path::new(""))
+    }
+}
 
 /// A publication that was finished now.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Recovered {
     /// Whose it was.
     pub(crate) session: [u8; 16],
@@ -17,39 +31,105 @@ pub(crate) struct Recovered {
     pub(crate) size: u64,
     /// What was proved before it began.
     pub(crate) content: ContentHash,
+    /// What it was asked to be.
+    pub(crate) target: String,
 }
 
-/// Finishes the publication of a destination, if its journal says that one had begun. `targets` are
-/// its files in the order of their renames, the last one with the journal beside it.
-/// The journal goes when `finish` was done with what it says.
+/// What is to be published, its files locked.
+struct Found<'a> {
+    index: usize,
+    files: &'a [&'a Path],
+    log: &'a Log,
+    drafts: Vec<Draft>,
+    proved: Recovered,
+}
+
+/// Finishes the publication of destinations that belong together, if one of their journals says
+/// that it had begun: of all that were proved in that session. A journal goes when `finish` was
+/// done with what it says; its first argument is the destination's index. Answers what is there now.
 pub(crate) fn recover(
-    targets: &[&Path],
+    places: &[Half<'_>],
     replaces: bool,
-    finish: impl FnOnce(&Log, &Recovered) -> Result<()>,
-) -> Result<Option<Recovered>> {
-    let Some(last) = targets.last() else { return Ok(None) };
-    let log = Log::beside(last)?;
-    let is_begun = |log: &Log| -> Result<Option<Recovered>> {
-        Ok(log.peek()?.filter(|found| found.is_committing).and_then(|found| {
-            let (session, size) = (found.identity.session, found.identity.size);
-            found.prepared.map(|content| Recovered { session, size, content })
-        }))
-    };
-    if is_begun(&log)?.is_none() {
-        return Ok(None);
+    finish: impl Fn(usize, &Log, &Recovered) -> Result<()>,
+) -> Result<Vec<Recovered>> {
+    let log = |place: &Half<'_>| Log::beside(place.last());
+    let logs = places.iter().map(log).collect::<Result<Vec<_>>>()?;
+    let sessions = sessions_begun(&logs)?;
+    let mut found = Vec::new();
+    for (index, (place, log)) in places.iter().zip(&logs).enumerate() {
+        found.extend(find(place, log, &sessions)?.map(|(drafts, proved)| Found {
+            index,
+            files: &place.files,
+            log,
+            drafts,
+            proved,
+        }));
+    }
+    // From here on each journal says by itself what happens.
+    found.iter().try_for_each(|found| commit(found.log))?;
+    let drafts: Vec<_> = found.iter().flat_map(|found| &found.drafts).collect();
+    let replaced = drafts.iter().filter(|_| replaces).map(|draft| hold(draft.target()));
+    let _held = replaced.collect::<Result<Vec<_>>>()?;
+    publish(drafts, replaces)?;
+    let mut recovered = Vec::new();
+    for Found { index, files, log, proved, .. } in found {
+        // What was published and then taken away is not there any more.
+        if files.iter().all(|file| file.exists()) {
+            finish(index, log, &proved)?;
+            recovered.push(proved);
+        }
+        log.remove()?;
+    }
+    Ok(recovered)
+}
+
+/// Sessions whose publication has begun.
+fn sessions_begun(logs: &[Log]) -> Result<Vec<[u8; 16]>> {
+    let mut sessions = Vec::new();
+    for log in logs {
+        let begun = log.peek()?.filter(|found| found.is_committing && found.prepared.is_some());
+        sessions.extend(begun.map(|found| found.identity.session));
+    }
+    Ok(sessions)
+}
+
+/// What was proved at a place in one of these sessions, and its files, locked.
+fn find(
+    place: &Half<'_>,
+    log: &Log,
+    sessions: &[[u8; 16]],
+) -> Result<Option<(Vec<Draft>, Recovered)>> {
+    let Some(proved) = proved(log, sessions)? else { return Ok(None) };
+    if place.target.as_ref().is_some_and(|target| *target != proved.target) {
+        let file = place.last().display();
+        let reason = format!(
+            "an earlier run began to publish {file} with other options: run it with those again, \
+             or begin anew with --fresh"
+        );
+        return Err(Error::Usage { reason });
     }
     let mut drafts = Vec::new();
-    for target in targets {
-        drafts.extend(Draft::reopen(target)?);
+    for file in &place.files {
+        drafts.extend(Draft::reopen(file)?);
     }
     // Looked at again under the locks: another process may have finished it meanwhile.
-    let Some(found) = is_begun(&log)? else { return Ok(None) };
-    publish(drafts, replaces)?;
-    // What was published and then taken away is not there any more.
-    let is_there = targets.iter().all(|target| target.exists());
-    if is_there {
-        finish(&log, &found)?;
+    Ok(self::proved(log, sessions)?.map(|proved| (drafts, proved)))
+}
+
+fn proved(log: &Log, sessions: &[[u8; 16]]) -> Result<Option<Recovered>> {
+    let found = log.peek()?.filter(|found| sessions.contains(&found.identity.session));
+    Ok(found.and_then(|found| {
+        let block_mig::journal::Identity { session, size, target } = found.identity;
+        found.prepared.map(|content| Recovered { session, size, content, target })
+    }))
+}
+
+/// Notes durably that publication has begun.
+fn commit(log: &Log) -> Result<()> {
+    let Some(found) = log.peek()?.filter(|found| !found.is_committing) else { return Ok(()) };
+    if let Some(mut journal) = log.resume(found)? {
+        journal.commit()?;
+        log.sync_name()?;
     }
-    log.remove()?;
-    Ok(is_there.then_some(found))
+    Ok(())
 }

@@ -8,6 +8,8 @@ use block_mig::journal::{Identity, Keeper, Replayed};
 use block_mig::ledger::Ledger;
 use block_mig::recheck::{Recheck, Rechecked, clear_unknown, recheck};
 use format_spec::content_hash::ContentHash;
+use format_spec::native::journal::MAX_TARGET;
+use format_spec::native::session::derive;
 use mig_core::block::BlockSource;
 use qcow2_file::bitmaps::PersistentBitmap;
 use qcow2_file::create::{Backing, CreateOptions, DataFile, NewImage};
@@ -17,6 +19,7 @@ use super::log::Log;
 use super::sink::Sink;
 use crate::copy::{DataFileTarget, Shape};
 use crate::publish::{Draft, publish};
+use crate::renames::{NO_PLACE_IN_RAW, NO_PLACE_IN_VERSION_2};
 use crate::{Error, Result};
 
 /// What a new disk is to be.
@@ -32,6 +35,8 @@ pub(crate) struct NewDisk<'a> {
     pub(crate) session: Option<[u8; 16]>,
     /// Whether what an earlier try left is removed.
     pub(crate) is_fresh: bool,
+    /// What else is asked for that changes what is stored, in words.
+    pub(crate) wishes: String,
 }
 
 /// Format of a new disk.
@@ -50,9 +55,9 @@ pub(crate) enum NewKind<'a> {
     },
 }
 
-impl NewDisk<'_> {
+impl<'a> NewDisk<'a> {
     /// Final names of its files, in the order in which they are published.
-    pub(super) fn targets(&self) -> Vec<&Path> {
+    pub(super) fn targets(&self) -> Vec<&'a Path> {
         let data = match &self.kind {
             NewKind::Qcow2 { data_file: Some(data), .. } => Some(data.path.as_path()),
             _ => None,
@@ -60,15 +65,33 @@ impl NewDisk<'_> {
         data.into_iter().chain([self.path]).collect()
     }
 
-    fn identity(&self, session: [u8; 16]) -> Identity {
-        let target = match &self.kind {
+    /// What it is to be, in as many words as a journal takes. Its size is no part of it.
+    pub(crate) fn target(&self) -> String {
+        let kind = match &self.kind {
             NewKind::Raw => "raw".to_owned(),
             NewKind::Qcow2 { shape, data_file, .. } => {
                 let data = data_file.map(|data| (data.is_raw, &data.name));
                 format!("qcow2 {shape:?} {data:?}")
             }
         };
-        Identity { session, size: self.size, target }
+        let words = [kind, self.wishes.clone()].join(" ");
+        let words = words.trim_end();
+        match words.len() {
+            0..=MAX_TARGET => words.to_owned(),
+            _ => format!("{:032x}", u128::from_be_bytes(derive(&[words.as_bytes()]))),
+        }
+    }
+
+    /// Why it can hold no bitmaps, if so.
+    pub(super) fn cannot_hold(&self) -> Option<&'static str> {
+        match &self.kind {
+            NewKind::Raw => Some(NO_PLACE_IN_RAW),
+            NewKind::Qcow2 { shape, .. } => (shape.version < 3).then_some(NO_PLACE_IN_VERSION_2),
+        }
+    }
+
+    fn identity(&self, session: [u8; 16]) -> Identity {
+        Identity { session, size: self.size, target: self.target() }
     }
 }
 

@@ -18,7 +18,7 @@ use super::options::{CopyOptions, Existing};
 use super::plan::Job;
 use super::target::Target;
 use super::{Done, bitmaps, preserve, prove};
-use crate::berth::{NewDisk, NewKind, Recovered, Unfinished, recover};
+use crate::berth::{Half, NewDisk, NewKind, Recovered, Unfinished, recover};
 use crate::carry::Asked;
 use crate::facts::{Facts, FileFacts, host};
 use crate::observe::Progress;
@@ -91,6 +91,7 @@ fn disk<'a>(job: &'a Job<'_>) -> Result<NewDisk<'a>> {
         kind,
         session: session(job)?,
         is_fresh: job.options.fresh,
+        wishes: String::new(),
     })
 }
 
@@ -102,7 +103,8 @@ pub(super) fn recover_publication(options: &CopyOptions) -> Result<Option<Recove
     let destination = options.destination.as_path();
     let data = options.target.data_file.as_ref().map(|name| directory(destination).join(name));
     let targets: Vec<_> = data.as_deref().into_iter().chain([destination]).collect();
-    recover(&targets, options.existing == Existing::Replace, |_, _| Ok(()))
+    let place = Half { files: targets, target: None };
+    Ok(recover(&[place], options.existing == Existing::Replace, |_, _, _| Ok(()))?.pop())
 }
 
 /// The session of this copy. What stands on a backing file, or is not hashed, is copied anew each

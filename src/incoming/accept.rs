@@ -13,6 +13,7 @@ use mig_core::transport::{Connection, HangUp, Nature};
 
 use super::back::Back;
 use super::{Destination, IncomingOptions};
+use crate::Timing;
 
 /// A source that was answered.
 pub(super) struct Accepted {
@@ -39,10 +40,8 @@ pub(super) fn accept(
         Ok(answered) => answered,
         Err(error) => {
             if is_worth_an_answer(&error) {
-                let refusal =
-                    Refusal { blame: error.blame(), text: crate::report::error_chain(&error) };
-                // The first error is the one to report.
-                let _ = writer.hello(&Hello::Refusal(refusal));
+                let text = crate::report::error_chain(&error);
+                refuse(Refusal { blame: error.blame(), text }, &mut writer);
                 within(options.timing.linger, &*line, || reader.drain(u64::MAX));
             }
             line.hang_up();
@@ -60,6 +59,22 @@ pub(super) fn accept(
         reader.decompress(method);
     }
     Ok(Accepted { reader, line, back, offer, choice })
+}
+
+/// Ends a connection that nothing will come of, before its hello was heard, and tells why.
+pub(crate) fn turn_away(main: Connection, blame: Blame, text: String) {
+    let Connection { reader, writer, line, .. } = main;
+    refuse(Refusal { blame, text }, &mut StreamWriter::new(writer, 0));
+    let mut reader = StreamReader::new(reader, 0);
+    within(Timing::default().linger, &*line, || reader.drain(u64::MAX));
+    line.hang_up();
+}
+
+/// Whatever comes of it: the first error is the one to report.
+fn refuse(refusal: Refusal, writer: &mut StreamWriter) {
+    if let Err(error) = writer.hello(&Hello::Refusal(refusal)) {
+        tracing::debug!(%error, "the source cannot be told");
+    }
 }
 
 /// A peer that speaks another version is told ours; one that speaks something else would not
@@ -93,11 +108,11 @@ fn choose(
         let reason = format!("the source requires features {missing:#x}, which are not here");
         return Err(Error::handler(Blame::PeerFeatures, reason));
     }
-    let state = destination.begin(offer.session)?;
-    if state != SessionState::Fresh && offer.is_one_way {
-        destination.abort(Fate::Kept);
-        let reason = "an unfinished attempt cannot go on over a stream without answers";
-        return Err(Error::handler(Blame::Caller, reason));
+    let mut state = destination.begin(offer.session)?;
+    if offer.is_one_way && matches!(state, SessionState::Resumable | SessionState::Ready) {
+        // It cannot be told what is there, and sends everything.
+        destination.forget()?;
+        state = SessionState::Fresh;
     }
     let random = crate::random_id();
     let ticket = random.map_err(|e| Error::handler(Blame::Device, e))?;

@@ -26,10 +26,11 @@ use mig_core::stream::Result;
 use mig_core::transport::{Connection, Listen};
 
 use self::accept::Accepted;
+pub(crate) use self::accept::turn_away;
 use self::block::BlockSection;
 pub use self::image::{NewImages, receive_image};
 pub use self::place::{Destination, Place, Sealed, SessionId, Wanted};
-use self::read::Session;
+use self::read::{LOOK_INTERVAL, Session};
 use crate::Timing;
 
 /// How to receive.
@@ -111,7 +112,7 @@ pub fn receive(
         disks: Vec::new(),
     };
     if received.already_complete {
-        accepted.back.answer(&Answer::Committed(received.session))?;
+        accepted.already_complete(options)?;
         return Ok(received);
     }
     let known = match accepted.choice.state {
@@ -136,6 +137,29 @@ pub fn receive(
     received.wire_bytes = session.read_bytes.load(Ordering::Relaxed);
     received.disks = block.received();
     Ok(received)
+}
+
+impl Accepted {
+    /// All was published before: says so. A source that hears nothing is read to its end, so that
+    /// it ends as well as it would have.
+    fn already_complete(mut self, options: &IncomingOptions<'_>) -> Result<()> {
+        if !self.back.is_one_way() {
+            return self.back.answer(&Answer::Committed(self.offer.session));
+        }
+        let over = Heart::new();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !over.wait(LOOK_INTERVAL) {
+                    if options.monitor.is_cancelled() {
+                        self.line.hang_up();
+                    }
+                }
+            });
+            self.reader.drain(u64::MAX);
+            over.stop();
+        });
+        Ok(())
+    }
 }
 
 /// Reads all connections until the source has nothing more to say.

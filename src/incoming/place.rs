@@ -68,6 +68,13 @@ pub trait Destination: Send + Sync {
     /// [`SessionState::Fresh`] nothing of an earlier attempt is left.
     fn begin(&self, session: SessionId) -> Result<SessionState>;
 
+    /// The source hears no answers and sends everything again: what
+    /// [`begin`](Destination::begin) found unfinished is not gone on with, as if it had answered
+    /// [`SessionState::Fresh`]. Nothing to do for whoever keeps nothing.
+    fn forget(&self) -> Result<()> {
+        Ok(())
+    }
+
     /// Finds or makes the place of a disk, at least as large as wanted.
     fn place(&self, wanted: &Wanted<'_>) -> Result<Arc<dyn Place>>;
 

@@ -22,7 +22,7 @@ use super::IncomingOptions;
 use super::back::Back;
 
 /// How often it is looked whether the user wants to stop.
-const LOOK_INTERVAL: Duration = Duration::from_millis(200);
+pub(super) const LOOK_INTERVAL: Duration = Duration::from_millis(200);
 
 /// How far the handover is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]

@@ -115,6 +115,10 @@ impl Destination for Door {
         Ok(state)
     }
 
+    fn forget(&self) -> stream::Result<()> {
+        self.inner.forget()
+    }
+
     fn place(&self, wanted: &Wanted<'_>) -> stream::Result<Arc<dyn Place>> {
         self.inner.place(wanted)
     }

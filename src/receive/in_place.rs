@@ -26,12 +26,9 @@ use crate::disk::{Disk, Request, check_probe};
 use crate::hash::content;
 use crate::incoming::{Destination, Place, Sealed, SessionId, Wanted};
 use crate::options::DiskOption;
-use crate::renames::{self, Renames};
+use crate::renames::{self, NO_PLACE_IN_RAW, NO_PLACE_IN_VERSION_2, Renames};
 use crate::report::BitmapReport;
 use crate::{DiskProof, Error, Observer, Phase, Result, Silent};
-
-/// Why an old image cannot hold bitmaps.
-const VERSION_2: &str = "a qcow2 image of version 2 has no place for bitmaps";
 
 /// Existing images, open and locked.
 pub(super) struct InPlace {
@@ -189,8 +186,8 @@ impl Target {
     /// Why it can hold no bitmaps, if so.
     fn cannot_hold(&self) -> Option<&'static str> {
         match self.chain.top().as_qcow2() {
-            None => Some("a raw image has no place for bitmaps"),
-            Some(image) => (image.header().version < 3).then_some(VERSION_2),
+            None => Some(NO_PLACE_IN_RAW),
+            Some(image) => (image.header().version < 3).then_some(NO_PLACE_IN_VERSION_2),
         }
     }
 }

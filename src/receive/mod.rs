@@ -19,7 +19,7 @@ use self::in_place::InPlace;
 pub use self::options::ReceiveOptions;
 use crate::berth::{DiskPlace, FileOptions, Files};
 use crate::copy::{Existing, Format, Rename};
-use crate::incoming::{Destination, IncomingOptions, Received, ReceivedDisk};
+use crate::incoming::{Destination, IncomingOptions, Received, ReceivedDisk, turn_away};
 use crate::observe::Stops;
 use crate::options::DiskOption;
 use crate::renames::Renames;
@@ -44,7 +44,13 @@ pub fn run(
     }
     observer.phase(Phase::Transfer);
     match dialect {
-        Dialect::Native => native(options, (main, arrivals), (observer, started)),
+        Dialect::Native => {
+            if let Err(error) = options.check_for(dialect) {
+                turn_away(main, error.blame(), crate::report::error_chain(&error));
+                return Err(error);
+            }
+            native(options, (main, arrivals), (observer, started))
+        }
         Dialect::Qemu => qemu(options, (main, arrivals), observer),
     }
 }

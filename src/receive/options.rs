@@ -23,7 +23,7 @@ pub struct ReceiveOptions {
     pub existing: Existing,
     /// Open backing and data files that existing images name.
     pub allow_backing: bool,
-    /// Which bitmaps to store; from a bitferry all that it sends.
+    /// From a QEMU: which bitmaps to store. A bitferry is told at the source which ones to send.
     pub bitmaps: BitmapSelection,
     /// New names for bitmaps; without a node for those of all disks.
     pub renames: Vec<Rename>,
@@ -64,6 +64,7 @@ impl ReceiveOptions {
     /// What makes no sense is refused before anybody connects.
     pub fn check(&self) -> Result<()> {
         check_ids(&self.disks)?;
+        self.dialect.map_or(Ok(()), |dialect| self.check_for(dialect))?;
         let usage = |reason| Err(Error::Usage { reason });
         let has_shape = self.target != TargetOptions::default();
         if has_shape && self.existing == Existing::InPlace {
@@ -89,6 +90,22 @@ impl ReceiveOptions {
             }
             None => Ok(()),
         }
+    }
+
+    /// What only a QEMU can be asked for is refused where a bitferry sends.
+    pub(super) fn check_for(&self, dialect: Dialect) -> Result<()> {
+        if dialect == Dialect::Qemu {
+            return Ok(());
+        }
+        let reason = if self.bitmaps != BitmapSelection::All {
+            "--bitmaps chooses among what a QEMU sends; a bitferry is told at the source"
+        } else if self.shared_base {
+            "--shared-base is about what a QEMU does not send; a bitferry says by itself what it \
+             leaves out"
+        } else {
+            return Ok(());
+        };
+        Err(Error::Usage { reason: reason.to_owned() })
     }
 
     fn check_place(&self, disk: &DiskOption) -> Result<()> {

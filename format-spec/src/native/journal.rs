@@ -69,6 +69,8 @@ pub enum JournalRecord<'a> {
         size: u64,
         /// Its root when it was published.
         hash: ContentHash,
+        /// Format and options of the destination, as in [`Session`](Self::Session).
+        target: String,
     },
     /// A bitmap that was published with the disk.
     ReceiptBitmap {
@@ -127,7 +129,8 @@ impl<'a> JournalRecord<'a> {
             COMMIT => Self::Commit(*body.array("session")?),
             RECEIPT => {
                 let (session, size) = (*body.array("session")?, body.be64("disk size")?);
-                Self::Receipt { session, size, hash: ContentHash(*body.array("content hash")?) }
+                let hash = ContentHash(*body.array("content hash")?);
+                Self::Receipt { session, size, hash, target: body.text16(MAX_TARGET, "target")? }
             }
             _ => {
                 let granularity = body.be32("bitmap granularity")?;
@@ -174,8 +177,8 @@ impl<'a> JournalRecord<'a> {
                 body.bytes(session);
                 COMMIT
             }
-            Self::Receipt { session, size, hash } => {
-                body.bytes(session).be64(*size).bytes(&hash.0);
+            Self::Receipt { session, size, hash, target } => {
+                body.bytes(session).be64(*size).bytes(&hash.0).text16(target, MAX_TARGET);
                 RECEIPT
             }
             Self::ReceiptBitmap { granularity, is_enabled, is_persistent, digest, name } => {

@@ -1,5 +1,7 @@
 //! A destination of files through its contract: cut off anywhere, gone on with, published once.
 
+mod states;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -31,6 +33,13 @@ impl Here {
         self.0.path().join(name)
     }
 
+    /// What is noted in the journal of a disk when COMMIT has come.
+    fn commit(&self, name: &str) {
+        let log = super::Log::beside(&self.path(name)).unwrap();
+        let found = log.peek().unwrap().unwrap();
+        log.resume(found).unwrap().unwrap().commit().unwrap();
+    }
+
     fn names(&self) -> Vec<String> {
         let name = |e: std::io::Result<fs::DirEntry>| e.unwrap().file_name().into_string().unwrap();
         let mut names: Vec<_> = fs::read_dir(self.0.path()).unwrap().map(name).collect();
@@ -38,8 +47,12 @@ impl Here {
         names
     }
 
-    /// Two disks: a qcow2 file with a raw data file, and a raw file.
     fn files(&self, options: FileOptions) -> Files {
+        Files::new(self.disks(), options)
+    }
+
+    /// Two disks: a qcow2 file with a raw data file, and a raw file.
+    fn disks(&self) -> Vec<DiskPlace> {
         let target = TargetOptions {
             data_file: Some("a.data".into()),
             data_file_raw: Some(true),
@@ -53,7 +66,7 @@ impl Here {
             renames: Renames::default(),
         };
         let raw = place("b", Format::Raw, TargetOptions::default());
-        Files::new(vec![place("a", Format::Qcow2, target), raw], options)
+        vec![place("a", Format::Qcow2, target), raw]
     }
 }
 
@@ -143,6 +156,27 @@ fn is_whole(here: &Here) {
     assert_eq!(here.names(), [&receipts[..], &["a", "a.data", "b"][..]].concat());
 }
 
+/// A destination where everything was proved and nothing published.
+fn proved() -> Here {
+    let here = Here::new();
+    let files = here.files(FileOptions::default());
+    files.begin(SESSION).unwrap();
+    let places = both(&files);
+    places.iter().for_each(|p| send(&**p, 0..6, &[]));
+    prepare(&places);
+    here
+}
+
+/// A destination where everything was published.
+fn published() -> Here {
+    let here = proved();
+    let files = here.files(FileOptions::default());
+    files.begin(SESSION).unwrap();
+    prepare(&both(&files));
+    files.commit().unwrap();
+    here
+}
+
 fn both(files: &Files) -> [Arc<dyn Place>; 2] {
     [place(files, "a"), place(files, "b")]
 }
@@ -196,20 +230,9 @@ fn every_state_is_found_again_by_another_process() {
 fn a_publication_is_finished_from_any_point() {
     // Files that have their final names when the crash comes.
     for renamed in 0..=3 {
-        let here = Here::new();
-        let files = here.files(FileOptions::default());
-        files.begin(SESSION).unwrap();
-        let places = both(&files);
-        places.iter().for_each(|p| send(&**p, 0..6, &[]));
-        prepare(&places);
-        drop((places, files));
-        let commit = |name: &str| {
-            let log = super::Log::beside(&here.path(name)).unwrap();
-            let found = log.peek().unwrap().unwrap();
-            log.resume(found).unwrap().unwrap().commit().unwrap();
-        };
-        commit("a");
-        commit("b");
+        let here = proved();
+        here.commit("a");
+        here.commit("b");
         for name in ["a.data", "a", "b"].iter().take(renamed) {
             fs::rename(here.path(&format!(".{name}.bitferry-part")), here.path(name)).unwrap();
         }

@@ -1,0 +1,175 @@
+//! `receive` where something is already: what an earlier run left or published, what others use,
+//! and what was asked for that makes no sense here.
+
+use std::path::PathBuf;
+
+use bitferry_tests::image::make;
+use bitferry_tests::process::Running;
+use bitferry_tests::qemu::{Nbd, check_is_clean, same_content};
+use bitferry_tests::{Exit, Output, Peer, Run, Scratch, bitferry, json, require_all};
+use serde_json::Value;
+
+const MIB: u64 = 1 << 20;
+
+fn has_peers() -> bool {
+    require_all(&[Peer::QemuImg, Peer::QemuIo, Peer::QemuNbd])
+}
+
+fn source(scratch: &Scratch, name: &str) -> PathBuf {
+    make(scratch, name, 24 * MIB).write(3, 0, 5 * MIB).bitmap("b0", 65536).write(4, MIB, 7).done()
+}
+
+fn run(scratch: &Scratch, words: &str) -> Run {
+    bitferry().dir(scratch.dir()).words(words)
+}
+
+fn address(running: &Running) -> String {
+    running.wait_for(false, |line| {
+        let event: Value = serde_json::from_str(line).ok()?;
+        (event["event"] == "listening").then(|| event["uri"].as_str().expect("text").to_owned())
+    })
+}
+
+/// Both commands to their ends.
+fn migrate(scratch: &Scratch, send: &str, receive: &str) -> (Output, Output) {
+    let receiver = run(scratch, &format!("receive --json {receive}")).spawn();
+    let uri = address(&receiver);
+    let sent = run(scratch, &format!("send --json {send}")).arg(uri).output().expect_no_crash();
+    (sent, receiver.wait().expect_no_crash())
+}
+
+fn status(output: Output) -> String {
+    let summary = json::summary(&output.expect_exit(Exit::Done));
+    summary["status"].as_str().expect("a status").to_owned()
+}
+
+#[test]
+fn a_one_way_stream_that_comes_again_is_read_to_its_end() {
+    if !has_peers() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let image = source(&scratch, "a.qcow2");
+    run(&scratch, "send --disk vda=a.qcow2 file:stream").ok();
+    let receive = || run(&scratch, "receive --json --disk vda=out file:stream").output();
+    assert_eq!(status(receive()), "completed");
+    assert_eq!(status(receive()), "already-complete");
+    // Through a pipe too: whoever writes into it ends well.
+    let binary = bitferry_tests::bitferry::binary().display();
+    let line = format!("cat stream | {binary} receive --json --disk vda=out fd:8 8<&0");
+    let output = Run::new("bash").args(["-o", "pipefail", "-c", &line]).dir(scratch.dir()).output();
+    assert_eq!(status(output), "already-complete");
+    same_content((&image, "qcow2"), (&scratch.path("out"), "qcow2"));
+}
+
+#[test]
+fn a_one_way_stream_begins_anew_where_one_was_cut() {
+    if !has_peers() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let image = source(&scratch, "a.qcow2");
+    run(&scratch, "send --disk vda=a.qcow2 file:stream").ok();
+    // The pipe stays open in the middle, and the destination is killed there.
+    let half = std::fs::metadata(scratch.path("stream")).expect("a stream").len() / 2;
+    let binary = bitferry_tests::bitferry::binary().display();
+    let line = format!(
+        "mkfifo pipe; {binary} receive --disk vda=out - < pipe & exec 9> pipe; \
+         head -c {half} stream >&9; while [ ! -s .out.bitferry-journal ]; do sleep 0.02; done; \
+         sleep 0.3; kill -9 $!"
+    );
+    Run::new("bash").args(["-c", &line]).dir(scratch.dir()).ok();
+    assert!(scratch.path(".out.bitferry-part").exists() && !scratch.path("out").exists());
+    let received = run(&scratch, "receive --json --disk vda=out file:stream").output();
+    assert_eq!(status(received), "completed");
+    check_is_clean(&scratch.path("out"));
+    same_content((&image, "qcow2"), (&scratch.path("out"), "qcow2"));
+}
+
+#[test]
+fn a_receipt_does_not_speak_for_another_wish() {
+    if !has_peers() {
+        return;
+    }
+    let scratch = Scratch::new();
+    source(&scratch, "a.qcow2");
+    let (send, uri) = ("--disk vda=a.qcow2", "unix:socket");
+    let receive = |wish: &str| migrate(&scratch, send, &format!("--disk vda=out{wish} {uri}"));
+    for expected in ["completed", "already-complete"] {
+        let (sent, received) = receive("");
+        assert_eq!((status(sent), status(received)), (expected.to_owned(), expected.to_owned()));
+    }
+    for wish in [",format=raw", " -o cluster_size=2M", " --rename-bitmap b0=b1"] {
+        let (sent, received) = receive(wish);
+        sent.expect_exit(Exit::Transport);
+        let received = received.expect_exit(Exit::Device);
+        assert!(received.complaint().contains("--force"), "{received}");
+    }
+    let (sent, received) = receive(" --rename-bitmap b0=b1 --force");
+    assert_eq!((status(sent), status(received)), ("completed".to_owned(), "completed".to_owned()));
+    let info = json::document(&run(&scratch, "info --json out").ok());
+    assert_eq!(info["bitmaps"][0]["name"], "b1");
+}
+
+#[test]
+fn what_others_use_is_not_replaced() {
+    if !has_peers() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let image = source(&scratch, "a.qcow2");
+    let used = make(&scratch, "used", MIB).write(9, 0, 65536).done();
+    let nbd = Nbd::serve(&used, "qcow2", [""; 0]);
+    let words = ("--disk vda=a.qcow2", "--force --disk vda=used unix:socket");
+    let (sent, received) = migrate(&scratch, words.0, words.1);
+    sent.expect_exit(Exit::Transport);
+    let received = received.expect_exit(Exit::Device);
+    assert!(received.complaint().contains("qemu-nbd"), "{received}");
+    nbd.quit();
+    let (sent, received) = migrate(&scratch, words.0, words.1);
+    assert_eq!((status(sent), status(received)), ("completed".to_owned(), "completed".to_owned()));
+    same_content((&image, "qcow2"), (&used, "qcow2"));
+    // What was published and is in use is complete all the same.
+    let nbd = Nbd::serve(&used, "qcow2", [""; 0]);
+    assert_eq!(status(migrate(&scratch, words.0, words.1).1), "already-complete");
+    nbd.quit();
+}
+
+#[test]
+fn what_only_a_qemu_is_asked_for_is_refused() {
+    if !has_peers() {
+        return;
+    }
+    let scratch = Scratch::new();
+    source(&scratch, "a.qcow2");
+    for wish in ["--bitmaps none", "--bitmaps b0", "--shared-base"] {
+        let receive = format!("{wish} --disk vda=out unix:socket");
+        let (sent, received) = migrate(&scratch, "--disk vda=a.qcow2", &receive);
+        let option = wish.split(' ').next().unwrap_or_default();
+        for output in [sent.expect_exit(Exit::Transport), received.expect_exit(Exit::Usage)] {
+            assert!(output.complaint().contains(option), "{output}");
+        }
+        // Before anybody connects, where it is known who will.
+        let early = run(&scratch, &format!("receive --dialect native {receive}")).output();
+        early.expect_exit(Exit::Usage);
+        assert!(!scratch.path("out").exists());
+    }
+}
+
+#[test]
+fn the_longest_names_will_do() {
+    if !has_peers() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let image = source(&scratch, "a.qcow2");
+    for len in [233, 234, 237, 238, 240, 241, 255] {
+        let name = "n".repeat(len);
+        run(&scratch, &format!("copy a.qcow2 {name}")).ok();
+        std::fs::remove_file(scratch.path(&name)).expect("it is there");
+        let receive = format!("--disk vda={name} unix:socket");
+        let (sent, received) = migrate(&scratch, "--disk vda=a.qcow2", &receive);
+        assert_eq!((status(sent), status(received)).0, "completed");
+        same_content((&image, "qcow2"), (&scratch.path(&name), "qcow2"));
+    }
+}
