@@ -2,9 +2,10 @@
 
 use std::io::{self, IoSlice, Read, Write};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use format_spec::Blame;
 use mig_core::stream::Error;
 use mig_core::transport::{Connection, Dial, Listen, Nature};
 
@@ -29,11 +30,22 @@ impl Patience {
     /// Whether to try again after an attempt that ended like this. `was_answered`: the peer had
     /// said something. What was never connected was not cut.
     pub(crate) fn may_go_on(&mut self, error: &Error, was_answered: bool, now: Instant) -> bool {
-        let may_pass = matches!(error, Error::Connection { .. } | Error::Connect(_) | Error::Ended);
+        let may_pass = match error {
+            Error::Connection { .. } | Error::Connect(_) | Error::Ended => true,
+            // Of several connections one was cut, and the peer saw it first.
+            Error::Peer { blame, .. } => *blame == Blame::Transport,
+            _ => false,
+        };
         if was_answered {
             self.lost = Some(now);
         }
         may_pass && self.is_waiting(now)
+    }
+
+    /// The peer may have missed the last word: it is waited for from now on.
+    pub(crate) fn wait_once_more(&mut self, now: Instant) -> bool {
+        self.lost = Some(now);
+        self.is_waiting(now)
     }
 
     /// Whether the peer is waited for.
@@ -52,6 +64,7 @@ impl Patience {
 pub(crate) struct Passed {
     read: AtomicU64,
     written: AtomicU64,
+    has_ended: AtomicBool,
 }
 
 impl Passed {
@@ -66,6 +79,11 @@ impl Passed {
     /// Bytes that the peer said.
     pub(crate) fn read(&self) -> u64 {
         self.read.load(Ordering::Relaxed)
+    }
+
+    /// Whether more was wanted than came: the peer hung up, or the link was cut.
+    pub(crate) fn has_ended(&self) -> bool {
+        self.has_ended.load(Ordering::Relaxed)
     }
 
     /// Bytes that went to the peer.
@@ -108,9 +126,11 @@ struct CountedReader(Box<dyn Read + Send>, Arc<Passed>);
 
 impl Read for CountedReader {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        let len = self.0.read(buf)?;
+        let read = self.0.read(buf);
+        let len = read.as_ref().map_or(0, |len| *len);
         self.1.read.fetch_add(len as u64, Ordering::Relaxed);
-        Ok(len)
+        self.1.has_ended.fetch_or(len == 0 && !buf.is_empty(), Ordering::Relaxed);
+        read
     }
 }
 
@@ -161,6 +181,9 @@ mod tests {
         assert_eq!(patience.end(), Some(now + 19 * second));
         assert!(!patience.may_go_on(&refused(), false, now + 19 * second));
         assert!(!patience.may_go_on(&Error::Interrupted, true, now));
+        let said = |blame| Error::Peer { blame, text: "so".to_owned() };
+        assert!(patience.may_go_on(&said(Blame::Transport), true, now));
+        assert!(!patience.may_go_on(&said(Blame::Device), true, now));
         assert!(!Patience::new(Duration::ZERO).may_go_on(&cut(), true, now));
     }
 }

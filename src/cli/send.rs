@@ -180,6 +180,8 @@ impl SendArgs {
             (self.compress.0.is_some(), "--compress: a QEMU takes disks and bitmaps plain"),
             (self.bandwidth.is_some(), "--bandwidth is not there yet with --dialect qemu"),
             (self.dry_run, "--dry-run is not there yet with --dialect qemu"),
+            (self.fresh, "--fresh: a QEMU keeps nothing of an earlier try"),
+            (self.transport.reconnect.is_some(), "--reconnect: a QEMU dies of a cut"),
         ];
         match given.iter().find(|(is_given, _)| *is_given) {
             Some((_, reason)) => Err(bitferry::Error::Usage { reason: (*reason).to_owned() }),

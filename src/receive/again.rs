@@ -25,13 +25,14 @@ pub(super) fn receive_all(
     limit: Duration,
     (incoming, observer): (&IncomingOptions<'_>, &dyn Observer),
 ) -> Result<Received> {
-    let passed = Arc::<Passed>::default();
     let session = Arc::default();
     let mut patience = Patience::new(limit);
     let mut next = Some(main);
+    let mut bytes = 0u64;
+    let mut published: Option<Received> = None;
     loop {
-        let is_first = next.is_some();
-        let door = Arc::new(Door::new(destination(is_first), &session));
+        let door = Arc::new(Door::new(destination(next.is_some()), &session));
+        let passed = Arc::<Passed>::default();
         let ended = match next.take().map_or_else(|| come_back(arrivals, observer, &patience), Ok) {
             Ok(main) => {
                 observer.phase(Phase::Transfer);
@@ -42,19 +43,31 @@ pub(super) fn receive_all(
             }
             Err(error) => Err(error),
         };
+        bytes = bytes.saturating_add(passed.read());
+        let now = Instant::now();
         let error = match ended {
-            Ok(received) => return Ok(Received { wire_bytes: passed.read(), ..received }),
+            // What was published in this run is told as such, whoever asks for it again.
+            Ok(received) => {
+                let received = published.take().unwrap_or(received);
+                let received = Received { wire_bytes: bytes, ..received };
+                if !passed.has_ended() || !patience.wait_once_more(now) {
+                    return Ok(received);
+                }
+                published = Some(received);
+                continue;
+            }
             Err(error) => error,
         };
-        let now = Instant::now();
         let may_go_on = match &error {
             Error::Stream(cut) if !door.is_refused() => {
                 patience.may_go_on(cut, door.is_passed(), now)
             }
             _ => door.is_refused() && patience.is_waiting(now),
         };
-        if !may_go_on {
-            return Err(error);
+        match (may_go_on, published.take()) {
+            (true, kept) => published = kept,
+            (false, Some(received)) => return Ok(received),
+            (false, None) => return Err(error),
         }
         observer.warning(&format!("the migration is waited for: {}", error_chain(&error)));
         std::thread::sleep(RETRY_PAUSE);

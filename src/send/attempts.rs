@@ -87,9 +87,13 @@ pub(super) fn attempts(
         match ended {
             Ok(mut sent) => {
                 sent.wire_bytes = counted.passed.written();
-                match &sent.outcome {
-                    Outcome::Unknown(error) if may_go_on(error, &mut patience) => {
+                match (&sent.outcome, &unknown) {
+                    (Outcome::Unknown(error), _) if may_go_on(error, &mut patience) => {
                         unknown = Some(sent);
+                    }
+                    // It was this run whose last answer was lost.
+                    (Outcome::AlreadyComplete, Some(_)) => {
+                        return Ok((Sent { outcome: Outcome::Completed, ..sent }, moved));
                     }
                     _ => return Ok((sent, moved)),
                 }

@@ -12,6 +12,7 @@ pub mod image;
 #[cfg(feature = "programs")]
 pub mod incoming;
 pub mod json;
+pub mod middle;
 pub mod peer;
 #[cfg(feature = "programs")]
 pub mod pki;
