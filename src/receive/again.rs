@@ -32,25 +32,25 @@ pub(super) fn receive_all(
     let mut published: Option<Received> = None;
     loop {
         let door = Arc::new(Door::new(destination(next.is_some()), &session));
-        let passed = Arc::<Passed>::default();
+        let (on_main, on_others) = (Arc::<Passed>::default(), Arc::<Passed>::default());
         let ended = match next.take().map_or_else(|| come_back(arrivals, observer, &patience), Ok) {
             Ok(main) => {
                 observer.phase(Phase::Transfer);
-                let listen = Counted { way: arrivals as &dyn Listen, passed: passed.clone() };
+                let listen = Counted { way: arrivals as &dyn Listen, passed: on_others.clone() };
                 let others = Registry::new();
-                receive(passed.count(main), &listen, door.clone(), others, incoming)
+                receive(on_main.count(main), &listen, door.clone(), others, incoming)
                     .map_err(Error::from)
             }
             Err(error) => Err(error),
         };
-        bytes = bytes.saturating_add(passed.read());
+        bytes = bytes.saturating_add(on_main.read()).saturating_add(on_others.read());
         let now = Instant::now();
         let error = match ended {
             // What was published in this run is told as such, whoever asks for it again.
             Ok(received) => {
                 let received = published.take().unwrap_or(received);
                 let received = Received { wire_bytes: bytes, ..received };
-                if !passed.has_ended() || !patience.wait_once_more(now) {
+                if !on_main.has_ended() || !patience.wait_once_more(now) {
                     return Ok(received);
                 }
                 published = Some(received);
