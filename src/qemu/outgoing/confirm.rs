@@ -4,9 +4,9 @@
 use std::time::{Duration, Instant};
 
 use super::plan::PlannedBitmap;
+use crate::Observer;
 use crate::qemu::peer::{Inventory, NodeBitmap, Peer};
-use crate::qemu::{Error, Result};
-use crate::{Observer, qemu::Version};
+use crate::qemu::{Version, qmp};
 
 /// How long a destination may take from the end of the stream to a state that lasts.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -33,25 +33,49 @@ pub(super) enum Verdict {
     Unsure(String),
 }
 
-/// Waits until the destination's migration has ended. Fails with QEMU's own words where it failed.
-pub(super) fn wait(peer: &mut Peer, observer: &dyn Observer) -> Result<()> {
+/// How the destination's migration stands, as its monitor says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Standing {
+    /// It has everything, and may run.
+    Completed,
+    /// It failed, in its own words, and will not run.
+    Failed(String),
+    /// Nobody can tell: why.
+    Unsure(String),
+}
+
+/// Waits until the destination's migration has ended, the user stops waiting, or the time is up.
+pub(super) fn wait(peer: &mut Peer, observer: &dyn Observer) -> Standing {
     let end = Instant::now() + PATIENCE;
     loop {
-        let migration = peer.migration()?;
-        match migration.status.as_str() {
-            "completed" => return Ok(()),
+        let migration = match peer.migration() {
+            Ok(migration) => migration,
+            Err(error) => return Standing::Unsure(unanswered(&error)),
+        };
+        let status = migration.status.as_str();
+        match status {
+            "completed" => return Standing::Completed,
             "failed" | "cancelled" => {
                 let why = migration.error.unwrap_or_else(|| "it does not say why".to_owned());
-                return Err(Error::Peer(why));
+                return Standing::Failed(why);
             }
-            _ if observer.is_cancelled() => return Err(Error::Interrupted),
-            status if Instant::now() > end => {
-                let text = format!("its migration is still {status:?} after {PATIENCE:?}");
-                return Err(Error::Peer(text));
-            }
-            _ => std::thread::sleep(PAUSE),
+            _ => {}
         }
+        let still = || format!("the destination's migration is still {status:?}");
+        if observer.is_cancelled() {
+            return Standing::Unsure(format!("{}, and was not waited for", still()));
+        }
+        if Instant::now() > end {
+            return Standing::Unsure(format!("{} after {PATIENCE:?}", still()));
+        }
+        std::thread::sleep(PAUSE);
     }
+}
+
+/// What is said of a monitor that does not answer.
+pub(super) fn unanswered(error: &qmp::Error) -> String {
+    let said = crate::report::error_chain(error);
+    format!("the destination's monitor does not answer any more: {said}")
 }
 
 /// Asks what became of the bitmaps; one verdict for each.
@@ -60,7 +84,7 @@ pub(super) fn verdicts(
     bitmaps: &[PlannedBitmap],
     sent: &[Fingerprint],
     observer: &dyn Observer,
-) -> Result<Vec<Verdict>> {
+) -> qmp::Result<Vec<Verdict>> {
     if bitmaps.is_empty() {
         return Ok(Vec::new());
     }
@@ -86,7 +110,7 @@ fn verdict(
     inventory: &Inventory,
     bitmap: &PlannedBitmap,
     (sent, is_running): (&Fingerprint, bool),
-) -> Result<Verdict> {
+) -> qmp::Result<Verdict> {
     let (node, name) = match inventory.place(&bitmap.wire.device, &bitmap.wire.name) {
         Ok(place) => place,
         Err(why) => return Ok(Verdict::Dropped(why)),

@@ -31,7 +31,6 @@ mod stream;
 #[cfg(test)]
 mod tests;
 
-use std::io;
 use std::time::Instant;
 
 use block_mig::limits::workers;
@@ -44,7 +43,7 @@ pub use plan::Prepared;
 pub use session::{Ending, Greeting, Session};
 
 use self::blocks::{OutgoingDisk, Pass};
-use self::confirm::{Fingerprint, Verdict};
+use self::confirm::{Fingerprint, Standing, Verdict};
 use self::plan::PlannedBitmap;
 use self::report::DiskDone;
 use crate::observe::Progress;
@@ -62,14 +61,6 @@ pub fn prepare<'a>(options: &'a Options, observer: &dyn Observer) -> Result<Prep
 /// which a waiting QEMU dies: connect after [`prepare`] to spare it.
 pub fn run(connection: Connection, options: &Options, observer: &dyn Observer) -> Result<Report> {
     prepare(options, observer)?.send(connection, observer)
-}
-
-/// How much is known of the destination's end.
-enum Heard {
-    /// It says that it loaded the stream, or cannot say anything here.
-    Ended,
-    /// It said nothing for as long as one waits: why.
-    Silence(String),
 }
 
 /// What is known in the end.
@@ -106,8 +97,9 @@ impl Prepared<'_> {
         let streamed = self.stream(&mut session, observer);
         let (disks, sent) = streamed.map_err(|error| self.explain(&mut session, error))?;
         observer.phase(Phase::Prove);
-        let heard = self.heard(&mut session)?;
-        let outcome = self.confirm(&sent, heard, observer)?;
+        let ending = session.finish();
+        let ending = ending.map_err(|error| self.explain(&mut session, error))?;
+        let outcome = self.confirm(&sent, ending, observer)?;
         Ok(Report {
             status: outcome.status,
             error: outcome.error,
@@ -204,22 +196,6 @@ impl Prepared<'_> {
         Ok(directory.load(&bitmap.source_name)?)
     }
 
-    /// Ends the stream and hears what the destination says. Silence is no failure: it may have
-    /// loaded everything.
-    fn heard(&mut self, session: &mut Session) -> Result<Heard> {
-        match session.finish() {
-            Ok(Ending::Loaded | Ending::Unheard) => Ok(Heard::Ended),
-            Err(qemu::Error::Connection { action: "read from", source, .. })
-                if matches!(source.kind(), io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock) =>
-            {
-                Ok(Heard::Silence(
-                    "it did not say how it ended for as long as one waits".to_owned(),
-                ))
-            }
-            Err(error) => Err(self.explain(session, error)),
-        }
-    }
-
     /// What the destination itself says of a failure, where it can still be asked.
     fn explain(&mut self, session: &mut Session, error: qemu::Error) -> Error {
         let error = session.reason_of(error);
@@ -233,31 +209,30 @@ impl Prepared<'_> {
         }
     }
 
-    /// Asks the destination's monitor, where there is one, what it has. What cannot be found out is
-    /// unknown.
+    /// Asks the destination's monitor, where there is one, how it ended and what it has. What
+    /// cannot be found out is unknown: the destination may run by now, and who takes that for a
+    /// failure lets the guest go on twice.
     fn confirm(
         &mut self,
         sent: &[Fingerprint],
-        heard: Heard,
+        ending: Ending,
         observer: &dyn Observer,
     ) -> Result<Outcome> {
         let bitmaps = self.bitmaps();
         let Some(peer) = &mut self.peer else {
-            return Ok(match heard {
-                Heard::Ended => Outcome::completed(Err(report::unasked())),
-                Heard::Silence(why) => Outcome::unknown(why),
+            return Ok(match ending {
+                Ending::Loaded | Ending::Unheard => Outcome::completed(Err(report::unasked())),
+                Ending::Unknown(why) => Outcome::unknown(why),
             });
         };
-        let asked = confirm::wait(peer, observer)
-            .and_then(|()| confirm::verdicts(peer, &bitmaps, sent, observer));
-        match asked {
-            Ok(verdicts) => Ok(Outcome::completed(Ok(verdicts))),
-            Err(qemu::Error::Monitor(error)) => {
-                let said = crate::report::error_chain(&error);
-                let why = format!("the destination's monitor does not answer any more: {said}");
-                Ok(Outcome::unknown(why))
-            }
-            Err(error) => Err(error.into()),
+        match confirm::wait(peer, observer) {
+            Standing::Completed => {}
+            Standing::Failed(why) => return Err(qemu::Error::Peer(why).into()),
+            Standing::Unsure(why) => return Ok(Outcome::unknown(why)),
         }
+        Ok(match confirm::verdicts(peer, &bitmaps, sent, observer) {
+            Ok(verdicts) => Outcome::completed(Ok(verdicts)),
+            Err(error) => Outcome::unknown(confirm::unanswered(&error)),
+        })
     }
 }
