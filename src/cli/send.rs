@@ -112,7 +112,7 @@ fn native(args: SendArgs, watch: &Watch<'_>, output: &Output) -> Outcome {
     let transport = args.connect_options();
     let (transport_args, is_dry_run) = (args.transport.clone(), args.dry_run);
     let uri = &transport_args.uri;
-    let downtime = args.downtime.map_or(Duration::ZERO, Duration::from_millis);
+    let downtime = downtime(args.downtime);
     let options = options(args)?;
     if is_dry_run {
         return dry_run(&options, watch, output);
@@ -152,16 +152,26 @@ fn to_qemu(
         peer_qmp: args.qemu.peer_qmp,
         is_one_way: dialer.nature().is_one_way,
         no_verify: args.no_verify,
+        meter: super::copy::meter(args.bandwidth),
         ..outgoing::Options::default()
     };
     // A QEMU that waits dies of a connection on which nothing comes.
     let prepared = outgoing::prepare(&options, watch)?;
-    let connection =
-        dialer.dial().map_err(stream::Error::Connect).map_err(bitferry::Error::from)?;
-    let report = prepared.send(connection, watch)?;
+    if args.dry_run {
+        return show_plan(&prepared.describe()?, watch, output);
+    }
+    let limits = (&options.meter, downtime(args.downtime));
+    let report = args.transport.control.supervise(limits, watch, |observer| {
+        let connection = dialer.dial().map_err(stream::Error::Connect)?;
+        prepared.send(connection, observer)
+    })?;
     watch.finish();
     let end = (Peer::Destination, dialer.end());
     outcome::finish_with(report, end, &format!("sent to QEMU at {uri}"), output)
+}
+
+fn downtime(milliseconds: Option<u64>) -> Duration {
+    milliseconds.map_or(Duration::ZERO, Duration::from_millis)
 }
 
 fn source_disk(disk: DiskOption) -> outgoing::SourceDisk {
@@ -178,8 +188,6 @@ impl SendArgs {
         let given = [
             (self.channels > 1, "--channels: disks and bitmaps have one connection to a QEMU"),
             (self.compress.0.is_some(), "--compress: a QEMU takes disks and bitmaps plain"),
-            (self.bandwidth.is_some(), "--bandwidth is not there yet with --dialect qemu"),
-            (self.dry_run, "--dry-run is not there yet with --dialect qemu"),
             (self.fresh, "--fresh: a QEMU keeps nothing of an earlier try"),
             (self.transport.reconnect.is_some(), "--reconnect: a QEMU dies of a cut"),
         ];
@@ -209,12 +217,15 @@ fn options(args: SendArgs) -> bitferry::Result<SendOptions> {
 }
 
 pub(super) fn dry_run(options: &SendOptions, watch: &Watch<'_>, output: &Output) -> Outcome {
-    let plan = send::plan(options, watch)?;
+    show_plan(&send::plan(options, watch)?, watch, output)
+}
+
+fn show_plan(plan: &Plan, watch: &Watch<'_>, output: &Output) -> Outcome {
     watch.finish();
     if output.is_json {
-        output.event(&Summary::new("plan", &plan))?;
+        output.event(&Summary::new("plan", plan))?;
     } else {
-        output.text(plan_text(&plan, output))?;
+        output.text(plan_text(plan, output))?;
     }
     Ok(if plan.refusals.is_empty() { 0 } else { WOULD_LOSE })
 }

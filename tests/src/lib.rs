@@ -21,6 +21,7 @@ pub mod qemu;
 pub mod qmp;
 pub mod random;
 pub mod scratch;
+pub mod sshd;
 
 pub use bitferry::{Exit, bitferry};
 pub use peer::{Peer, require, require_all};

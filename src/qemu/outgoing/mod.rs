@@ -21,6 +21,7 @@ pub mod bitmaps;
 pub mod blocks;
 pub mod chunks;
 mod confirm;
+mod describe;
 mod options;
 mod plan;
 mod preflight;
@@ -153,17 +154,7 @@ impl Prepared<'_> {
         session: &mut Session,
         observer: &dyn Observer,
     ) -> qemu::Result<Vec<DiskDone>> {
-        let mut totals = Vec::with_capacity(self.disks.len());
-        for disk in &self.disks {
-            let source = disk.blocks();
-            let mut total = 0u64;
-            for chunk in disk.chunks(&*source) {
-                let chunk = chunk.map_err(Error::from)?;
-                let len = if chunk.is_zero { 0 } else { chunk.len_on(disk.size()) };
-                total = total.saturating_add(len);
-            }
-            totals.push(total);
-        }
+        let totals: Vec<_> = self.disks.iter().map(describe::bytes_data).collect::<Result<_>>()?;
         let progress = Progress::begin(observer, Phase::Transfer, totals.iter().sum());
         let mut done = Vec::with_capacity(self.disks.len());
         for (disk, total) in self.disks.iter().zip(totals) {
@@ -172,7 +163,12 @@ impl Prepared<'_> {
             let tree = hashes.then(|| SharedTree::new(disk.size())).transpose();
             let tree = tree.map_err(Error::from)?;
             let outgoing = OutgoingDisk { name: &disk.id, source: &*source, tree: tree.as_ref() };
-            let pass = Pass { workers: workers(self.options.workers), monitor: &progress, total };
+            let pass = Pass {
+                workers: workers(self.options.workers),
+                monitor: &progress,
+                meter: &self.options.meter,
+                total,
+            };
             let sent = session.blocks(&outgoing, disk.chunks(&*source), &pass)?;
             let root = tree.map(|tree| tree.root()).transpose().map_err(Error::from)?;
             done.push(DiskDone {

@@ -13,6 +13,9 @@ const NAMELESS: &str = "*";
 const UNASKED: &str = "only the destination could confirm it, and its monitor was not asked \
                        (--peer-qmp): QEMU reports success even where it drops a bitmap";
 
+/// What is said of a bitmap that was not to be carried.
+pub(super) const UNWANTED: &str = "it was not asked for";
+
 /// What is known of one disk in the end.
 #[derive(Debug, Clone, Default)]
 pub(super) struct DiskDone {
@@ -64,7 +67,7 @@ fn report(
         bytes_zero: sent.zero,
         content_hash: done.content_hash.clone(),
         verified: verified(prepared.options.no_verify, done, &bitmaps),
-        not_carried: not_carried(disk, done),
+        not_carried: not_carried(disk, done.sent.is_some()),
         bitmaps,
     }
 }
@@ -86,8 +89,7 @@ fn bitmap(choice: &Choice, verdicts: &mut impl Iterator<Item = Verdict>) -> Bitm
     let name = &choice.bitmap.name;
     let new = match &choice.fate {
         Fate::Unwanted => {
-            let why = "it was not asked for".to_owned();
-            return BitmapReport { is_wanted: false, ..dropped(name, why) };
+            return BitmapReport { is_wanted: false, ..dropped(name, UNWANTED.to_owned()) };
         }
         Fate::Left(reason) => return dropped(name, reason.clone()),
         Fate::Carried(new) => new,
@@ -117,8 +119,8 @@ fn dropped(name: &str, reason: String) -> BitmapReport {
 }
 
 /// What the disk has and QEMU's stream does not carry.
-fn not_carried(disk: &PlannedDisk, done: &DiskDone) -> Vec<String> {
+pub(super) fn not_carried(disk: &PlannedDisk, has_blocks: bool) -> Vec<String> {
     let snapshots = disk.disk.image().map_or(0, qcow2_file::Image::snapshot_count);
-    let is_left = done.sent.is_some() && snapshots > 0;
+    let is_left = has_blocks && snapshots > 0;
     is_left.then(|| format!("{snapshots} internal snapshots")).into_iter().collect()
 }
