@@ -23,7 +23,7 @@ pub(crate) struct Asked {
 }
 
 impl Asked {
-    /// What it changes of what arrives, as a phrase: a command that wishes otherwise is another one.
+    /// What it changes of what arrives, as a phrase: who wishes otherwise gives another command.
     pub(crate) fn wishes(
         bitmaps: &BitmapSelection,
         renames: &[Rename],

@@ -71,8 +71,8 @@ pub(crate) struct SendArgs {
     /// Bytes per second at most, on all connections together; K, M, G and T are powers of 1024
     #[arg(long, value_name = "RATE", value_parser = size::parse, help_heading = "Transport")]
     pub(crate) bandwidth: Option<u64>,
-    /// How long a guest may be paused, in milliseconds: what `query-migrate-parameters` shows. Disks
-    /// at rest need no pause
+    /// How long a guest may be paused, in milliseconds: what `query-migrate-parameters` shows.
+    /// Disks at rest need no pause
     #[arg(long, value_name = "MS", help_heading = "Transport")]
     #[arg(value_parser = clap::value_parser!(u64).range(..=bitferry::control::MAX_DOWNTIME_MS))]
     pub(crate) downtime: Option<u64>,

@@ -155,7 +155,7 @@ pub fn dial(uri: &Uri, options: &Options) -> Result<Dialer> {
     Ok(Dialer { inner, running, idle: options.idle })
 }
 
-/// Runs `bitferry` with `args` at another host, over ssh, and dials it. Dialled again it is run again.
+/// Runs `bitferry` with `args` at another host, over ssh, and dials it: anew for each connection.
 pub fn dial_ssh(destination: &str, args: Vec<OsString>, options: &Options) -> Dialer {
     let running = Running::default();
     let inner = Box::new(Ssh::new(destination, args, (&running, options.idle)));
@@ -192,8 +192,8 @@ pub fn listen(uri: &Uri, options: &Options) -> Result<Listener> {
     Ok(Listener { inner, uri: listening, running, idle: options.idle })
 }
 
-/// Runs `bitferry` with `args` at another host, over ssh, and takes what it sends. It is run once for
-/// each connection that is accepted.
+/// Runs `bitferry` with `args` at another host, over ssh, and takes what it sends: anew for each
+/// connection.
 pub fn listen_ssh(destination: &str, args: Vec<OsString>, options: &Options) -> Listener {
     let running = Running::default();
     let inner = Inner::Ssh(Ssh::new(destination, args, (&running, options.idle)));

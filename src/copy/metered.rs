@@ -5,7 +5,8 @@ use mig_core::meter::Meter;
 
 use crate::Observer;
 
-/// A source whose content is paid for before it is read, or, where its size is not known before, afterwards. Who waits here can be interrupted.
+/// A source whose content is paid for before it is read, or, where its size is not known before,
+/// afterwards. Who waits here can be interrupted.
 #[derive(Clone, Copy)]
 pub(super) struct Metered<'a> {
     pub(super) source: &'a dyn BlockSource,

@@ -1,5 +1,5 @@
-//! A real sshd, started for each connection by ssh itself, at the other end of a pipe: no daemon, no
-//! port, nothing outside a scratch directory but the user's account.
+//! A real sshd, started for each connection by ssh itself, at the other end of a pipe: no daemon,
+//! no port, nothing outside a scratch directory but the user's account.
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
