@@ -44,12 +44,14 @@ pub use plan::Prepared;
 pub use session::{Ending, Greeting, Session};
 
 use self::blocks::{OutgoingDisk, Pass};
-use self::confirm::{Fingerprint, Standing, Verdict};
-use self::plan::PlannedBitmap;
+pub(crate) use self::confirm::{Fingerprint, Outcome, conclude, explain};
+pub(crate) use self::plan::{PlannedBitmap, peer};
+pub(crate) use self::preflight::check as preflight;
 use self::report::DiskDone;
+pub(crate) use self::report::{carried, each};
 use crate::observe::Progress;
-use crate::qemu::{self, bitmap_sha256};
-use crate::report::{Report, Status};
+use crate::qemu;
+use crate::report::Report;
 use crate::{Error, Observer, Phase, Result};
 
 /// Opens the disks and decides what is sent. What would lose a bitmap, kill the destination or make
@@ -64,26 +66,6 @@ pub fn run(connection: Connection, options: &Options, observer: &dyn Observer) -
     prepare(options, observer)?.send(connection, observer)
 }
 
-/// What is known in the end.
-struct Outcome {
-    status: Status,
-    error: Option<String>,
-    /// Of each bitmap that was sent; or why there are none.
-    verdicts: Result<Vec<Verdict>, String>,
-}
-
-impl Outcome {
-    /// Nobody can tell, for this reason.
-    fn unknown(why: String) -> Self {
-        Self { status: Status::Unknown, error: Some(why.clone()), verdicts: Err(why) }
-    }
-
-    /// It ended well, and this is known of the bitmaps.
-    fn completed(verdicts: Result<Vec<Verdict>, String>) -> Self {
-        Self { status: Status::Completed, error: None, verdicts }
-    }
-}
-
 impl Prepared<'_> {
     /// Sends everything on a fresh connection and finds out what became of it. An error means that
     /// the destination does not have the disks; a status `unknown` that nobody could tell.
@@ -96,11 +78,13 @@ impl Prepared<'_> {
         };
         let mut session = Session::open(connection, &greeting)?;
         let streamed = self.stream(&mut session, observer);
-        let (disks, sent) = streamed.map_err(|error| self.explain(&mut session, error))?;
+        let peer = &mut self.peer;
+        let mut explained = |session: &mut Session, error| explain(peer.as_mut(), session, error);
+        let (disks, sent) = streamed.map_err(|error| explained(&mut session, error))?;
         observer.phase(Phase::Prove);
-        let ending = session.finish();
-        let ending = ending.map_err(|error| self.explain(&mut session, error))?;
-        let outcome = self.confirm(&sent, ending, observer)?;
+        let ending = session.finish().map_err(|error| explained(&mut session, error))?;
+        let bitmaps = self.bitmaps();
+        let outcome = conclude(self.peer.as_mut(), (&bitmaps, &sent), ending, observer)?;
         Ok(Report {
             status: outcome.status,
             error: outcome.error,
@@ -140,8 +124,7 @@ impl Prepared<'_> {
             session.end_bitmaps(&wire, |index| {
                 let bits = self.load(bitmaps.get(index))?;
                 let granularity = wire.get(index).map_or(0, |bitmap| bitmap.granularity.into());
-                let count = bits.count().saturating_mul(granularity);
-                sent.push(Fingerprint { count, sha256: bitmap_sha256(&bits) });
+                sent.push(Fingerprint::of(&bits, granularity));
                 Ok(bits)
             })?;
         }
@@ -190,45 +173,5 @@ impl Prepared<'_> {
             reason: "a bitmap went away while it was sent".to_owned(),
         })?;
         Ok(directory.load(&bitmap.source_name)?)
-    }
-
-    /// What the destination itself says of a failure, where it can still be asked.
-    fn explain(&mut self, session: &mut Session, error: qemu::Error) -> Error {
-        let error = session.reason_of(error);
-        if !matches!(error, qemu::Error::Connection { .. } | qemu::Error::Peer(_)) {
-            return error.into();
-        }
-        let migration = self.peer.as_mut().and_then(|peer| peer.migration().ok());
-        match migration.and_then(|migration| migration.error) {
-            Some(said) => qemu::Error::Peer(said).into(),
-            None => error.into(),
-        }
-    }
-
-    /// Asks the destination's monitor, where there is one, how it ended and what it has. What
-    /// cannot be found out is unknown: the destination may run by now, and who takes that for a
-    /// failure lets the guest go on twice.
-    fn confirm(
-        &mut self,
-        sent: &[Fingerprint],
-        ending: Ending,
-        observer: &dyn Observer,
-    ) -> Result<Outcome> {
-        let bitmaps = self.bitmaps();
-        let Some(peer) = &mut self.peer else {
-            return Ok(match ending {
-                Ending::Loaded | Ending::Unheard => Outcome::completed(Err(report::unasked())),
-                Ending::Unknown(why) => Outcome::unknown(why),
-            });
-        };
-        match confirm::wait(peer, observer) {
-            Standing::Completed => {}
-            Standing::Failed(why) => return Err(qemu::Error::Peer(why).into()),
-            Standing::Unsure(why) => return Ok(Outcome::unknown(why)),
-        }
-        Ok(match confirm::verdicts(peer, &bitmaps, sent, observer) {
-            Ok(verdicts) => Outcome::completed(Ok(verdicts)),
-            Err(error) => Outcome::unknown(confirm::unanswered(&error)),
-        })
     }
 }

@@ -25,6 +25,17 @@ pub(super) struct DiskDone {
     pub(super) content_hash: Option<String>,
 }
 
+/// The verdicts of `count` bitmaps in their order, where there may be a reason for having none.
+pub(crate) fn each(
+    verdicts: &Result<Vec<Verdict>, String>,
+    count: usize,
+) -> impl Iterator<Item = Verdict> + use<> {
+    match verdicts {
+        Ok(verdicts) => verdicts.clone().into_iter(),
+        Err(why) => vec![Verdict::Unsure(why.clone()); count].into_iter(),
+    }
+}
+
 /// The reports of all disks. `verdicts` are those of the carried bitmaps, in their order; or why
 /// there are none.
 pub(super) fn disks(
@@ -32,13 +43,7 @@ pub(super) fn disks(
     done: &[DiskDone],
     verdicts: &Result<Vec<Verdict>, String>,
 ) -> Vec<DiskReport> {
-    let mut verdicts = match verdicts {
-        Ok(verdicts) => verdicts.clone().into_iter(),
-        Err(why) => {
-            let count = prepared.bitmaps().len();
-            vec![Verdict::Unsure(why.clone()); count].into_iter()
-        }
-    };
+    let mut verdicts = each(verdicts, prepared.bitmaps().len());
     let disks = prepared.disks.iter().zip(done);
     disks.map(|(disk, done)| report(prepared, disk, done, &mut verdicts)).collect()
 }
@@ -94,9 +99,14 @@ fn bitmap(choice: &Choice, verdicts: &mut impl Iterator<Item = Verdict>) -> Bitm
         Fate::Left(reason) => return dropped(name, reason.clone()),
         Fate::Carried(new) => new,
     };
+    carried(name, new, verdicts.next())
+}
+
+/// What is said of a bitmap that was sent as `new`.
+pub(crate) fn carried(name: &str, new: &str, verdict: Option<Verdict>) -> BitmapReport {
     let mut changed: Vec<_> =
         (name != new).then(|| format!("name: {name} -> {new}")).into_iter().collect();
-    let (outcome, reason) = match verdicts.next() {
+    let (outcome, reason) = match verdict {
         Some(Verdict::Preserved(more)) => {
             changed.extend(more);
             (BitmapOutcome::Preserved, None)
@@ -105,10 +115,10 @@ fn bitmap(choice: &Choice, verdicts: &mut impl Iterator<Item = Verdict>) -> Bitm
         Some(Verdict::Unsure(reason)) => (BitmapOutcome::Sent, Some(reason)),
         None => (BitmapOutcome::Sent, Some(unasked())),
     };
-    BitmapReport { name: name.clone(), outcome, changed, reason, is_wanted: true }
+    BitmapReport { name: name.to_owned(), outcome, changed, reason, is_wanted: true }
 }
 
-fn dropped(name: &str, reason: String) -> BitmapReport {
+pub(crate) fn dropped(name: &str, reason: String) -> BitmapReport {
     BitmapReport {
         name: name.to_owned(),
         outcome: BitmapOutcome::Dropped,
