@@ -429,14 +429,14 @@ mod tests {
         let dirty = DirtySet::new(size, 16);
         let sweep = || {
             let changed = Changed { dirty: &dirty, at: 0 };
-            changed.map(|chunk| chunk.unwrap().offset / CHUNK).collect::<Vec<_>>()
+            changed.map(|chunk| chunk.unwrap().offset / CHUNK).collect::<Vec<u64>>()
         };
-        assert_eq!(sweep(), []);
+        assert_eq!(sweep(), Vec::<u64>::new());
         for range in [0..512, CHUNK - 512..CHUNK + 512, 3 * CHUNK..4 * CHUNK, size - 512..size] {
             dirty.mark(range);
         }
         assert_eq!(sweep(), [0, 1, 3, 5]);
-        assert_eq!((sweep(), dirty.dirty_bytes()), (vec![], 0));
+        assert_eq!((sweep(), dirty.dirty_bytes()), (Vec::new(), 0));
         dirty.mark(2 * CHUNK - 1..2 * CHUNK);
         assert_eq!(sweep(), [1]);
     }
