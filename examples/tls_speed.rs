@@ -1,49 +1,42 @@
 //! How fast is a connection, and what does its encryption cost?
 //!
 //! ```text
-//! cargo run --release --example tls_speed -- [--mib N] [--rounds N] --tls-dir DIR
+//! cargo run --release --example tls_speed -- [--mib N] [--rounds N]
 //! ```
 //!
-//! DIR holds certificates for 127.0.0.1, by the names that `bitferry --tls-dir` reads. Two threads
-//! of this process are connected over loopback: one writes 512 KiB at a time from warm memory, one
-//! reads into warm memory. It prints medians: in clear, with TLS, and the limit: what one core
-//! seals with the same cipher in records of the same size and another opens, without any socket,
-//! and what remains of it when the bytes have to pass through a socket too.
+//! Two threads of this process are connected over loopback: one writes 512 KiB at a time from warm
+//! memory, one reads into warm memory. It prints medians: in clear, with TLS, and the limit: what
+//! one core seals with the same cipher in records of the same size and another opens, without any
+//! socket, and what remains of it when the bytes have to pass through a socket too.
 
 use std::io::{Read, Write};
-use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use bitferry::connect::{Connection, Dial as _, Listen as _, Options, Tls, Uri, dial, listen};
-use rustls::crypto::aws_lc_rs;
-use rustls::crypto::cipher::{
-    AeadKey, InboundOpaqueMessage, Iv, MessageDecrypter, MessageEncrypter, OutboundChunks,
-    OutboundPlainMessage,
-};
-use rustls::{ContentType, ProtocolVersion, SupportedCipherSuite};
+
+#[path = "common/certificates.rs"]
+mod certificates;
+#[path = "common/cipher.rs"]
+mod cipher;
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
 
 /// Written or read at once.
 const UNIT: usize = 512 << 10;
-/// Plaintext of the longest record.
-const RECORD: usize = 16 << 10;
 
 struct Asked {
     mib: usize,
     rounds: usize,
-    tls_dir: Option<PathBuf>,
 }
 
 fn asked(mut arguments: impl Iterator<Item = String>) -> Result<Asked> {
-    let mut asked = Asked { mib: 1024, rounds: 5, tls_dir: None };
+    let mut asked = Asked { mib: 1024, rounds: 5 };
     while let Some(argument) = arguments.next() {
         let value = arguments.next().ok_or(format!("{argument} needs a value"))?;
         match argument.as_str() {
             "--mib" => asked.mib = value.parse()?,
             "--rounds" => asked.rounds = value.parse()?,
-            "--tls-dir" => asked.tls_dir = Some(value.into()),
             _ => return Err(format!("{argument} is not known").into()),
         }
     }
@@ -61,12 +54,14 @@ fn main() -> ExitCode {
 }
 
 fn measure(asked: &Asked) -> Result<()> {
-    let directory = asked.tls_dir.as_ref().ok_or("--tls-dir is missing")?;
+    let directory = tempfile::tempdir()?;
+    certificates::make(directory.path())?;
     let plain = Options::default();
-    let encrypted = Options { tls: Some(Tls::new(directory, None)), ..Options::default() };
+    let encrypted = Options { tls: Some(Tls::new(directory.path(), None)), ..Options::default() };
     let mut rows: [Vec<f64>; 4] = Default::default();
     for _ in 0..asked.rounds {
-        let (seal, open) = cipher(asked.mib)?;
+        let (seal, open) = cipher::times(asked.mib)?;
+        let (seal, open) = (rate(asked.mib, seal), rate(asked.mib, open));
         let clear = through(&plain, asked.mib)?;
         let tls = through(&encrypted, asked.mib)?;
         for (row, rate) in rows.iter_mut().zip([seal, open, clear, tls]) {
@@ -134,48 +129,4 @@ fn read(mut connection: Connection, mib: usize) -> Result<f64> {
     connection.writer.write_all(b"!")?;
     connection.writer.flush()?;
     Ok(rate(mib, took))
-}
-
-/// Rates of sealing and of opening records, each on one core by itself.
-fn cipher(mib: usize) -> Result<(f64, f64)> {
-    let SupportedCipherSuite::Tls13(suite) = aws_lc_rs::cipher_suite::TLS13_AES_256_GCM_SHA384;
-    let key = || AeadKey::from([7; 32]);
-    let iv = || Iv::from([9; 12]);
-    let (mut sealer, mut opener) =
-        (suite.aead_alg.encrypter(key(), iv()), suite.aead_alg.decrypter(key(), iv()));
-    let records = (mib << 20) / RECORD;
-    let plain = vec![0x5a; RECORD];
-    let begun = Instant::now();
-    for number in 0..records as u64 {
-        std::hint::black_box(seal(&mut *sealer, &plain, number)?);
-    }
-    let sealing = begun.elapsed();
-    // Opened where it lies; the copy that undoes it is not counted.
-    let sealed = seal(&mut *sealer, &plain, 0)?;
-    let mut opening = Duration::ZERO;
-    let mut record = sealed.clone();
-    for _ in 0..records {
-        record.copy_from_slice(&sealed);
-        let begun = Instant::now();
-        open(&mut *opener, &mut record)?;
-        opening += begun.elapsed();
-    }
-    Ok((rate(mib, sealing), rate(mib, opening)))
-}
-
-fn seal(sealer: &mut dyn MessageEncrypter, plain: &[u8], number: u64) -> Result<Vec<u8>> {
-    let message = OutboundPlainMessage {
-        typ: ContentType::ApplicationData,
-        version: ProtocolVersion::TLSv1_2,
-        payload: OutboundChunks::Single(plain),
-    };
-    Ok(sealer.encrypt(message, number)?.encode())
-}
-
-fn open(opener: &mut dyn MessageDecrypter, record: &mut [u8]) -> Result<()> {
-    let (_, body) = record.split_at_mut(5);
-    let message =
-        InboundOpaqueMessage::new(ContentType::ApplicationData, ProtocolVersion::TLSv1_2, body);
-    std::hint::black_box(opener.decrypt(message, 0)?.payload.len());
-    Ok(())
 }

@@ -1,5 +1,5 @@
 //! How fast do disk contents get into a stock QEMU 7.2? Holds `bitferry`'s stream against QEMU's
-//! own block migration (`migrate -b`), each into a fresh QEMU over a Unix socket.
+//! own block migration (`migrate -b`), each into a fresh QEMU over TCP.
 //!
 //! ```text
 //! BITFERRY_QEMU_72=PROGRAM cargo run --release --example compare_blk -- [DIR [MIB [ROUNDS]]]
@@ -10,28 +10,23 @@
 //! compared byte by byte, outside the clock: QEMU 7.2 is known to call a migration complete that
 //! left most of a disk behind.
 
+#[path = "../common/machine.rs"]
 mod machine;
 
 use std::io::{Read, Write};
-use std::net::Shutdown;
-use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::ExitCode;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use bitferry::connect::{self, Dial as _};
 use bitferry::qemu::Version;
 use bitferry::qemu::outgoing::{self, Options, SourceDisk};
 use bitferry::{Silent, copy::Format};
-use mig_core::transport::{Connection, HangUp};
 use serde_json::json;
 
-use machine::Machine;
+use machine::{Machine, Program};
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
-
-/// Longest silence of a connection.
-const PATIENCE: Duration = Duration::from_secs(60);
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -77,16 +72,21 @@ fn run(arguments: &[String]) -> Result<()> {
     Ok(())
 }
 
+fn qemu() -> Result<Program> {
+    let program = Program::named_by("BITFERRY_QEMU_72");
+    Ok(program.ok_or("BITFERRY_QEMU_72 must name a qemu-system-x86_64 of version 7.2")?)
+}
+
 /// From a connection to the state `completed` at the destination.
 fn ours(source: &Path, target: &Path) -> Result<Duration> {
-    let mut destination = Machine::start(target, true)?;
+    let mut destination = Machine::start(&qemu()?, target, "raw", true)?;
     let disk = SourceDisk { id: "disk0".into(), path: source.into(), format: Some(Format::Raw) };
     let version = Version::new(7, 2);
     let options = Options { disks: vec![disk], blocks: true, version, ..Options::default() };
     let prepared = outgoing::prepare(&options, &Silent)?;
-    let socket = destination.listen()?;
+    let dialer = connect::dial(&destination.listen()?.parse()?, &connect::Options::default())?;
     let begun = Instant::now();
-    let report = prepared.send(connect(&socket)?, &Silent)?;
+    let report = prepared.send(dialer.dial()?, &Silent)?;
     destination.completes()?;
     let taken = begun.elapsed();
     if bitferry::exit_status(&report) != 0 {
@@ -97,16 +97,15 @@ fn ours(source: &Path, target: &Path) -> Result<Duration> {
 }
 
 fn theirs(source: &Path, target: &Path) -> Result<Duration> {
-    let mut destination = Machine::start(target, true)?;
-    let mut machine = Machine::start(source, false)?;
-    let socket = destination.listen()?;
+    let mut destination = Machine::start(&qemu()?, target, "raw", true)?;
+    let mut machine = Machine::start(&qemu()?, source, "raw", false)?;
+    let uri = destination.listen()?;
     // The product of both is what it may leave for the end.
     machine.ask(
         "migrate-set-parameters",
         json!({ "max-bandwidth": 16_000_000_000u64, "downtime-limit": 1 }),
     )?;
     let begun = Instant::now();
-    let uri = format!("unix:{}", socket.display());
     machine.ask("migrate", json!({ "uri": uri, "blk": true }))?;
     machine.completes()?;
     destination.completes()?;
@@ -114,27 +113,6 @@ fn theirs(source: &Path, target: &Path) -> Result<Duration> {
     destination.quit()?;
     machine.quit()?;
     Ok(taken)
-}
-
-fn connect(socket: &Path) -> Result<Connection> {
-    let stream = UnixStream::connect(socket)?;
-    stream.set_read_timeout(Some(PATIENCE))?;
-    stream.set_write_timeout(Some(PATIENCE))?;
-    Ok(Connection {
-        reader: Box::new(stream.try_clone()?),
-        writer: Box::new(stream.try_clone()?),
-        line: Arc::new(Line(stream)),
-        peer: socket.display().to_string(),
-    })
-}
-
-struct Line(UnixStream);
-
-impl HangUp for Line {
-    fn hang_up(&self) {
-        // It may be gone already.
-        let _ = self.0.shutdown(Shutdown::Both);
-    }
 }
 
 /// Content that has no zeroes.

@@ -14,10 +14,19 @@ type Work = Box<dyn Fn(&Path, &Path) -> Result<Taken>>;
 pub(crate) enum Role {
     /// One of us, or somebody for scale.
     Runner,
-    /// The fastest of these is what ratios are taken of.
-    Peer,
+    /// Ratios are taken of it, or of the fastest where several have the same heading.
+    Peer(&'static str),
     /// What the machine gives to a loop that does nothing else.
-    Limit,
+    Limit(&'static str),
+}
+
+impl Role {
+    fn heading(self) -> Option<&'static str> {
+        match self {
+            Self::Runner => None,
+            Self::Peer(heading) | Self::Limit(heading) => Some(heading),
+        }
+    }
 }
 
 /// Who does the work.
@@ -68,29 +77,28 @@ pub(crate) fn run(
 }
 
 fn print_table(contenders: &[Contender]) {
-    let best = per_round(contenders, Role::Peer);
-    let limit = per_round(contenders, Role::Limit);
-    println!("{:44} {:>7} {:>12} {:>12} {:>9}", "", "ms", "x best peer", "x bare loop", "peak MiB");
+    let mut headings: Vec<_> = contenders.iter().filter_map(|c| c.role.heading()).collect();
+    headings.dedup();
+    print!("{:52} {:>7} {:>9}", "", "ms", "peak MiB");
+    headings.iter().for_each(|heading| print!(" {:>12}", format!("x {heading}")));
+    println!();
     for contender in contenders {
         let times = contender.milliseconds();
         let peak = contender.taken.iter().filter_map(|t| t.peak_kib).max();
         let peak = peak.map_or(String::new(), |kib| format!("{:.1}", kib as f64 / 1024.0));
-        println!(
-            "{:44} {:7.0} {:>12} {:>12} {:>9}",
-            contender.name,
-            median(&times),
-            ratio(&times, &best),
-            ratio(&times, &limit),
-            peak
-        );
+        print!("{:52} {:7.0} {peak:>9}", contender.name, median(&times));
+        for heading in &headings {
+            print!(" {:>12}", ratio(&times, &per_round(contenders, heading)));
+        }
+        println!();
     }
     println!("\nratios are medians of the ratios within each round\n");
 }
 
-/// The fastest of a role, round by round.
-fn per_round(contenders: &[Contender], role: Role) -> Vec<f64> {
+/// The fastest under a heading, round by round.
+fn per_round(contenders: &[Contender], heading: &str) -> Vec<f64> {
     let mut best: Vec<f64> = Vec::new();
-    for contender in contenders.iter().filter(|c| c.role == role) {
+    for contender in contenders.iter().filter(|c| c.role.heading() == Some(heading)) {
         let times = contender.milliseconds();
         best.resize(times.len(), f64::INFINITY);
         best.iter_mut().zip(times).for_each(|(b, t)| *b = b.min(t));

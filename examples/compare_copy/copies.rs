@@ -10,6 +10,7 @@ use bitferry::Silent;
 use bitferry::copy::{self, CopyOptions};
 
 use crate::contest::{Contender, Role};
+use crate::image::Noise;
 use crate::{Result, contest, image, peak};
 
 /// Bytes that the bare loop moves at a time, as our engine does.
@@ -42,9 +43,9 @@ fn contenders() -> Vec<Contender> {
     ];
     if peak::is_here("qemu-img") {
         let plain = |s: &Path, d: &Path| Ok(convert(s, d, &[]));
-        all.push(command("qemu-img convert --bitmaps", Role::Peer, plain));
+        all.push(command("qemu-img convert --bitmaps", Role::Peer("qemu-img"), plain));
         let wide = |s: &Path, d: &Path| Ok(convert(s, d, &["-m", "8", "-W"]));
-        all.push(command("qemu-img convert --bitmaps -m 8 -W", Role::Peer, wide));
+        all.push(command("qemu-img convert --bitmaps -m 8 -W", Role::Peer("qemu-img"), wide));
         let compared = |s: &Path, d: &Path| {
             let mut taken = peak::run(&mut convert(s, d, &["-m", "8", "-W"]))?;
             taken.time += peak::run(Command::new("qemu-img").arg("compare").args([s, d]))?.time;
@@ -57,14 +58,14 @@ fn contenders() -> Vec<Contender> {
         command.arg("--reflink=never").args([source, destination]);
         Ok(command)
     }));
-    all.push(ours("bare loop: read and write, 2 threads", "bare", Role::Limit));
+    all.push(ours("bare loop: read and write, 2 threads", "bare", Role::Limit("bare loop")));
     all
 }
 
 /// Copies in turn and prints the table.
 pub(crate) fn run(scratch: &Path, mib: u64, rounds: usize) -> Result<()> {
     let (source, destination) = (scratch.join("source.qcow2"), scratch.join("destination.qcow2"));
-    image::make(&source, mib << 20, mib)?;
+    image::make(&source, mib << 20, mib, Noise::Pure)?;
     println!("{mib} MiB of noise in a qcow2 image with three bitmaps, {rounds} rounds, warm\n");
     contest::run(&mut contenders(), (&source, &destination), rounds)?;
     Ok(std::fs::remove_file(&source)?)

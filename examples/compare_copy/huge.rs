@@ -15,6 +15,7 @@ use qcow2_file::create::{CreateOptions, NewImage};
 use qcow2_file::storage::Run;
 use qcow2_file::{HostFile, Storage};
 
+use crate::image::Noise;
 use crate::{Result, image, peak};
 
 const TIB: u64 = 1 << 40;
@@ -50,7 +51,7 @@ pub(crate) fn child(kind: &str, scratch: &Path) -> Result<()> {
 
 fn sparse(scratch: &Path) -> Result<()> {
     let (source, destination) = (scratch.join("sparse.qcow2"), scratch.join("copy.qcow2"));
-    image::make(&source, 16 * TIB, 64)?;
+    image::make(&source, 16 * TIB, 64, Noise::Pure)?;
     let options = CopyOptions {
         source: source.clone(),
         destination: destination.clone(),

@@ -11,29 +11,38 @@ use crate::Result;
 
 const MIB: u64 = 1 << 20;
 
-/// Content that does not compress and has no zeroes.
-struct Noise(u64);
+/// What an image is filled with: no cluster of it is zero.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Noise {
+    /// It does not compress.
+    Pure,
+    /// Every other 512 bytes are one byte over and over.
+    Half,
+}
 
 impl Noise {
-    fn fill(&mut self, buffer: &mut [u8]) {
+    fn fill(self, state: &mut u64, buffer: &mut [u8]) {
         for word in buffer.chunks_exact_mut(8) {
             // xorshift64*
-            self.0 ^= self.0 >> 12;
-            self.0 ^= self.0 << 25;
-            self.0 ^= self.0 >> 27;
-            word.copy_from_slice(&self.0.wrapping_mul(0x2545_f491_4f6c_dd1d).to_le_bytes());
+            *state ^= *state >> 12;
+            *state ^= *state << 25;
+            *state ^= *state >> 27;
+            word.copy_from_slice(&state.wrapping_mul(0x2545_f491_4f6c_dd1d).to_le_bytes());
+        }
+        if self == Self::Half {
+            buffer.chunks_exact_mut(512).step_by(2).for_each(|half| half.fill(7));
         }
     }
 }
 
-/// A qcow2 image of `size` bytes with `mib` MiB of noise, spread evenly, and three bitmaps.
-pub(crate) fn make(path: &Path, size: u64, mib: u64) -> Result<()> {
+/// A qcow2 image of `size` bytes with `mib` MiB of `noise`, spread evenly, and three bitmaps.
+pub(crate) fn make(path: &Path, size: u64, mib: u64, noise: Noise) -> Result<()> {
     let image = NewImage::create(Arc::new(HostFile::create_new(path)?), &CreateOptions::new(size))?;
-    let mut noise = Noise(0x9e37_79b9_7f4a_7c15);
+    let mut state = 0x9e37_79b9_7f4a_7c15;
     let mut buffer = vec![0; 1 << 20];
     let step = size / mib.max(1) / MIB * MIB;
     for n in 0..mib {
-        noise.fill(&mut buffer);
+        noise.fill(&mut state, &mut buffer);
         image.write_at(&buffer, GuestOffset(n * step))?;
     }
     let bitmaps = [("hourly", 16), ("daily", 18), ("weekly", 20)].map(|(name, bits)| {

@@ -1,6 +1,7 @@
 //! How fast and how small is it? Holds `bitferry copy` against `qemu-img convert` and `cp`, `send`
-//! and `receive` over TCP against `nbdcopy` between two `qemu-nbd`, both against the bare loop of
-//! the machine, and shows the memory that huge disks take.
+//! and `receive` over TCP, in the clear and with TLS, against `nbdcopy` between two `qemu-nbd`, the
+//! mirror of QEMU 10 and `migrate -b` of QEMU 7.2, everything against the bare loop of the machine,
+//! and shows the memory that huge disks take.
 //!
 //! ```text
 //! cargo run --release --example compare_copy -- [--dir DIR] [--mib N] [--rounds N]
@@ -9,14 +10,23 @@
 //!
 //! DIR should be a tmpfs with room for three times the data. Every contender runs in each round,
 //! the order turning, and what is printed are medians over the rounds, of times and of the ratios
-//! within a round. Peers that are not installed are left out, and said to be.
+//! within a round. `BITFERRY_QEMU_10` and `BITFERRY_QEMU_72` name the two QEMUs (`tests/peers`
+//! installs them). Peers that are not installed are left out, and said to be.
 
+mod bare;
+#[path = "../common/certificates.rs"]
+mod certificates;
+#[path = "../common/cipher.rs"]
+mod cipher;
 mod contest;
 mod copies;
 mod huge;
 mod image;
+#[path = "../common/machine.rs"]
+mod machine;
 mod moves;
 mod peak;
+mod qemus;
 
 use std::path::PathBuf;
 use std::process::ExitCode;

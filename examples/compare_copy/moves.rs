@@ -2,7 +2,7 @@
 //! another. Receivers and servers are up before the clock starts; it stops when the destination is
 //! written and its process has ended.
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -10,65 +10,115 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use bitferry::Silent;
-use bitferry::connect::{self, Options};
+use bitferry::connect::{self, Options, Tls};
 use bitferry::options::DiskOption;
 use bitferry::receive::{self, Arrivals, ReceiveOptions};
 use bitferry::send::{self, SendOptions};
 
-use crate::contest::{Contender, Role};
-use crate::peak::Taken;
-use crate::{Result, contest, image, peak};
+use mig_core::stream::{Compression, Method};
 
-/// Bytes that the bare loop writes at a time.
-const LOOP_BYTES: usize = 512 << 10;
+use crate::contest::{Contender, Role};
+use crate::image::Noise;
+use crate::peak::Taken;
+use crate::{Result, bare, certificates, cipher, contest, image, peak, qemus};
+
+const ZSTD: Compression = Compression { method: Method::Zstd, level: None };
 /// Longest time for a server to come up.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Moves in turn and prints the table.
+/// How `send` is called.
+#[derive(Debug, Clone, Copy)]
+struct How {
+    channels: &'static str,
+    /// `proof` or `no-proof`.
+    mode: &'static str,
+    /// `plain`, `tls` or `zstd`.
+    line: &'static str,
+}
+
+/// Moves in turn and prints the tables.
 pub(crate) fn run(scratch: &Path, mib: u64, rounds: usize) -> Result<()> {
-    let (source, destination) = (scratch.join("source.qcow2"), scratch.join("destination.qcow2"));
-    image::make(&source, mib << 20, mib)?;
+    let paths = (&*scratch.join("source.qcow2"), &*scratch.join("destination.qcow2"));
+    let certificates = scratch.join("tls");
+    std::fs::create_dir(&certificates)?;
+    certificates::make(&certificates)?;
+
+    image::make(paths.0, mib << 20, mib, Noise::Pure)?;
     println!(
         "{mib} MiB of noise in a qcow2 image with three bitmaps over TCP, {rounds} rounds, warm"
     );
-    println!("(nbdcopy carries no bitmaps and proves nothing)\n");
-    contest::run(&mut contenders(mib), (&source, &destination), rounds)?;
-    Ok(std::fs::remove_file(&source)?)
+    println!("(nbdcopy and blk carry no bitmaps, and no peer proves anything)\n");
+    contest::run(&mut contenders(mib), paths, rounds)?;
+    std::fs::remove_file(paths.0)?;
+
+    image::make(paths.0, mib << 20, mib, Noise::Half)?;
+    println!("The same, of content that compresses to a half\n");
+    let ways = ["plain", "zstd"].map(|line| How { channels: "2", mode: "proof", line });
+    contest::run(&mut ways.map(us), paths, rounds)?;
+    Ok(std::fs::remove_file(paths.0)?)
 }
 
 fn contenders(mib: u64) -> Vec<Contender> {
     let mut all = Vec::new();
-    for (mode, further) in [("proof", ""), ("no-proof", " --no-verify")] {
-        for channels in ["1", "2", "4"] {
-            let name = format!("bitferry send --channels {channels}{further}");
-            all.push(Contender::new(name, Role::Runner, move |s, d| ours(s, d, mode, channels)));
+    for mode in ["proof", "no-proof"] {
+        for (channels, line) in
+            [("1", "plain"), ("2", "plain"), ("4", "plain"), ("1", "tls"), ("2", "tls")]
+        {
+            all.push(us(How { channels, mode, line }));
         }
     }
     if peak::is_here("nbdcopy") && peak::is_here("qemu-nbd") && peak::is_here("qemu-img") {
         let name = "nbdcopy between two qemu-nbd";
-        all.push(Contender::new(name, Role::Peer, move |s, d| nbdcopy(s, d, mib)));
+        all.push(Contender::new(name, Role::Peer("nbdcopy"), move |s, d| nbdcopy(s, d, mib)));
     }
+    all.extend(qemus::contenders(mib));
     for connections in ["1", "2"] {
         let name = format!("bare loop: memory to memory, {connections} connections");
-        let role = if connections == "2" { Role::Limit } else { Role::Runner };
+        let role = if connections == "2" { Role::Limit("bare loop") } else { Role::Runner };
         all.push(Contender::new(name, role, move |_, _| bare(mib, connections)));
     }
+    let name = "AES-256-GCM alone, one core, the slower end";
+    all.push(Contender::new(name, Role::Runner, move |_, _| cipher(mib)));
     all
 }
 
+fn us(how: How) -> Contender {
+    let mut name = format!("bitferry send --channels {}", how.channels);
+    match how.line {
+        "tls" => name.push_str(" --tls-dir …"),
+        "zstd" => name.push_str(" --compress zstd"),
+        _ => {}
+    }
+    if how.mode == "no-proof" {
+        name.push_str(" --no-verify");
+    }
+    Contender::new(name, Role::Runner, move |s, d| ours(s, d, how))
+}
+
 /// `send` in one process to `receive` in another.
-fn ours(source: &Path, destination: &Path, mode: &str, channels: &str) -> Result<Taken> {
-    let (receiver, port) = server(&[Path::new("receive"), destination])?;
+fn ours(source: &Path, destination: &Path, how: How) -> Result<Taken> {
+    let certificates = match how.line {
+        "tls" => source.with_file_name("tls"),
+        _ => "-".into(),
+    };
+    let certificates = certificates.to_string_lossy();
+    let (receiver, port) = server(&[Path::new("receive"), destination], &[&certificates])?;
     let begun = Instant::now();
     let port = port.to_string();
-    let sent = peak::run(&mut this(&[Path::new("send"), source], &[mode, channels, &port])?)?;
+    let asked = [how.mode, how.channels, how.line, &certificates, &port];
+    let sent = peak::run(&mut this(&[Path::new("send"), source], &asked)?)?;
     ended(receiver)?;
     Ok(Taken { time: begun.elapsed(), peak_kib: sent.peak_kib })
 }
 
+fn cipher(mib: u64) -> Result<Taken> {
+    let (sealing, opening) = cipher::times(usize::try_from(mib)?)?;
+    Ok(Taken { time: sealing.max(opening), peak_kib: None })
+}
+
 /// Threads that read into warm memory, and threads that write from it.
 fn bare(mib: u64, connections: &str) -> Result<Taken> {
-    let (receiver, port) = server(&[Path::new("sink"), Path::new(connections)])?;
+    let (receiver, port) = server(&[Path::new("sink"), Path::new(connections)], &[])?;
     let (port, mib) = (port.to_string(), mib.to_string());
     let arguments = [connections, &port, &mib];
     let output = this(&[Path::new("pump"), Path::new("-")], &arguments)?.output()?;
@@ -126,8 +176,8 @@ fn this(part: &[&Path], arguments: &[&str]) -> Result<Command> {
 }
 
 /// A part that tells the port on which it listens.
-fn server(part: &[&Path]) -> Result<(Child, u16)> {
-    let mut child = this(part, &[])?.stdin(Stdio::null()).stdout(Stdio::piped()).spawn()?;
+fn server(part: &[&Path], arguments: &[&str]) -> Result<(Child, u16)> {
+    let mut child = this(part, arguments)?.stdin(Stdio::null()).stdout(Stdio::piped()).spawn()?;
     let stdout = child.stdout.take().ok_or("no output")?;
     let mut line = String::new();
     BufReader::new(stdout).read_line(&mut line)?;
@@ -145,11 +195,11 @@ fn ended(mut child: Child) -> Result<()> {
 /// One part, in its own process.
 pub(crate) fn child(part: &str, place: &Path, arguments: &[String]) -> Result<()> {
     match (part, arguments) {
-        ("receive", []) => be_destination(place),
-        ("send", [mode, channels, port]) => be_source(place, mode, channels.parse()?, port),
-        ("sink", []) => be_sink(place.to_string_lossy().parse()?),
+        ("receive", [certificates]) => be_destination(place, certificates),
+        ("send", arguments) => be_source(place, arguments),
+        ("sink", []) => bare::be_sink(place.to_string_lossy().parse()?),
         ("pump", [connections, port, mib]) => {
-            be_pump(connections.parse()?, port.parse()?, mib.parse()?)
+            bare::be_pump(connections.parse()?, port.parse()?, mib.parse()?)
         }
         _ => Err(format!("{part} is no part").into()),
     }
@@ -159,8 +209,14 @@ fn disk(path: &Path) -> DiskOption {
     DiskOption { id: "disk".into(), path: path.to_owned(), format: None, is_readonly: false }
 }
 
-fn be_destination(path: &Path) -> Result<()> {
-    let listener = connect::listen(&"tcp:127.0.0.1:0".parse()?, &Options::default())?;
+/// What a connection needs. `-`: it is not encrypted.
+fn line(certificates: &str) -> Options {
+    let tls = (certificates != "-").then(|| Tls::new(certificates.as_ref(), None));
+    Options { tls, ..Options::default() }
+}
+
+fn be_destination(path: &Path, certificates: &str) -> Result<()> {
+    let listener = connect::listen(&"tcp:127.0.0.1:0".parse()?, &line(certificates))?;
     let uri = listener.uri().to_string();
     println!("{}", uri.rsplit(':').next().unwrap_or_default());
     let (_tell, told) = mpsc::channel();
@@ -170,67 +226,21 @@ fn be_destination(path: &Path) -> Result<()> {
     if bitferry::exit_status(&report) == 0 { Ok(()) } else { Err(format!("{report:?}").into()) }
 }
 
-fn be_source(path: &Path, mode: &str, channels: u16, port: &str) -> Result<()> {
-    let dialer = connect::dial(&format!("tcp:127.0.0.1:{port}").parse()?, &Options::default())?;
-    let no_verify = mode == "no-proof";
-    let options =
-        SendOptions { disks: vec![disk(path)], channels, no_verify, ..SendOptions::default() };
+fn be_source(path: &Path, arguments: &[String]) -> Result<()> {
+    let [mode, channels, kind, certificates, port] = arguments else {
+        return Err(format!("{arguments:?} are not how to send").into());
+    };
+    let dialer = connect::dial(&format!("tcp:127.0.0.1:{port}").parse()?, &line(certificates))?;
+    let options = SendOptions {
+        disks: vec![disk(path)],
+        channels: channels.parse()?,
+        no_verify: mode == "no-proof",
+        compression: (kind == "zstd").then_some(ZSTD),
+        ..SendOptions::default()
+    };
     let report = send::run(&options, &dialer, &Silent)?;
     if bitferry::exit_status(&report) != 0 {
         return Err(format!("{report:?}").into());
     }
     peak::tell()
-}
-
-/// Reads each connection twice into the same memory: the first time warms it.
-fn be_sink(connections: usize) -> Result<()> {
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
-    println!("{}", listener.local_addr()?.port());
-    let mut threads = Vec::new();
-    for _ in 0..connections {
-        let (mut stream, _) = listener.accept()?;
-        threads.push(std::thread::spawn(move || -> std::io::Result<()> {
-            let mut len = [0; 8];
-            stream.read_exact(&mut len)?;
-            let len = usize::try_from(u64::from_be_bytes(len)).unwrap_or(0);
-            let mut memory = vec![0u8; len];
-            for _ in 0..2 {
-                stream.read_exact(&mut memory)?;
-                stream.write_all(b"!")?;
-            }
-            Ok(())
-        }));
-    }
-    for thread in threads {
-        thread.join().map_err(|_| "a thread of the sink panicked")??;
-    }
-    Ok(())
-}
-
-/// Writes the same memory twice and tells how many microseconds the second time took.
-fn be_pump(connections: usize, port: u16, mib: usize) -> Result<()> {
-    let len = (mib << 20) / connections.max(1);
-    let lines = (0..connections).map(|_| TcpStream::connect((Ipv4Addr::LOCALHOST, port)));
-    let mut pumps = Vec::new();
-    for line in lines {
-        let mut line = line?;
-        line.set_nodelay(true)?;
-        line.write_all(&(len as u64).to_be_bytes())?;
-        pumps.push((line, vec![1u8; len]));
-    }
-    let mut micros = 0;
-    for _ in 0..2 {
-        let begun = Instant::now();
-        std::thread::scope(|scope| {
-            let pump = |(line, memory): &mut (TcpStream, Vec<u8>)| -> std::io::Result<()> {
-                memory.chunks(LOOP_BYTES).try_for_each(|chunk| line.write_all(chunk))?;
-                line.read_exact(&mut [0])
-            };
-            let threads: Vec<_> = pumps.iter_mut().map(|p| scope.spawn(move || pump(p))).collect();
-            threads.into_iter().try_for_each(|t| t.join().unwrap_or(Ok(())))
-        })?;
-        micros = begun.elapsed().as_micros();
-    }
-    println!("{micros}");
-    Ok(())
 }

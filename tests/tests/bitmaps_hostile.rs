@@ -467,7 +467,9 @@ fn random_damage_never_panics_and_strip_always_helps() {
         let Ok(header) = read_header(&*file) else { continue };
         check(&file, &header).unwrap();
         strip(&file).unwrap_or_else(|e| panic!("round {round}: {e:?}"));
-        assert!(read_header(&*file).unwrap().bitmaps().is_none());
+        let header = read_header(&*file).unwrap();
+        assert!(header.bitmaps().is_none());
+        assert_eq!(qcow2_file::check::check(&file, &header).unwrap().leaks, 0, "round {round}");
         if round % 30 == 0 {
             qemu::check_is_clean(&s.path);
         }

@@ -354,7 +354,9 @@ fn ctrl_c_on_either_side_ends_both() {
         let destination = receive(&scratch, "--disk vda=out.qcow2 unix:s").spawn();
         let uri = address(&destination);
         let slow = send(&scratch, "--disk vda=a.qcow2 --bandwidth 256K").arg(uri).spawn();
+        // Before they know one another, a source that goes away is only one that did not come.
         slow.wait_for(false, |line| line.contains("progress").then_some(()));
+        destination.wait_for(false, |line| line.contains("transfer").then_some(()));
         let begun = Instant::now();
         let interrupted = if interrupts_source { &slow } else { &destination };
         interrupted.signal(Signal::INT);

@@ -146,10 +146,13 @@ impl Shared {
 
     fn send(&self) -> io::Result<()> {
         loop {
-            if self.try_send(&mut lock(&self.connection)).map_err(|e| self.explain(e))? {
-                return Ok(());
+            // The lock is given back before a failure is looked into, which takes it again.
+            let sent = self.try_send(&mut lock(&self.connection));
+            match sent {
+                Ok(true) => return Ok(()),
+                Ok(false) => self.line.wait(PollFlags::OUT)?,
+                Err(error) => return Err(self.explain(error)),
             }
-            self.line.wait(PollFlags::OUT)?;
         }
     }
 
