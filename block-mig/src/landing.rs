@@ -47,6 +47,9 @@ pub trait Landing: Send + Sync {
         Ok(())
     }
 
+    /// A barrier: what arrived before it stays as it is, unless it is sent anew. Must not wait.
+    fn settled(&self) {}
+
     /// A durable barrier: on return everything that arrived is durable, and the journal says so.
     fn durable(&self) -> Result<()> {
         Ok(self.sink().sync()?)

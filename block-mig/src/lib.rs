@@ -25,6 +25,7 @@ pub mod monitor;
 pub mod plan;
 pub mod pool;
 pub mod proof;
+pub mod proven;
 pub mod recheck;
 pub mod recorded;
 pub mod save;

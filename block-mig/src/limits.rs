@@ -26,6 +26,11 @@ pub const JOURNAL_SLACK_BYTES: u64 = 1 << 20;
 /// Bytes that arrive between two checkpoints, at which a destination is synced and its journal says
 /// what it has: what a cut costs at most.
 pub const CHECKPOINT_BYTES: u64 = 64 << 20;
+/// Bytes that arrive behind others before those are read back: enough that a unit that comes in
+/// parts is whole by then, and few enough that little is left in the end.
+pub const SETTLE_BYTES: u64 = 16 << 20;
+/// Runs of units that wait to be read back. What is forgotten is read in the end.
+pub const MAX_WAITING_RUNS: usize = 1 << 16;
 /// Units of which only a part has arrived that are remembered. What is forgotten is not claimed.
 pub const MAX_PARTIAL_UNITS: usize = 4096;
 

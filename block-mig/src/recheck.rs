@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
 use format_spec::content_hash::{LEDGER_HEIGHT, Node, subtree};
-use mig_core::block::{BlockSink, BlockSource, is_zero};
+use mig_core::block::{BlockSink, BlockSource, Extent, ExtentKind, is_zero};
 
 use crate::error::{Error, Result};
 use crate::ledger::{Ledger, Stretch, UNIT_BYTES};
@@ -16,6 +16,12 @@ use crate::pool::Pool;
 pub trait ReadBack: BlockSink {
     /// Fills `buf` with what the disk reads at `offset` now. The range lies inside the disk.
     fn read_back(&self, buf: &mut [u8], offset: u64) -> mig_core::Result<()>;
+
+    /// Where the content at `offset` stands in the file that holds it, by the tables alone, at most
+    /// `max_len` bytes of it. Content without a place: that cannot be told.
+    fn placed(&self, _offset: u64, max_len: u64) -> mig_core::Result<Extent> {
+        Ok(Extent { len: max_len, kind: ExtentKind::Data, host: None })
+    }
 }
 
 /// What was claimed and what of it was true.

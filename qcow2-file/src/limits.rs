@@ -82,3 +82,8 @@ pub const MAX_EDITOR_TABLES: u64 = 8192;
 /// Bytes of a guest write that an editor maps at a time, so that one huge write does not hold its
 /// range, and neither memory for its entries, for long.
 pub const EDITOR_STEP_BYTES: u64 = 16 << 20;
+
+/// Most bytes of a part of a file whose writes are counted, as a power of two: a usual cluster.
+pub const WATCHED_PART_BITS: u32 = 16;
+/// Most parts whose writes are counted: 8 MiB of counts. Parts are larger in files that have more.
+pub const MAX_WATCHED_PARTS: u64 = 1 << 22;

@@ -17,7 +17,7 @@ use super::unfinished::{NewDisk, NewKind, publish_together};
 use crate::copy::{DataFileTarget, Format, Shape, TargetOptions};
 use crate::incoming::{Destination, Place, SessionId, Wanted};
 use crate::publish::{directory, hold};
-use crate::{Error, Renames, Result};
+use crate::{Error, Observer, Renames, Result, Silent};
 
 /// Where one disk goes, as the user configured it.
 #[derive(Debug, Clone)]
@@ -69,14 +69,24 @@ pub struct FileOptions {
     pub is_fresh: bool,
     /// Do not hash what arrives: nothing can be gone on with then.
     pub no_verify: bool,
+    /// Keep nothing for another attempt: no journal, no receipt.
+    pub keeps_nothing: bool,
     /// Worker threads for reading back.
     pub workers: Option<std::num::NonZeroUsize>,
+}
+
+impl FileOptions {
+    /// Whether another attempt can go on with what an attempt leaves.
+    fn keeps(&self) -> bool {
+        !self.no_verify && !self.keeps_nothing
+    }
 }
 
 /// New files for the disks of one migration.
 pub struct Files {
     disks: Vec<DiskPlace>,
     options: FileOptions,
+    observer: Arc<dyn Observer>,
     state: Mutex<State>,
 }
 
@@ -93,7 +103,12 @@ impl Files {
     pub fn new(disks: Vec<DiskPlace>, options: FileOptions) -> Self {
         let (found, is_fresh, places) = (SessionState::Fresh, options.is_fresh, Vec::new());
         let state = State { session: [0; 16], found, is_fresh, places };
-        Self { disks, options, state: Mutex::new(state) }
+        Self { disks, options, observer: Arc::new(Silent), state: Mutex::new(state) }
+    }
+
+    /// Lets `observer` be told what takes long.
+    pub fn watched_by(self, observer: Arc<dyn Observer>) -> Self {
+        Self { observer, ..self }
     }
 
     /// What is on the disk of this session.
@@ -103,7 +118,7 @@ impl Files {
             return Ok(SessionState::Fresh);
         }
         let traces = self.disks.iter().map(|disk| Trace::of(disk, session));
-        Ok(state(&traces.collect::<Result<Vec<_>>>()?, self.options.no_verify))
+        Ok(state(&traces.collect::<Result<Vec<_>>>()?, self.options.keeps()))
     }
 
     /// Finishes a publication that a crash interrupted.
@@ -153,7 +168,7 @@ impl Files {
         }
         let data = disk.data_file();
         let mut new = disk.new_disk(wanted.size, data.as_ref())?;
-        new.session = (!self.options.no_verify).then_some(state.session);
+        new.session = self.options.keeps().then_some(state.session);
         new.is_fresh = state.is_fresh;
         let (found, options) = (state.found, self.options);
         drop(state);
@@ -170,7 +185,8 @@ impl Files {
             SessionState::Committed => Vec::new(),
             _ => self.clear(&new)?,
         };
-        let place = Arc::new(FilePlace::open((disk, &new), (known, held), options)?);
+        let place =
+            Arc::new(FilePlace::open((disk, &new), (known, held), options, &self.observer)?);
         self.lock().places.push(Arc::clone(&place));
         Ok(place)
     }

@@ -7,12 +7,14 @@
 //! receipt      what is left when it was published
 //! recover      a publication that a crash interrupted is finished
 //! trace        what is answered to a source because of what lies there
+//! prover       what has arrived is read back while more arrives
 //! files        all of it as what a migration arrives at, disk by disk (place)
 //! ```
 
 mod files;
 mod log;
 mod place;
+mod prover;
 mod receipt;
 mod recover;
 mod sink;

@@ -2,12 +2,13 @@
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use bitmap_mig::Bitmap;
+use block_mig::Landing;
+use block_mig::journal::Keeper;
 use block_mig::ledger::{Stretch, UNIT_BYTES};
 use block_mig::limits::workers;
-use block_mig::{Landing, Unwatched};
 use format_spec::content_hash::{ContentHash, Node};
 use mig_core::block::BlockSink;
 use mig_core::section::{Fate, Have};
@@ -16,6 +17,7 @@ use qcow2_file::lock::Lock;
 
 use super::files::{DiskPlace, FileOptions, failed};
 use super::log::Log;
+use super::prover::Prover;
 use super::receipt::{Receipt, ReceiptBitmap};
 use super::sink::Sink;
 use super::unfinished::{NewDisk, Unfinished};
@@ -23,9 +25,10 @@ use crate::copy::Format;
 use crate::disk::{Disk, Request};
 use crate::hash::content_of;
 use crate::incoming::{Place, Sealed};
+use crate::observe::Progress;
 use crate::proof::DiskProof;
 use crate::renames::no_place;
-use crate::{Error, Phase, Renames, Result, Silent};
+use crate::{Error, Observer, Phase, Renames, Result, Silent};
 
 /// Most units that are told at once.
 const HAVE_UNITS: usize = 4096;
@@ -82,8 +85,11 @@ pub(super) struct FilePlace {
     target: String,
     size: u64,
     options: FileOptions,
+    observer: Arc<dyn Observer>,
     known: Option<Known>,
-    unfinished: Option<Unfinished>,
+    /// Ends before the files go.
+    prover: Option<Prover>,
+    unfinished: Option<Arc<Unfinished>>,
     /// Where content goes when nothing is expected.
     closed: Sink,
     /// Hold everybody else off what will be replaced.
@@ -97,8 +103,14 @@ impl FilePlace {
         (place, disk): (&DiskPlace, &NewDisk<'_>),
         (known, held): (Option<Known>, Vec<Lock>),
         options: FileOptions,
+        observer: &Arc<dyn Observer>,
     ) -> Result<Self> {
-        let unfinished = if known.is_some() { None } else { Some(Unfinished::open(disk)?) };
+        let unfinished = match known {
+            Some(_) => None,
+            None => Some(Arc::new(Unfinished::open(disk)?)),
+        };
+        let proved = unfinished.as_ref().filter(|_| !options.no_verify);
+        let prover = proved.map(Prover::start).transpose()?;
         Ok(Self {
             name: place.name.clone(),
             path: place.path.clone(),
@@ -109,7 +121,9 @@ impl FilePlace {
             target: disk.target(),
             size: disk.size,
             options,
+            observer: Arc::clone(observer),
             known,
+            prover,
             unfinished,
             closed: Sink::Closed(disk.size),
             _held: held,
@@ -122,10 +136,14 @@ impl FilePlace {
         &self.name
     }
 
+    fn keeper(&self) -> Option<&Keeper> {
+        self.unfinished.as_ref().and_then(|unfinished| unfinished.keeper())
+    }
+
     /// Its files, while they have temporary names.
     pub(super) fn unfinished(&self) -> Option<&Unfinished> {
         let known = self.known.as_ref().and_then(|known| known.unfinished.as_ref());
-        self.unfinished.as_ref().or(known)
+        self.unfinished.as_deref().or(known)
     }
 
     /// Writes the receipt, once it is published.
@@ -152,12 +170,21 @@ impl FilePlace {
         let stored = sealed.bitmaps.iter();
         let stored: Vec<_> =
             stored.map(|b| b.clone().into_stored_as(&self.renames.stored(&b.name))).collect();
+        self.observer.phase(Phase::Seal);
+        // Until storage is done with what is written, more is read.
         unfinished.seal(&stored)?;
+        self.prover.iter().for_each(Prover::stop);
         let Some(said) = sealed.content else { return Ok(None) };
+        self.observer.phase(Phase::Prove);
         let (path, data) = unfinished.paths();
         let disk = open(path, self.format, data)?;
-        let workers = workers(self.options.workers);
-        let content = content_of(&disk, workers, None, (Phase::Prove, &Silent))?;
+        let content = match &self.prover {
+            Some(prover) => prover.finish(&disk, self.options)?.content,
+            None => {
+                let workers = workers(self.options.workers);
+                content_of(&disk, workers, None, (Phase::Prove, &*self.observer))?
+            }
+        };
         let mismatch = |reason| Error::ProofMismatch { path: self.path.clone(), reason };
         if content != said {
             return Err(mismatch(format!("{said} was sent, {content} was read")));
@@ -193,8 +220,13 @@ impl FilePlace {
         tell: &mut dyn FnMut(Have) -> stream::Result<()>,
     ) -> stream::Result<()> {
         let workers = workers(self.options.workers);
-        unfinished.recheck(None, workers, &Unwatched).map_err(failed)?;
-        let Some(keeper) = unfinished.keeper() else { return Ok(()) };
+        let Some(keeper) = unfinished.keeper().filter(|_| unfinished.is_resumed) else {
+            return Ok(());
+        };
+        let progress = Progress::begin(&*self.observer, Phase::Recheck, keeper.claimed_bytes());
+        unfinished.recheck(None, workers, &progress).map_err(failed)?;
+        progress.end();
+        self.observer.phase(Phase::Transfer);
         let mut at = 0;
         loop {
             let next = keeper.with_claims(|claims| {
@@ -211,6 +243,10 @@ impl FilePlace {
                 }))
             })?;
             let Some((end, have)) = next else { return Ok(()) };
+            if let (Some(Have::Units(first, _)), Some(prover)) = (&have, &self.prover) {
+                let end = end.saturating_mul(UNIT_BYTES).min(self.size);
+                prover.arrived(first.saturating_mul(UNIT_BYTES)..end);
+            }
             at = end;
             have.map_or(Ok(()), &mut *tell)?;
         }
@@ -227,15 +263,17 @@ impl Landing for FilePlace {
     }
 
     fn wants_nodes(&self) -> bool {
-        self.unfinished.as_ref().is_some_and(|unfinished| unfinished.keeper().is_some())
+        self.keeper().is_some()
     }
 
     fn begin(&self, range: Range<u64>) -> stream::Result<()> {
-        let keeper = self.unfinished.as_ref().and_then(Unfinished::keeper);
+        self.prover.iter().for_each(|prover| prover.begin(range.clone()));
+        let keeper = self.keeper();
         Ok(keeper.map_or(Ok(()), |keeper| keeper.begin(range))?)
     }
 
-    fn arrived(&self, _range: Range<u64>, first: u64, nodes: &[Node]) -> stream::Result<()> {
+    fn arrived(&self, range: Range<u64>, first: u64, nodes: &[Node]) -> stream::Result<()> {
+        self.prover.iter().for_each(|prover| prover.arrived(range.clone()));
         let Some(unfinished) = &self.unfinished else { return Ok(()) };
         let Some(keeper) = unfinished.keeper() else { return Ok(()) };
         keeper.arrived_units(first, nodes)?;
@@ -243,22 +281,28 @@ impl Landing for FilePlace {
     }
 
     fn arrived_zeroes(&self, range: Range<u64>) -> stream::Result<()> {
-        let Some(keeper) = self.unfinished.as_ref().and_then(Unfinished::keeper) else {
-            return Ok(());
-        };
+        self.prover.iter().for_each(|prover| prover.arrived_zeroes(range.clone()));
+        let Some(keeper) = self.keeper() else { return Ok(()) };
         // Units that are zero in part were told with their nodes.
         let start = range.start.next_multiple_of(UNIT_BYTES);
         let end = if range.end >= self.size { self.size } else { range.end & !(UNIT_BYTES - 1) };
         if start < end { Ok(keeper.arrived_zeroes(start..end)?) } else { Ok(()) }
     }
 
+    fn settled(&self) {
+        self.prover.iter().for_each(Prover::settled);
+    }
+
     fn durable(&self) -> stream::Result<()> {
         match &self.unfinished {
             Some(unfinished) if unfinished.keeper().is_some() => {
-                unfinished.checkpoint().map_err(failed)
+                unfinished.checkpoint().map_err(failed)?;
             }
-            _ => Ok(self.sink().sync()?),
+            _ => self.sink().sync()?,
         }
+        // A guest may be paused next: what it would have to wait for is done before.
+        self.prover.iter().for_each(Prover::wait);
+        Ok(())
     }
 }
 

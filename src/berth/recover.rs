@@ -46,7 +46,8 @@ struct Found<'a> {
 
 /// Finishes the publication of destinations that belong together, if one of their journals says
 /// that it had begun: of all that were proved in that session. A journal goes when `finish` was
-/// done with what it says; its first argument is the destination's index. Answers what is there now.
+/// done with what it says; its first argument is the index of the destination. Answers what is
+/// there now.
 pub(crate) fn recover(
     places: &[Half<'_>],
     replaces: bool,

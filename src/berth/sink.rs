@@ -2,7 +2,7 @@
 
 use block_mig::device::{NewImageSink, RawSink};
 use block_mig::recheck::ReadBack;
-use mig_core::block::{BlockSink, CompressedUnit};
+use mig_core::block::{BlockSink, CompressedUnit, Extent};
 use mig_core::{Blame, Error, Result};
 use qcow2_file::create::NewImage;
 
@@ -76,6 +76,10 @@ impl BlockSink for Sink {
 impl ReadBack for Sink {
     fn read_back(&self, buf: &mut [u8], offset: u64) -> Result<()> {
         self.with(|sink| sink.read_back(buf, offset))
+    }
+
+    fn placed(&self, offset: u64, max_len: u64) -> Result<Extent> {
+        self.with(|sink| sink.placed(offset, max_len))
     }
 }
 

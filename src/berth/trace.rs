@@ -47,13 +47,14 @@ impl Trace {
     }
 }
 
-/// What all disks together amount to. One does not speak for the others.
-pub(super) fn state(traces: &[Trace], no_verify: bool) -> SessionState {
+/// What all disks together amount to, where attempts leave something. One does not speak for the
+/// others.
+pub(super) fn state(traces: &[Trace], keeps: bool) -> SessionState {
     let all = |wanted| !traces.is_empty() && traces.iter().all(|trace| *trace == wanted);
     let is_left = |trace: &Trace| matches!(trace, Trace::Begun | Trace::Proved);
     if all(Trace::Published) {
         SessionState::Committed
-    } else if no_verify || !traces.iter().any(is_left) {
+    } else if !keeps || !traces.iter().any(is_left) {
         // What is not hashed is not gone on with, and what was proved is of no use without proof.
         SessionState::Fresh
     } else if all(Trace::Proved) {
@@ -90,8 +91,8 @@ mod tests {
             (&[Proved, Nothing], SessionState::Resumable, SessionState::Fresh),
             (&[Begun, Nothing], SessionState::Resumable, SessionState::Fresh),
         ] {
-            assert_eq!(state(traces, false), verified, "{traces:?}");
-            assert_eq!(state(traces, true), unverified, "{traces:?}");
+            assert_eq!(state(traces, true), verified, "{traces:?}");
+            assert_eq!(state(traces, false), unverified, "{traces:?}");
         }
     }
 }

@@ -13,6 +13,7 @@ use format_spec::native::session::derive;
 use mig_core::block::BlockSource;
 use qcow2_file::bitmaps::PersistentBitmap;
 use qcow2_file::create::{Backing, CreateOptions, DataFile, NewImage};
+use qcow2_file::storage::{Watched, Writes};
 use qcow2_file::{Access, Guard, HostFile, Storage, preflight};
 
 use super::log::Log;
@@ -101,6 +102,8 @@ pub(crate) struct Unfinished {
     pub(crate) drafts: Vec<Draft>,
     sink: Sink,
     size: u64,
+    /// Counts what is written to the file that holds the content.
+    writes: Arc<Writes>,
     log: Log,
     keeper: Option<Keeper>,
     /// Whether an earlier try is gone on with.
@@ -123,11 +126,13 @@ impl Unfinished {
             Some(session) => log.start(disk.identity(session))?.map(Keeper::new).transpose()?,
             None => log.remove().map(|()| None)?,
         };
-        let sink = match create_options(disk, &drafts) {
+        let (writes, content) = watched(disk, &drafts);
+        let sink = match create_options(disk, &drafts, &content) {
             Some((options, file)) => Sink::Image(Box::new(NewImage::create(file, &options)?)),
-            None => raw(disk, &drafts),
+            None => Sink::Raw(RawSink::new(content, disk.size)),
         };
-        let unfinished = Self { drafts, sink, size: disk.size, log, keeper, is_resumed: false };
+        let size = disk.size;
+        let unfinished = Self { drafts, sink, size, writes, log, keeper, is_resumed: false };
         unfinished.begin()?;
         Ok(unfinished)
     }
@@ -141,7 +146,8 @@ impl Unfinished {
             drafts.push(draft);
         }
         let Some(replayed) = log.find(&disk.identity(session))? else { return Ok(None) };
-        let sink = match create_options(disk, &drafts) {
+        let (writes, content) = watched(disk, &drafts);
+        let sink = match create_options(disk, &drafts, &content) {
             Some((options, file)) => match NewImage::reopen(file, &options) {
                 Ok(image) => Sink::Image(Box::new(image)),
                 Err(error @ qcow2_file::Error::Io { .. }) => return Err(error.into()),
@@ -150,12 +156,11 @@ impl Unfinished {
                     return Ok(None);
                 }
             },
-            None => raw(disk, &drafts),
+            None => Sink::Raw(RawSink::new(content, disk.size)),
         };
         let Some(keeper) = resume(log, replayed)? else { return Ok(None) };
-        let log = log.clone();
-        let unfinished =
-            Self { drafts, sink, size: disk.size, log, keeper: Some(keeper), is_resumed: true };
+        let (log, size, keeper) = (log.clone(), disk.size, Some(keeper));
+        let unfinished = Self { drafts, sink, size, writes, log, keeper, is_resumed: true };
         unfinished.begin()?;
         Ok(Some(unfinished))
     }
@@ -175,6 +180,16 @@ impl Unfinished {
     /// The journal's keeper, where there is one.
     pub(crate) fn keeper(&self) -> Option<&Keeper> {
         self.keeper.as_ref()
+    }
+
+    /// Guest-visible bytes.
+    pub(super) fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// Counts what is written to the file that holds the content.
+    pub(super) fn writes(&self) -> &Arc<Writes> {
+        &self.writes
     }
 
     /// Where content goes.
@@ -264,7 +279,8 @@ impl Unfinished {
         let Some(content) = replayed.prepared else { return Ok(None) };
         let Some(keeper) = resume(&log, replayed)? else { return Ok(None) };
         let (sink, size, keeper) = (Sink::Closed(disk.size), disk.size, Some(keeper));
-        Ok(Some((Self { drafts, sink, size, log, keeper, is_resumed: true }, content)))
+        let writes = Arc::new(Writes::new(0, 0));
+        Ok(Some((Self { drafts, sink, size, writes, log, keeper, is_resumed: true }, content)))
     }
 
     /// Makes what has arrived durable, and its journal say so, as far as that can be done.
@@ -318,28 +334,35 @@ fn resume(log: &Log, replayed: Replayed) -> Result<Option<Keeper>> {
     Ok(log.resume(replayed)?.map(Keeper::new).transpose()?)
 }
 
-fn raw(disk: &NewDisk<'_>, drafts: &[Draft]) -> Sink {
+/// The file that holds the content: a data file comes first.
+fn watched(disk: &NewDisk<'_>, drafts: &[Draft]) -> (Arc<Writes>, Arc<dyn Storage>) {
+    let cluster_bits = match &disk.kind {
+        NewKind::Raw => u32::MAX,
+        NewKind::Qcow2 { shape, .. } => shape.cluster_bits,
+    };
+    let writes = Arc::new(Writes::new(disk.size, cluster_bits));
     // `targets` names one file at least; an empty sink would be refused by its size.
     let nothing = || Arc::new(qcow2_file::Memory::new()) as Arc<dyn Storage>;
-    let storage = drafts.first().map_or_else(nothing, Draft::storage);
-    Sink::Raw(RawSink::new(storage, disk.size))
+    let content = drafts.first().map_or_else(nothing, Draft::storage);
+    (writes.clone(), Arc::new(Watched::new(content, writes)))
 }
 
 /// How the image of a qcow2 disk is created, and in which file.
 fn create_options(
     disk: &NewDisk<'_>,
     drafts: &[Draft],
+    content: &Arc<dyn Storage>,
 ) -> Option<(CreateOptions, Arc<dyn Storage>)> {
     let NewKind::Qcow2 { shape, data_file, backing } = &disk.kind else { return None };
     let mut options = shape.create_options(disk.size);
     options.backing = backing.clone();
-    let (first, last) = (drafts.first()?, drafts.last()?);
     options.data_file = data_file.map(|data| DataFile {
         name: data.name.clone().into(),
         is_raw: data.is_raw,
-        storage: first.storage(),
+        storage: content.clone(),
     });
-    Some((options, last.storage()))
+    let file = if data_file.is_some() { drafts.last()?.storage() } else { content.clone() };
+    Some((options, file))
 }
 
 /// Takes the validity of the bitmaps of an overlay whose data file is about to be replaced: between

@@ -7,7 +7,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use bitmap_mig::{ArrivedBitmap, Bitmap, LoadBitmaps};
 use block_mig::Landing;
 use block_mig::arrive::{Known, LoadBlocks};
-use format_spec::Blame;
 use format_spec::native::answer::Ready;
 use format_spec::native::block::{BlockRecord, Disk, DiskId};
 use mig_core::section::{Fate, LoadContext, LoadHandler};
@@ -195,11 +194,6 @@ impl LoadHandler for BlockSection {
         lock(&self.places).clear();
         self.destination.abort(fate);
     }
-}
-
-/// A mistake of the caller in words, as an error of this side.
-pub(super) fn caller(reason: String) -> Error {
-    Error::handler(Blame::Caller, reason)
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -8,10 +8,11 @@
 mod accept;
 mod back;
 mod block;
-mod image;
 mod join;
 mod place;
 mod read;
+#[cfg(test)]
+mod tests;
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -28,7 +29,6 @@ use mig_core::transport::{Connection, Listen};
 use self::accept::Accepted;
 pub(crate) use self::accept::turn_away;
 use self::block::BlockSection;
-pub use self::image::{NewImages, receive_image};
 pub use self::place::{Destination, Place, Sealed, SessionId, Wanted};
 use self::read::{LOOK_INTERVAL, Session};
 use crate::Timing;
@@ -144,7 +144,9 @@ impl Accepted {
     /// it ends as well as it would have.
     fn already_complete(mut self, options: &IncomingOptions<'_>) -> Result<()> {
         if !self.back.is_one_way() {
-            return self.back.answer(&Answer::Committed(self.offer.session));
+            // The source has heard it from the hello, and may be gone.
+            let _ = self.back.answer(&Answer::Committed(self.offer.session));
+            return Ok(());
         }
         let over = Heart::new();
         std::thread::scope(|scope| {

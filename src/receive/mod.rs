@@ -3,20 +3,25 @@
 mod again;
 mod arrivals;
 mod dialect;
+mod image;
 mod in_place;
 mod options;
+mod relay;
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use mig_core::heart::Heart;
 use mig_core::stream;
 use mig_core::transport::{Connection, Listen};
 
 use self::again::receive_all;
 pub use self::arrivals::Arrivals;
 pub use self::dialect::Dialect;
+pub use self::image::{new_image, receive_image};
 use self::in_place::InPlace;
 pub use self::options::ReceiveOptions;
+use self::relay::Relay;
 use crate::berth::{DiskPlace, FileOptions, Files};
 use crate::copy::{Existing, Format, Rename};
 use crate::incoming::{Destination, IncomingOptions, Received, ReceivedDisk, turn_away};
@@ -25,6 +30,9 @@ use crate::options::DiskOption;
 use crate::renames::Renames;
 use crate::report::{BitmapOutcome, BitmapReport, DiskReport, Report, Status, Verified};
 use crate::{Error, Observer, Phase, Result, qemu};
+
+/// How often the observer is told how far it is.
+const TELL_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Receives one migration from whoever comes to `arrivals` first and speaks a dialect that is known
 /// here. On an error nothing was published.
@@ -118,18 +126,27 @@ fn native(
         Existing::InPlace => Some(Arc::new(InPlace::open(options, observer)?)),
         Existing::Refuse | Existing::Replace => None,
     };
+    let relay = Arc::new(Relay::default());
     // What was there before the first attempt may be unwanted; what that one left never is.
     let destination = |is_first: bool| -> Arc<dyn Destination> {
+        let files = || new_files(options, is_first && options.fresh).watched_by(relay.clone());
         match &in_place {
             Some(in_place) => Arc::clone(in_place) as _,
-            None => Arc::new(new_files(options, is_first && options.fresh)),
+            None => Arc::new(files()),
         }
     };
     let monitor = Stops(observer);
     let incoming =
         IncomingOptions { max_channels: options.max_channels, ..IncomingOptions::new(&monitor) };
-    let arriving = (main, arrivals);
-    let received = receive_all(arriving, destination, options.reconnect, (&incoming, observer))?;
+    let (over, tell) = (Heart::new(), || relay.hand_on(observer));
+    let received = std::thread::scope(|scope| {
+        scope.spawn(|| over.run(TELL_INTERVAL, tell));
+        let arriving = (main, arrivals);
+        let received = receive_all(arriving, destination, options.reconnect, (&incoming, observer));
+        over.stop();
+        received
+    })?;
+    tell();
     let mut report = report(options, received, started);
     for disk in &mut report.disks {
         disk.bitmaps.extend(in_place.iter().flat_map(|p| p.take_invalidated(&disk.id)));

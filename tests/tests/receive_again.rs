@@ -2,6 +2,7 @@
 //! and what was asked for that makes no sense here.
 
 use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
 use bitferry_tests::image::make;
 use bitferry_tests::process::Running;
@@ -83,6 +84,40 @@ fn a_one_way_stream_begins_anew_where_one_was_cut() {
     let received = run(&scratch, "receive --json --disk vda=out file:stream").output();
     assert_eq!(status(received), "completed");
     check_is_clean(&scratch.path("out"));
+    same_content((&image, "qcow2"), (&scratch.path("out"), "qcow2"));
+}
+
+#[test]
+fn what_is_gone_on_with_is_read_again_before_the_users_eyes() {
+    if !has_peers() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let image = make(&scratch, "a.qcow2", 64 * MIB).write(5, 0, 48 * MIB).done();
+    let receiver = run(&scratch, "receive --disk vda=out unix:socket").spawn();
+    receiver.wait_for(false, |line| line.contains("listening").then_some(()));
+    let send = "--disk vda=a.qcow2 unix:socket";
+    let sender = run(&scratch, &format!("send --bandwidth 16M {send}")).spawn();
+    let begun = Instant::now();
+    let arrived = || std::fs::metadata(scratch.path(".out.bitferry-part")).map_or(0, |m| m.len());
+    while arrived() < 8 * MIB {
+        assert!(begun.elapsed() < Duration::from_secs(60), "nothing arrives");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    sender.kill();
+    receiver.wait().expect_exit(Exit::Transport);
+    let receiver = run(&scratch, "receive --json --disk vda=out unix:socket").spawn();
+    address(&receiver);
+    run(&scratch, &format!("send --json {send}")).output().expect_exit(Exit::Done);
+    let events = json::lines(&receiver.wait().expect_exit(Exit::Done).text());
+    let phases: Vec<_> = events.iter().filter_map(|event| event["phase"].as_str()).collect();
+    let told = events.iter().filter(|event| event["event"] == "progress");
+    let mut told = told.filter(|event| event["phase"] == "recheck");
+    assert!(told.any(|event| event["total"].as_u64() >= Some(4 * MIB)), "{phases:?}");
+    let order = ["recheck", "transfer", "seal", "prove"];
+    let positions = order.map(|name| phases.iter().rposition(|phase| *phase == name));
+    assert!(positions.iter().all(Option::is_some) && positions.is_sorted(), "{phases:?}");
+    assert_eq!(events.last().expect("a summary")["resumed"], true);
     same_content((&image, "qcow2"), (&scratch.path("out"), "qcow2"));
 }
 

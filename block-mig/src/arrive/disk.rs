@@ -138,6 +138,7 @@ impl Arriving {
     /// A barrier was reached.
     pub(super) fn barrier(&self, is_durable: bool) -> Result<()> {
         self.units.clear();
+        self.landing.settled();
         if is_durable { self.landing.durable() } else { Ok(()) }
     }
 

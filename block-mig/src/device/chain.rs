@@ -20,7 +20,17 @@ fn kind(kind: ChainKind) -> ExtentKind {
     }
 }
 
+fn extent(found: ChainExtent) -> Extent {
+    Extent { len: found.len, kind: kind(found.kind), host: found.host.map(|host| host.0) }
+}
+
 impl ChainSource<'_> {
+    /// [`extent`](BlockSource::extent) by the tables alone: holes of files count as content.
+    pub fn placed(&self, offset: u64, max_len: u64) -> Result<Extent> {
+        let found = self.0.placed(GuestOffset(offset), max_len);
+        Ok(extent(found.map_err(failed("look up", offset))?))
+    }
+
     fn find(&self, offset: u64, max_len: u64) -> Result<ChainExtent> {
         self.0.extent(GuestOffset(offset), max_len).map_err(failed("find an extent", offset))
     }
@@ -32,8 +42,7 @@ impl BlockSource for ChainSource<'_> {
     }
 
     fn extent(&self, offset: u64, max_len: u64) -> Result<Extent> {
-        let found = self.find(offset, max_len)?;
-        Ok(Extent { len: found.len, kind: kind(found.kind), host: found.host.map(|h| h.0) })
+        self.find(offset, max_len).map(extent)
     }
 
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {

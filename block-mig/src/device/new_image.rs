@@ -3,9 +3,9 @@
 use std::ops::Deref;
 
 use mig_core::Result;
-use mig_core::block::{BlockSink, CompressedUnit};
-use qcow2_file::GuestOffset;
+use mig_core::block::{BlockSink, CompressedUnit, Extent, ExtentKind};
 use qcow2_file::create::NewImage;
+use qcow2_file::{GuestOffset, LayerExtent, LayerKind};
 
 use super::{compression_type, failed};
 use crate::recheck::ReadBack;
@@ -57,5 +57,17 @@ impl<I: Deref<Target = NewImage> + Send + Sync> BlockSink for NewImageSink<I> {
 impl<I: Deref<Target = NewImage> + Send + Sync> ReadBack for NewImageSink<I> {
     fn read_back(&self, buf: &mut [u8], offset: u64) -> Result<()> {
         self.0.read_at(buf, GuestOffset(offset)).map_err(failed("read back", offset))
+    }
+
+    fn placed(&self, offset: u64, max_len: u64) -> Result<Extent> {
+        let found = self.0.placed(GuestOffset(offset), max_len);
+        let LayerExtent { len, kind, host } = found.map_err(failed("look up", offset))?;
+        let kind = match kind {
+            LayerKind::Data => ExtentKind::Data,
+            LayerKind::Compressed => ExtentKind::Compressed,
+            LayerKind::Zero => ExtentKind::Zero,
+            LayerKind::Unallocated => ExtentKind::Hole,
+        };
+        Ok(Extent { len, kind, host: host.map(|host| host.0) })
     }
 }

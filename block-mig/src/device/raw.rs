@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use mig_core::Result;
-use mig_core::block::BlockSink;
+use mig_core::block::{BlockSink, Extent, ExtentKind};
 use qcow2_file::Storage;
 
 use super::storage_failed;
@@ -66,5 +66,9 @@ impl BlockSink for RawSink {
 impl ReadBack for RawSink {
     fn read_back(&self, buf: &mut [u8], offset: u64) -> Result<()> {
         self.storage.read_at(buf, offset).map_err(storage_failed("read back", offset))
+    }
+
+    fn placed(&self, offset: u64, max_len: u64) -> Result<Extent> {
+        Ok(Extent { len: max_len, kind: ExtentKind::Data, host: Some(offset) })
     }
 }

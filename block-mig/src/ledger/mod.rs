@@ -19,7 +19,7 @@ use format_spec::content_hash::{
     parent, zero_node,
 };
 
-use self::ranges::RangeSet;
+pub(crate) use self::ranges::RangeSet;
 use self::shelf::Shelf;
 use crate::error::Result;
 use crate::limits;

@@ -5,31 +5,41 @@ use std::ops::Range;
 
 /// Disjoint ranges that do not touch, by start.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(super) struct RangeSet(BTreeMap<u64, u64>);
+pub(crate) struct RangeSet(BTreeMap<u64, u64>);
 
 impl RangeSet {
     /// Whether `at` is in the set.
-    pub(super) fn contains(&self, at: u64) -> bool {
+    pub(crate) fn contains(&self, at: u64) -> bool {
         self.end_of_run(at).is_some()
     }
 
     /// End of the range that holds `at`.
-    pub(super) fn end_of_run(&self, at: u64) -> Option<u64> {
+    pub(crate) fn end_of_run(&self, at: u64) -> Option<u64> {
         self.0.range(..=at).next_back().map(|(_, end)| *end).filter(|end| *end > at)
     }
 
     /// Where the first range behind `at` starts.
-    pub(super) fn next_start(&self, at: u64) -> Option<u64> {
+    pub(crate) fn next_start(&self, at: u64) -> Option<u64> {
         self.0.range(at..).next().map(|(start, _)| *start)
     }
 
+    /// Whether nothing is in it.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// How many ranges there are.
+    pub(crate) fn runs(&self) -> usize {
+        self.0.len()
+    }
+
     /// All ranges, ascending.
-    pub(super) fn iter(&self) -> impl Iterator<Item = Range<u64>> + '_ {
+    pub(crate) fn iter(&self) -> impl Iterator<Item = Range<u64>> + '_ {
         self.0.iter().map(|(start, end)| *start..*end)
     }
 
     /// Adds a range.
-    pub(super) fn insert(&mut self, range: Range<u64>) {
+    pub(crate) fn insert(&mut self, range: Range<u64>) {
         if range.is_empty() {
             return;
         }
@@ -43,7 +53,7 @@ impl RangeSet {
     }
 
     /// Takes a range out.
-    pub(super) fn remove(&mut self, range: Range<u64>) {
+    pub(crate) fn remove(&mut self, range: Range<u64>) {
         while let Some((s, e)) =
             self.0.range(..range.end).next_back().filter(|(_, e)| **e > range.start)
         {

@@ -213,6 +213,11 @@ impl Chain {
         Ok(found)
     }
 
+    /// [`extent`](Self::extent) by the tables alone: holes of files count as content.
+    pub fn placed(&self, at: GuestOffset, max_len: u64) -> Result<ChainExtent> {
+        self.look(at, max_len, Layer::mapped)
+    }
+
     /// Asks the layers from the top down until one holds `at`.
     fn look(
         &self,

@@ -26,6 +26,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use crate::bitmaps::PersistentBitmap;
 use crate::error::{Error, Result};
+use crate::image::LayerExtent;
 use crate::image::decode::Decoders;
 use crate::in_memory;
 use crate::layout::geometry::Geometry;
@@ -217,6 +218,13 @@ impl NewImage {
     pub fn read_at(&self, buf: &mut [u8], at: GuestOffset) -> Result<()> {
         self.check_range(at, buf.len() as u64)?;
         self.read(buf, at.0)
+    }
+
+    /// Where the content at `at` stands, by the tables alone: a stretch of at most `max_len` bytes
+    /// (which must not be zero) of one kind. Of what others write meanwhile it may tell or not.
+    pub fn placed(&self, at: GuestOffset, max_len: u64) -> Result<LayerExtent> {
+        self.check_range(at, max_len)?;
+        self.place_of(at.0, max_len)
     }
 
     /// Hands buffered tables to the system. Not durable, and the image is not valid before

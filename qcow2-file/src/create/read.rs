@@ -3,7 +3,9 @@
 use super::step::Piece;
 use super::{NewImage, in_memory};
 use crate::error::Result;
+use crate::image::{LayerExtent, LayerKind, piece_at};
 use crate::layout::entry::{L2Entry, StandardEntry};
+use crate::layout::units::HostOffset;
 use crate::storage::StorageExt;
 
 impl NewImage {
@@ -33,6 +35,32 @@ impl NewImage {
             rest = tail;
         }
         Ok(())
+    }
+
+    /// [`NewImage::placed`] without its gate.
+    pub(super) fn place_of(&self, at: u64, max_len: u64) -> Result<LayerExtent> {
+        if self.is_one_to_one {
+            let host = Some(HostOffset(at));
+            return Ok(LayerExtent { len: max_len, kind: LayerKind::Data, host });
+        }
+        let g = self.geometry;
+        let end = at.saturating_add(max_len);
+        let mut found = LayerExtent { len: 0, kind: LayerKind::Unallocated, host: None };
+        let mut pos = at;
+        while pos < end {
+            let entry = self.map.get(pos >> g.cluster_bits())?;
+            let piece = piece_at(&entry, g, g.in_cluster(pos));
+            let piece = LayerExtent { len: piece.len.min(end - pos), ..piece };
+            if pos == at {
+                found = piece;
+            } else if found.joins(&piece) {
+                found.len += piece.len;
+            } else {
+                break;
+            }
+            pos += piece.len.max(1);
+        }
+        Ok(found)
     }
 
     /// Reads a part of one cluster, in stretches of units that are stored alike.

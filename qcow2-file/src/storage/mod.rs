@@ -2,6 +2,7 @@
 
 mod host_file;
 mod memory;
+mod watched;
 
 use std::io;
 use std::sync::Arc;
@@ -10,6 +11,7 @@ use crate::error::{Error, Result};
 
 pub use host_file::{Access, FileId, HostFile};
 pub use memory::{Fault, Memory, Operation, OperationKind};
+pub use watched::{Watched, Writes};
 
 /// The bytes of one file, block device or memory region, at absolute offsets, from any thread.
 ///

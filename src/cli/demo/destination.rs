@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use bitferry::incoming::receive_image;
+use bitferry::receive::receive_image;
 use bitferry::{Error, Result};
 use mig_core::transport::{Connection, Single};
 

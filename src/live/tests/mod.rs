@@ -15,7 +15,7 @@ use mig_core::transport::Listen as _;
 use self::line::Line;
 use self::machine::Machine;
 use super::{Outgoing, Report};
-use crate::incoming::{IncomingOptions, NewImages, receive};
+use crate::incoming::{IncomingOptions, receive};
 use crate::outgoing::Outcome;
 use crate::policy::{Limits, Reason};
 use crate::status::{Migration, Status};
@@ -31,7 +31,7 @@ fn patience() -> Timing {
 fn destination(line: &Line, target: &std::path::Path, is_over: &AtomicBool) -> bool {
     while !is_over.load(Ordering::Acquire) {
         let Ok(main) = line.accept(Some(Duration::from_millis(50))) else { continue };
-        let images = NewImages::new(vec![(NAME.to_owned(), target.to_owned())]);
+        let images = crate::receive::new_image(NAME, target.to_owned());
         let options = IncomingOptions { timing: patience(), ..IncomingOptions::new(&Unwatched) };
         if receive(main, line, Arc::new(images), Registry::new(), &options).is_ok() {
             return true;
