@@ -182,8 +182,12 @@ fn receive_args(args: &CopyArgs, remote: &Remote, format: Format) -> Result<Vec<
     let mut words = vec!["receive".to_owned(), "--quiet".to_owned()];
     words.extend(["--disk".to_owned(), disk_word(&remote.path, format)?]);
     words.extend(args.target_options.iter().flat_map(|o| ["-o".to_owned(), o.clone()]));
-    let switches =
-        [(args.force, "--force"), (args.in_place, "--in-place"), (args.no_verify, "--no-verify")];
+    let switches = [
+        (args.force, "--force"),
+        (args.in_place, "--in-place"),
+        (args.in_place && args.allow_backing, "--allow-backing"),
+        (args.no_verify, "--no-verify"),
+    ];
     words.extend(set(&switches));
     words.push("-".to_owned());
     Ok(words.into_iter().map(OsString::from).collect())

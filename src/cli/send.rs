@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use clap::Args as Group;
 
-use bitferry::connect::{self, Dial as _, Options};
+use bitferry::connect::{self, Dial as _, Options, Uri};
 use bitferry::copy::BitmapSelection;
 use bitferry::options::DiskOption;
 use bitferry::qemu::{Version, outgoing};
@@ -100,6 +100,10 @@ pub(crate) fn run(args: SendArgs, output: &Output) -> Outcome {
 }
 
 fn go(args: SendArgs, output: &Output) -> Outcome {
+    if args.two_way && !matches!(args.transport.uri, Uri::Stdio | Uri::Exec(_)) {
+        let reason = format!("--two-way is for - and exec:, and {} is neither", args.transport.uri);
+        return Err(bitferry::Error::Usage { reason });
+    }
     let watch = Watch::with_events(output, !args.no_verify)?;
     match args.qemu.dialect {
         DialectArg::Native => native(args, &watch, output),
