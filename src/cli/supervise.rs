@@ -8,7 +8,7 @@ use clap::Args as Group;
 
 use bitferry::control::{Metered, Server, Supervised};
 use bitferry::status::Migration;
-use bitferry::{Error, Observer, Result};
+use bitferry::{Blame, Error, Observer, Result};
 use mig_core::meter::Meter;
 
 /// Where commands are taken.
@@ -39,7 +39,11 @@ impl ControlArgs {
         let migration = Arc::new(Migration::new(rate, downtime));
         let _server = self.listen(&migration, meter)?;
         let supervised = Supervised::new(observer, migration);
-        let result = operation(&supervised);
+        let result = operation(&supervised).map_err(|error| match error.blame() {
+            // Ctrl-C reaches the ssh that carries the connection as well.
+            Blame::Transport if supervised.is_cancelled() => Error::Interrupted,
+            _ => error,
+        });
         supervised.end(result.as_ref().err());
         result
     }

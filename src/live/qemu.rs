@@ -129,6 +129,8 @@ impl Outgoing<'_> {
                 if outcome.status == report::Status::Completed {
                     whole.retire();
                     self.migration.update(|info| info.status = Status::Completed);
+                } else {
+                    self.migration.update(|info| info.error_desc.clone_from(&outcome.error));
                 }
                 Ok(self.report_to_qemu(&bitmaps, (&outcome, &sent), times, wire_bytes))
             }

@@ -98,6 +98,34 @@ fn a_connection_that_is_cut_is_made_again() {
     }
 }
 
+#[test]
+fn ctrl_c_ends_both_ends_and_the_same_command_goes_on() {
+    let Some(hosts) = Hosts::new() else { return };
+    let image = hosts.image("a.qcow2", 200 * MIB);
+    for (words, name) in [
+        (["a.qcow2".to_owned(), hosts.there("up.qcow2")], "up.qcow2"),
+        ([hosts.there("a.qcow2"), "down.qcow2".to_owned()], "down.qcow2"),
+    ] {
+        for reconnect in ["--reconnect=0", "--reconnect=60"] {
+            let words = [reconnect, "--bandwidth=64M", &words[0], &words[1]];
+            let copying = hosts.copy(&words).spawn();
+            let part = hosts.scratch.path(&format!(".{name}.bitferry-part"));
+            let (begun, had) = (Instant::now(), qemu_blocks(&part));
+            while qemu_blocks(&part) < had.max(60 * MIB) + 8 * MIB {
+                assert!(begun.elapsed() < PATIENCE, "it does not arrive");
+                std::thread::sleep(std::time::Duration::from_millis(10));
+            }
+            copying.signal(rustix::process::Signal::INT);
+            copying.wait().expect_exit(Exit::Interrupted);
+            assert!(!hosts.scratch.path(name).exists());
+        }
+        let done = hosts.copy(&[&words[0], &words[1]]).output();
+        let summary = json::summary(&done.expect_no_crash().expect_exit(Exit::Done));
+        assert_eq!(summary["resumed"], true, "{summary}");
+        same(&image, &hosts.scratch.path(name));
+    }
+}
+
 fn qemu_blocks(path: &Path) -> u64 {
     if path.exists() { qemu::allocated_bytes(path) } else { 0 }
 }
