@@ -82,13 +82,7 @@ pub(super) fn from(args: CopyArgs, remote: &Remote, output: &Output) -> Outcome 
     refuse_backing(&args)?;
     let watch = Watch::with_events(output, !args.no_verify)?;
     if args.dry_run {
-        return Err(Error::Usage {
-            reason: format!(
-                "what would be sent is known at {0}: run `bitferry copy --dry-run` there, or \
-                 `ssh {0} bitferry send --dry-run …`",
-                remote.destination
-            ),
-        });
+        return plan_there(&args, remote, output);
     }
     let target = target_options::parse(&args.target_options)?;
     let mut disk = disk(args.destination.clone(), args.target_format);
@@ -107,7 +101,8 @@ pub(super) fn from(args: CopyArgs, remote: &Remote, output: &Output) -> Outcome 
     };
     options.check()?;
     let transport = Options::default();
-    let listener = connect::listen_ssh(&remote.destination, send_args(&args, remote)?, &transport);
+    let words = send_args(&args, remote, &["--quiet", "--two-way", "-"])?;
+    let listener = connect::listen_ssh(&remote.destination, words, &transport);
     let limits = (&Arc::default(), Duration::ZERO);
     let received = args.control.supervise(limits, &watch, |observer| {
         let (_tell, refused) = std::sync::mpsc::channel();
@@ -119,6 +114,15 @@ pub(super) fn from(args: CopyArgs, remote: &Remote, output: &Output) -> Outcome 
     name(&mut report, &args.destination.display().to_string());
     let done = format!("copied {remote} -> {}", args.destination.display());
     outcome::finish_with(report, (Peer::Source, listener.end()), &done, output)
+}
+
+/// What would be sent is known at the other end, which is asked there.
+fn plan_there(args: &CopyArgs, remote: &Remote, output: &Output) -> Outcome {
+    let form = if output.is_json { "--json" } else { "--progress=never" };
+    let words = send_args(args, remote, &[form, "--dry-run", "file:/dev/null"])?;
+    let (said, status) = connect::run_ssh(&remote.destination, &words, &[WOULD_LOSE])?;
+    output.stream(|out| out.write_all(&said))?;
+    Ok(status)
 }
 
 /// What is sent from here. There is one disk, whatever name is written before those of bitmaps.
@@ -193,9 +197,9 @@ fn receive_args(args: &CopyArgs, remote: &Remote, format: Format) -> Result<Vec<
     Ok(words.into_iter().map(OsString::from).collect())
 }
 
-/// Arguments of the sending side. --fresh is about what is here.
-fn send_args(args: &CopyArgs, remote: &Remote) -> Result<Vec<OsString>> {
-    let mut words = vec!["send".to_owned(), "--quiet".to_owned(), "--two-way".to_owned()];
+/// Arguments of the sending side, the last of which say `how`. --fresh is about what is here.
+fn send_args(args: &CopyArgs, remote: &Remote, how: &[&str]) -> Result<Vec<OsString>> {
+    let mut words = vec!["send".to_owned()];
     words.extend(["--disk".to_owned(), disk_word(&remote.path, args.source_format)?]);
     words.push(match &args.bitmaps {
         BitmapSelection::All => "--bitmaps=all".to_owned(),
@@ -214,7 +218,7 @@ fn send_args(args: &CopyArgs, remote: &Remote) -> Result<Vec<OsString>> {
         (args.no_verify, "--no-verify"),
     ];
     words.extend(set(&switches));
-    words.push("-".to_owned());
+    words.extend(how.iter().map(|word| (*word).to_owned()));
     Ok(words.into_iter().map(OsString::from).collect())
 }
 
@@ -236,7 +240,7 @@ fn remote_format(args: &CopyArgs, remote: &Remote) -> Result<Format> {
         return Ok(format);
     }
     let words = ["info".into(), "--json".into(), "--".into(), remote.path.clone().into_os_string()];
-    let answer = connect::run_ssh(&remote.destination, &words)?;
+    let (answer, _) = connect::run_ssh(&remote.destination, &words, &[])?;
     let info: Option<serde_json::Value> = serde_json::from_slice(&answer).ok();
     let format = info.as_ref().and_then(|info| info.get("format")?.as_str()?.parse().ok());
     format.ok_or_else(|| Error::Usage {

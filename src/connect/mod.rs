@@ -200,16 +200,17 @@ pub fn listen_ssh(destination: &str, args: Vec<OsString>, options: &Options) -> 
     Listener { inner, uri: Uri::Exec(ssh::name(destination)), running, idle: options.idle }
 }
 
-/// Runs `bitferry` with `args` at another host, over ssh, and answers what it prints.
-pub fn run_ssh(destination: &str, args: &[OsString]) -> Result<Vec<u8>> {
+/// Runs `bitferry` with `args` at another host, over ssh, and answers what it prints and its exit
+/// status, which has to be 0 or one of `accepted`.
+pub fn run_ssh(destination: &str, args: &[OsString], accepted: &[u8]) -> Result<(Vec<u8>, u8)> {
     let command = ssh::name(destination);
     let run =
         ssh::command(destination, args).stdin(Stdio::null()).stderr(Stdio::inherit()).output();
     let output = run.map_err(|source| Error::Run { command: command.clone(), source })?;
-    if output.status.success() {
-        return Ok(output.stdout);
+    match output.status.code().and_then(|code| u8::try_from(code).ok()) {
+        Some(code) if code == 0 || accepted.contains(&code) => Ok((output.stdout, code)),
+        _ => Err(Error::Ended { command, end: End::Status(output.status) }),
     }
-    Err(Error::Ended { command, end: End::Status(output.status) })
 }
 
 fn once(

@@ -182,6 +182,14 @@ fn wishes_reach_the_other_end() {
     }
     let said = std::fs::read_to_string(&said).expect("what ssh was told");
     assert!(said.lines().last().expect("a line").contains("--bandwidth=1073741824"), "{said}");
+    for (source, to) in [("a.qcow2", "host:n.qcow2"), ("host:b.qcow2", "n.qcow2")] {
+        let summary = json::summary(&copy(&["--dry-run", source, to]).expect_exit(Exit::Done));
+        assert_eq!(summary["event"], "plan", "{summary}");
+        assert_eq!(summary["disks"][0]["virtual-size"], 64 * MIB, "{summary}");
+    }
+    assert!(!hosts.there.path("n.qcow2").exists() && !hosts.here.path("n.qcow2").exists());
+    let lost = copy(&["--dry-run", "--bitmaps=missing", "host:b.qcow2", "n.qcow2"]);
+    assert_ne!(lost.code(), Some(0), "{lost}");
     // What the destination cannot hold is refused by either end, with one status.
     std::fs::remove_file(hosts.here.path("c.qcow2")).expect("remove");
     for words in [["a.qcow2", "host:b.raw"], ["host:b.qcow2", "b.raw"]] {
