@@ -33,6 +33,7 @@ pub(crate) struct Machine {
     _dir: tempfile::TempDir,
 }
 
+#[allow(dead_code, reason = "not every example needs all of it")]
 impl Machine {
     /// A stopped machine with `image` as its disk `disk0`, seen by its guest. `waits`: for a
     /// migration.
@@ -75,7 +76,6 @@ impl Machine {
     }
 
     /// Has `qemu-io` commands done on the disk, as if the guest wrote.
-    #[allow(dead_code, reason = "not every example needs it")]
     pub(crate) fn io(&mut self, command: &str) -> Result<()> {
         let line = format!("qemu-io disk0 \"{command}\"");
         self.ask("human-monitor-command", json!({ "command-line": line }))?;
@@ -117,6 +117,41 @@ impl Machine {
             Some("failed" | "cancelled") => Err(answer.to_string().into()),
             status => Ok(status == Some("completed")),
         })
+    }
+
+    /// Lets the other side's mirror write to the disk, and answers at which port.
+    pub(crate) fn export(&mut self, name: &str) -> Result<String> {
+        // The port is free when it is looked at; a collision fails the run, it does not spoil it.
+        let listener = std::net::TcpListener::bind((std::net::Ipv4Addr::LOCALHOST, 0))?;
+        let port = listener.local_addr()?.port().to_string();
+        drop(listener);
+        let address = json!({ "type": "inet", "data": { "host": "127.0.0.1", "port": port } });
+        self.ask("nbd-server-start", json!({ "addr": address }))?;
+        let disks = self.ask("query-block", json!({}))?;
+        let node = &disks[0]["inserted"]["node-name"];
+        let export = json!({
+            "type": "nbd", "id": "export", "name": name, "node-name": node, "writable": true
+        });
+        self.ask("block-export-add", export)?;
+        Ok(port)
+    }
+
+    /// Begins to mirror the disk to what is exported at a port of this host.
+    pub(crate) fn mirror(&mut self, name: &str, port: &str) -> Result<()> {
+        let server = json!({ "type": "inet", "host": "127.0.0.1", "port": port });
+        let target =
+            json!({ "driver": "nbd", "node-name": "target", "server": server, "export": name });
+        self.ask("blockdev-add", target)?;
+        let job = json!({ "job-id": "job", "device": "disk0", "target": "target", "sync": "full" });
+        self.ask("blockdev-mirror", job)?;
+        Ok(())
+    }
+
+    /// Ends the mirror, when nothing is written to the disk any more.
+    pub(crate) fn end_mirror(&mut self) -> Result<()> {
+        self.ask("block-job-cancel", json!({ "device": "job" }))?;
+        self.until("query-block-jobs", |jobs| Ok(jobs.as_array().is_some_and(Vec::is_empty)))?;
+        Ok(())
     }
 
     /// Ends it in an orderly way: what is to be written is.

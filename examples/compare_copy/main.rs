@@ -21,6 +21,7 @@ mod cipher;
 mod contest;
 mod copies;
 mod huge;
+#[path = "../common/image.rs"]
 mod image;
 #[path = "../common/machine.rs"]
 mod machine;

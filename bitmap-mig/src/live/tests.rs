@@ -126,6 +126,7 @@ fn pass(sender: &mut Sender, mirror: &mut Mirror, is_lost: bool) -> usize {
     } else {
         sender.acknowledged()
     }
+    sender.hash().unwrap();
     total
 }
 
