@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use bitmap_mig::Bitmap;
 use block_mig::Landing;
 use block_mig::journal::Keeper;
-use block_mig::ledger::{Stretch, UNIT_BYTES};
+use block_mig::ledger::UNIT_BYTES;
 use block_mig::limits::workers;
 use format_spec::content_hash::{ContentHash, Node};
 use mig_core::block::BlockSink;
@@ -29,9 +29,6 @@ use crate::observe::Progress;
 use crate::proof::DiskProof;
 use crate::renames::no_place;
 use crate::{Error, Observer, Phase, Renames, Result, Silent};
-
-/// Most units that are told at once.
-const HAVE_UNITS: usize = 4096;
 
 /// A disk that is complete since an earlier attempt.
 pub(super) struct Known {
@@ -201,15 +198,8 @@ impl FilePlace {
 
     fn note_receipt(&self, sealed: &Sealed, proof: &DiskProof) {
         let Some(session) = self.session else { return };
-        let bitmaps =
-            sealed.bitmaps.iter().zip(&proof.bitmaps).map(|(bitmap, digest)| ReceiptBitmap {
-                name: self.renames.stored(&bitmap.name),
-                granularity: 1u32.checked_shl(bitmap.granularity_bits.into()).unwrap_or(0),
-                is_enabled: bitmap.is_enabled,
-                digest: *digest,
-            });
-        let (size, content, bitmaps) = (self.size, proof.content, bitmaps.collect());
-        let receipt = Receipt { session, size, content, target: self.target.clone(), bitmaps };
+        let names = sealed.bitmaps.iter().map(|b| (self.renames.stored(&b.name), b));
+        let receipt = Receipt::of((session, self.size, self.target.clone()), proof, names);
         *self.receipt.lock().unwrap_or_else(PoisonError::into_inner) = Some(receipt);
     }
 
@@ -227,29 +217,14 @@ impl FilePlace {
         unfinished.recheck(None, workers, &progress).map_err(failed)?;
         progress.end();
         self.observer.phase(Phase::Transfer);
-        let mut at = 0;
-        loop {
-            let next = keeper.with_claims(|claims| {
-                Ok::<_, block_mig::Error>(claims.stretch(at)?.map(|stretch| match stretch {
-                    Stretch::Unknown(units) => (units.end, None),
-                    Stretch::Zeroes(units) => {
-                        (units.end, Some(Have::Zeroes(units.start, units.end - units.start)))
-                    }
-                    Stretch::Nodes(first, nodes) => {
-                        let nodes = nodes.get(..HAVE_UNITS).unwrap_or(nodes);
-                        let end = first.saturating_add(nodes.len() as u64);
-                        (end, Some(Have::Units(first, nodes.to_vec())))
-                    }
-                }))
-            })?;
-            let Some((end, have)) = next else { return Ok(()) };
-            if let (Some(Have::Units(first, _)), Some(prover)) = (&have, &self.prover) {
-                let end = end.saturating_mul(UNIT_BYTES).min(self.size);
-                prover.arrived(first.saturating_mul(UNIT_BYTES)..end);
+        keeper.tell(&mut |have| {
+            if let (Have::Units(first, nodes), Some(prover)) = (&have, &self.prover) {
+                let start = first.saturating_mul(UNIT_BYTES);
+                let end = start.saturating_add(UNIT_BYTES.saturating_mul(nodes.len() as u64));
+                prover.arrived(start..end.min(self.size));
             }
-            at = end;
-            have.map_or(Ok(()), &mut *tell)?;
-        }
+            tell(have)
+        })
     }
 }
 
@@ -276,17 +251,16 @@ impl Landing for FilePlace {
         self.prover.iter().for_each(|prover| prover.arrived(range.clone()));
         let Some(unfinished) = &self.unfinished else { return Ok(()) };
         let Some(keeper) = unfinished.keeper() else { return Ok(()) };
-        keeper.arrived_units(first, nodes)?;
-        if keeper.is_due() { unfinished.checkpoint().map_err(failed) } else { Ok(()) }
+        match keeper.units_landed(first, nodes)? {
+            true => unfinished.checkpoint().map_err(failed),
+            false => Ok(()),
+        }
     }
 
     fn arrived_zeroes(&self, range: Range<u64>) -> stream::Result<()> {
         self.prover.iter().for_each(|prover| prover.arrived_zeroes(range.clone()));
         let Some(keeper) = self.keeper() else { return Ok(()) };
-        // Units that are zero in part were told with their nodes.
-        let start = range.start.next_multiple_of(UNIT_BYTES);
-        let end = if range.end >= self.size { self.size } else { range.end & !(UNIT_BYTES - 1) };
-        if start < end { Ok(keeper.arrived_zeroes(start..end)?) } else { Ok(()) }
+        Ok(keeper.zeroes_landed(range)?)
     }
 
     fn settled(&self) {

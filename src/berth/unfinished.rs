@@ -76,11 +76,7 @@ impl<'a> NewDisk<'a> {
             }
         };
         let words = [kind, self.wishes.clone()].join(" ");
-        let words = words.trim_end();
-        match words.len() {
-            0..=MAX_TARGET => words.to_owned(),
-            _ => format!("{:032x}", u128::from_be_bytes(derive(&[words.as_bytes()]))),
-        }
+        short_words(words.trim_end())
     }
 
     /// Why it can hold no bitmaps, if so.
@@ -288,7 +284,7 @@ impl Unfinished {
         use mig_core::block::BlockSink as _;
         let Some(keeper) = &self.keeper else { return Ok(()) };
         keeper.checkpoint(|| self.sink.sync().map_err(block_mig::Error::Sink))?;
-        keeper.compact::<Error>(|| Ok(self.log.anew()? as Arc<dyn Storage>), || self.log.replace())
+        self.log.compact(keeper)
     }
 
     /// Nothing is kept for another try.
@@ -328,6 +324,14 @@ pub(crate) fn publish_together(
         disk.log.remove()?;
     }
     Ok(())
+}
+
+/// What a destination is to be, in as many words as a journal and a receipt take.
+pub(crate) fn short_words(words: &str) -> String {
+    match words.len() {
+        0..=MAX_TARGET => words.to_owned(),
+        _ => format!("{:032x}", u128::from_be_bytes(derive(&[words.as_bytes()]))),
+    }
 }
 
 fn resume(log: &Log, replayed: Replayed) -> Result<Option<Keeper>> {

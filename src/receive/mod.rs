@@ -122,18 +122,19 @@ fn native(
     (main, arrivals): (Connection, &Arrivals<'_>),
     (observer, started): (&dyn Observer, Instant),
 ) -> Result<Report> {
+    let relay = Arc::new(Relay::default());
     let in_place = match options.existing {
-        Existing::InPlace => Some(Arc::new(InPlace::open(options, observer)?)),
+        Existing::InPlace => Some(Arc::new(InPlace::open(options, observer, relay.clone())?)),
         Existing::Refuse | Existing::Replace => None,
     };
-    let relay = Arc::new(Relay::default());
     // What was there before the first attempt may be unwanted; what that one left never is.
     let destination = |is_first: bool| -> Arc<dyn Destination> {
         let files = || new_files(options, is_first && options.fresh).watched_by(relay.clone());
-        match &in_place {
-            Some(in_place) => Arc::clone(in_place) as _,
-            None => Arc::new(files()),
+        let Some(in_place) = &in_place else { return Arc::new(files()) };
+        if !is_first {
+            in_place.go_on();
         }
+        Arc::clone(in_place) as _
     };
     let monitor = Stops(observer);
     let incoming =

@@ -87,6 +87,23 @@ fn a_link_that_is_cut_is_made_again_and_little_is_sent_twice() {
 }
 
 #[test]
+fn what_arrived_in_place_is_gone_on_with_too() {
+    let scratch = Scratch::new();
+    let Some(source) = source(&scratch) else { return };
+    for words in ["--in-place", "--in-place --fresh"] {
+        make(&scratch, "copy", 320 * MIB).write(9, 0, 8 * MIB).done();
+        let (receiving, address) = receive(&scratch, &format!("--reconnect 30 {words}"));
+        let middle = Middle::start(address, vec![Cut::Forth(150 * MIB), Cut::Never]);
+        let sent = send(&scratch, "--reconnect 30", &middle).output().expect_exit(Exit::Done);
+        receiving.wait().expect_exit(Exit::Done);
+        assert!(middle.bytes() < DATA + PER_CUT, "{} {sent}", middle.bytes());
+        same(&source, &scratch.path("copy"));
+        std::fs::remove_file(scratch.path("copy")).expect("there");
+        let _ = std::fs::remove_file(scratch.path(".copy.bitferry-receipt"));
+    }
+}
+
+#[test]
 fn a_last_answer_that_is_lost_is_asked_for_again() {
     let scratch = Scratch::new();
     let Some(source) = source(&scratch) else { return };
