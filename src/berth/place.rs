@@ -26,6 +26,7 @@ use crate::hash::content_of;
 use crate::incoming::{Place, Sealed};
 use crate::observe::Progress;
 use crate::proof::DiskProof;
+use crate::renames::no_place;
 use crate::{Error, Observer, Phase, Renames, Result, Silent};
 
 /// A disk that is complete since an earlier attempt.
@@ -74,6 +75,8 @@ pub(super) struct FilePlace {
     path: PathBuf,
     format: Format,
     renames: Renames,
+    /// Why it can hold no bitmaps, if so.
+    cannot_hold: Option<&'static str>,
     session: Option<[u8; 16]>,
     target: String,
     size: u64,
@@ -109,6 +112,7 @@ impl FilePlace {
             path: place.path.clone(),
             format: place.format,
             renames: place.renames.clone(),
+            cannot_hold: disk.cannot_hold(),
             session: disk.session,
             target: disk.target(),
             size: disk.size,
@@ -274,6 +278,14 @@ impl Landing for FilePlace {
 }
 
 impl Place for FilePlace {
+    /// Renamed when they are stored.
+    fn bitmap_name(&self, sent: &str) -> stream::Result<String> {
+        match self.cannot_hold {
+            None => Ok(sent.to_owned()),
+            Some(why) => Err(failed(no_place(&self.name, sent, why))),
+        }
+    }
+
     fn prepare(&self, sealed: &Sealed) -> stream::Result<Option<DiskProof>> {
         let proof = match (&self.known, &self.unfinished) {
             (Some(known), _) => {

@@ -21,6 +21,7 @@ use super::prover::Prover;
 use super::sink::Sink;
 use crate::copy::{DataFileTarget, Shape};
 use crate::publish::{Draft, publish};
+use crate::renames::{NO_PLACE_IN_RAW, NO_PLACE_IN_VERSION_2};
 use crate::{Error, Result};
 
 /// What a new disk is to be.
@@ -77,6 +78,14 @@ impl<'a> NewDisk<'a> {
         };
         let words = [kind, self.wishes.clone()].join(" ");
         short_words(words.trim_end())
+    }
+
+    /// Why it can hold no bitmaps, if so.
+    pub(super) fn cannot_hold(&self) -> Option<&'static str> {
+        match &self.kind {
+            NewKind::Raw => Some(NO_PLACE_IN_RAW),
+            NewKind::Qcow2 { shape, .. } => (shape.version < 3).then_some(NO_PLACE_IN_VERSION_2),
+        }
     }
 
     fn identity(&self, session: [u8; 16]) -> Identity {

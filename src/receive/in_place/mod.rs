@@ -63,6 +63,11 @@ impl InPlace {
         })
     }
 
+    /// Another attempt follows, which goes on with what this one left.
+    pub(super) fn go_on(&self) {
+        lock(&self.state).is_fresh = false;
+    }
+
     /// The destination's own bitmaps of a disk that are not valid.
     pub(super) fn take_invalidated(&self, id: &str) -> Vec<BitmapReport> {
         let mut found = lock(&self.invalidated);

@@ -12,11 +12,8 @@ use crate::copy::Format;
 use crate::disk::{Disk, Request, check_probe};
 use crate::incoming::SessionId;
 use crate::options::DiskOption;
-use crate::renames::Renames;
+use crate::renames::{NO_PLACE_IN_RAW, NO_PLACE_IN_VERSION_2, Renames};
 use crate::{Error, Observer, Result, Silent};
-
-/// Why an old image cannot hold bitmaps.
-const VERSION_2: &str = "a qcow2 image of version 2 has no place for bitmaps";
 
 /// An existing image, before its disk has come.
 pub(super) struct Target {
@@ -96,8 +93,8 @@ impl Target {
     /// Why it can hold no bitmaps, if so.
     pub(super) fn cannot_hold(&self) -> Option<&'static str> {
         match self.chain.top().as_qcow2() {
-            None => Some("a raw image has no place for bitmaps"),
-            Some(image) => (image.header().version < 3).then_some(VERSION_2),
+            None => Some(NO_PLACE_IN_RAW),
+            Some(image) => (image.header().version < 3).then_some(NO_PLACE_IN_VERSION_2),
         }
     }
 
