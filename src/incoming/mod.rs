@@ -24,7 +24,7 @@ use format_spec::native::hello::{MAX_CHANNELS, RESUME, SessionState};
 use mig_core::heart::{Heart, within};
 use mig_core::section::{AnswerWriter as _, Registry};
 use mig_core::stream::Result;
-use mig_core::transport::{Connection, Listen};
+use mig_core::transport::{Connection, HangUp, Listen};
 
 use self::accept::Accepted;
 pub(crate) use self::accept::turn_away;
@@ -165,6 +165,21 @@ impl Accepted {
     }
 }
 
+/// Ends what goes on beside the reader of main.
+struct End<'e> {
+    over: &'e Heart,
+    session: &'e Session,
+    line: &'e dyn HangUp,
+}
+
+impl Drop for End<'_> {
+    fn drop(&mut self) {
+        self.over.stop();
+        self.session.close();
+        self.line.hang_up();
+    }
+}
+
 /// Reads all connections until the source has nothing more to say.
 fn run(
     accepted: Accepted,
@@ -184,17 +199,14 @@ fn run(
         if choice.channels > 1 {
             scope.spawn(move || join::accept_all(scope, session, listen, choice, &options.timing));
         }
-        let mut result = session.read_main(&mut reader);
-        if let Err(error) = result {
+        // Also where somebody panics: who waits inside this scope would wait for good.
+        let _end = End { over: &over, session, line };
+        session.read_main(&mut reader).map_err(|error| {
             session.fail(error);
             // The source is still writing: what it wrote is read, so that it can read why.
             within(options.timing.linger, line, || reader.drain(u64::MAX));
-            result = Err(session.reason());
-        }
-        over.stop();
-        session.close();
-        line.hang_up();
-        result
+            session.reason()
+        })
     });
     (session, result)
 }
