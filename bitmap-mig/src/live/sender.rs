@@ -227,7 +227,10 @@ impl Sender {
         let mut slots = self.bitmaps.write();
         let mut news = Vec::new();
         for told in &mut self.told {
-            let is_there = |life: &Arc<Life>| slots.iter().any(|s| Arc::ptr_eq(&s.life, life));
+            // One that has become inconsistent is worth nothing at the destination either.
+            let is_there = |life: &Arc<Life>| {
+                slots.iter().any(|s| Arc::ptr_eq(&s.life, life) && !s.life.info().is_inconsistent)
+            };
             if told.life.as_ref().is_some_and(|life| !is_there(life)) {
                 told.life = None;
                 news.push(News::Removed(told.version));
@@ -235,6 +238,9 @@ impl Sender {
         }
         for slot in slots.iter_mut().filter(|slot| slot.successor.is_none()) {
             let info = slot.life.info();
+            if info.is_inconsistent {
+                continue;
+            }
             let known = self.told.iter().position(|told| {
                 told.life.as_ref().is_some_and(|life| Arc::ptr_eq(life, &slot.life))
             });

@@ -291,6 +291,22 @@ fn guests_and_jobs_at_full_speed_lose_nothing() {
 }
 
 #[test]
+fn a_bitmap_that_becomes_inconsistent_is_taken_back() {
+    let source = Arc::new(LiveBitmaps::new(SIZE));
+    for name in ["good", "bad"] {
+        source.add(&info(name, 65536)).unwrap();
+    }
+    let mut mirror = Mirror::new(SIZE);
+    let mut sender = sender(&source);
+    pass(&mut sender, &mut mirror, false);
+    assert_eq!(mirror.store.all().len(), 2);
+    source.invalidate("bad").unwrap();
+    pass(&mut sender, &mut mirror, false);
+    let names: Vec<_> = mirror.store.all().into_iter().map(|info| info.name).collect();
+    assert_eq!(names, ["good"]);
+}
+
+#[test]
 fn many_giant_bitmaps_cost_what_their_bits_cost() {
     const GIANT: u64 = 16 << 40;
     let source = Arc::new(LiveBitmaps::new(GIANT));
