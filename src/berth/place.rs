@@ -52,20 +52,43 @@ impl Known {
         Ok(Some(Self { content, bitmaps, unfinished: Some(unfinished) }))
     }
 
-    /// Holds what the source says against it.
+    /// Holds what the source says against it. Where it says something else, what was proved can be
+    /// gone on with, and is not complete any more.
     fn proof(&self, path: &Path, renames: &Renames, sealed: &Sealed) -> Result<DiskProof> {
-        let differs = |reason| Err(Error::ProofMismatch { path: path.to_owned(), reason });
-        if let Some(said) = sealed.content.filter(|said| *said != self.content) {
-            return differs(format!("{} was proved, the source now has {said}", self.content));
-        }
-        let mut bitmaps = Vec::new();
-        for bitmap in &sealed.bitmaps {
-            match self.bitmaps.iter().find(|found| found.name == renames.stored(&bitmap.name)) {
-                Some(found) => bitmaps.push(found.digest),
-                None => return differs(format!("bitmap {:?} is not here", bitmap.name)),
+        let held = self.hold(renames, sealed);
+        held.map_err(|reason| {
+            let keeper = self.unfinished.as_ref().and_then(|unfinished| unfinished.keeper());
+            match keeper.map_or(Ok(()), Keeper::unprepare) {
+                Ok(()) => Error::ProofMismatch { path: path.to_owned(), reason },
+                Err(error) => error.into(),
+            }
+        })
+    }
+
+    fn hold(&self, renames: &Renames, sealed: &Sealed) -> Result<DiskProof, String> {
+        let proved = self.content;
+        match sealed.content {
+            Some(said) if said == proved => {}
+            Some(said) => return Err(format!("{proved} was proved, the source now has {said}")),
+            None => {
+                return Err(format!("{proved} was proved, the source does not say what it has"));
             }
         }
-        Ok(DiskProof { content: self.content, bitmaps })
+        if self.bitmaps.len() != sealed.bitmaps.len() {
+            let (here, said) = (self.bitmaps.len(), sealed.bitmaps.len());
+            return Err(format!("{here} bitmaps were proved, the source now has {said}"));
+        }
+        let mut bitmaps = Vec::new();
+        for Bitmap { name, is_enabled, .. } in &sealed.bitmaps {
+            let stored = renames.stored(name);
+            let found = self.bitmaps.iter().find(|found| found.name == stored);
+            let found = found.ok_or_else(|| format!("bitmap {name:?} is not here"))?;
+            if found.is_enabled != *is_enabled {
+                return Err(format!("bitmap {name:?} was enabled or disabled since it was proved"));
+            }
+            bitmaps.push(found.digest);
+        }
+        Ok(DiskProof { content: proved, bitmaps })
     }
 }
 

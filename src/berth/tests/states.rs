@@ -241,3 +241,37 @@ fn what_is_given_up_is_begun_anew() {
         is_whole(&here);
     }
 }
+
+#[test]
+fn what_was_proved_of_something_else_is_gone_on_with() {
+    let changed = |change: fn(&mut Sealed)| {
+        let mut sealed = sealed(true);
+        change(&mut sealed);
+        sealed
+    };
+    for other in [
+        changed(|sealed| sealed.content = Some(root(&[0; 512]))),
+        changed(|sealed| sealed.content = None),
+        changed(|sealed| sealed.bitmaps.clear()),
+        changed(|sealed| sealed.bitmaps[0].is_enabled ^= true),
+    ] {
+        let here = proved();
+        let files = here.files(FileOptions::default());
+        assert_eq!(files.begin(SESSION).unwrap(), SessionState::Ready);
+        let places = both(&files);
+        assert!(places[0].prepare(&other).is_err(), "{other:?}");
+        drop(places);
+        files.abort(Fate::Kept);
+        let files = here.files(FileOptions::default());
+        assert_eq!(files.begin(SESSION).unwrap(), SessionState::Resumable);
+        let places = both(&files);
+        for place in &places {
+            let known = have(&**place);
+            send(&**place, 0..6, &known);
+        }
+        prepare(&places);
+        drop(places);
+        files.commit().unwrap();
+        is_whole(&here);
+    }
+}
