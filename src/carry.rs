@@ -22,6 +22,18 @@ pub(crate) struct Asked {
     pub(crate) hint: &'static str,
 }
 
+impl Asked {
+    /// What it changes of what arrives, as a phrase: who wishes otherwise gives another command.
+    pub(crate) fn wishes(
+        bitmaps: &BitmapSelection,
+        renames: &[Rename],
+        skips_broken: bool,
+    ) -> String {
+        let broken = if skips_broken { " without broken ones" } else { "" };
+        format!("{bitmaps:?} {renames:?}{broken}")
+    }
+}
+
 /// What was decided about the source's bitmaps.
 #[derive(Debug)]
 pub(crate) struct BitmapPlan {

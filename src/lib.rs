@@ -32,6 +32,7 @@ mod proof;
 mod publish;
 pub mod qemu;
 pub mod receive;
+mod reconnect;
 mod renames;
 pub mod report;
 pub mod send;

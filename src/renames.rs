@@ -27,6 +27,12 @@ impl Renames {
     }
 }
 
+/// Why a raw image can hold no bitmaps.
+pub(crate) const NO_PLACE_IN_RAW: &str = "a raw image has no place for bitmaps";
+/// Why an old image can hold none.
+pub(crate) const NO_PLACE_IN_VERSION_2: &str =
+    "a qcow2 image of version 2 has no place for bitmaps";
+
 /// A bitmap comes for an image that can hold none.
 pub(crate) fn no_place(disk: &str, bitmap: &str, why: &str) -> Error {
     Error::WouldLose {

@@ -12,6 +12,7 @@ use format_spec::native::block::{
 use mig_core::dirty::{AtomicBits, CHUNK_BYTES};
 use mig_core::stream::{Arrival, Error, Result};
 use qcow2_file::bitmaps::Bits;
+use qcow2_file::limits::MAX_BITMAP_BYTES;
 
 use crate::Bitmap;
 use crate::running_digest::{RunningDigest, read_chunk};
@@ -20,9 +21,9 @@ use crate::running_digest::{RunningDigest, read_chunk};
 pub const MAX_BITMAPS: usize = 50_000;
 /// Most bytes that the bits of one session's bitmaps are held in.
 const MAX_HELD_BYTES: u64 = 1 << 30;
-/// Most bytes that the bitmaps of one session would have if all their bits were set: what finds
-/// those that are takes a fraction of a thousandth of it.
-const MAX_SHAPE_BYTES: u64 = 64 << 30;
+/// Most bytes that the bitmaps of one session would have if all their bits were set: 256 bitmaps
+/// of a 16 TiB disk at 64 KiB. What finds those that are takes a fraction of a thousandth of it.
+const MAX_SHAPE_BYTES: u64 = 8 << 30;
 
 /// A bitmap that arrived whole.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -203,8 +204,10 @@ impl State {
             let reason = format!("bitmap {name:?} exists, or its generation is wrong");
             return Err(at.protocol(reason));
         }
-        let bytes = self.bytes.saturating_add(create.shape.byte_len());
-        if self.bitmaps.len() >= MAX_BITMAPS || bytes > MAX_SHAPE_BYTES {
+        let len = create.shape.byte_len();
+        let bytes = self.bytes.saturating_add(len);
+        let is_too_long = len > MAX_BITMAP_BYTES || bytes > MAX_SHAPE_BYTES;
+        if self.bitmaps.len() >= MAX_BITMAPS || is_too_long {
             return Err(at.protocol(format!("bitmap {name:?} is more than this side holds")));
         }
         let Ok(granularity_bits) = u8::try_from(create.shape.granularity.trailing_zeros()) else {

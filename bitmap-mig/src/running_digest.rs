@@ -30,6 +30,11 @@ impl RunningDigest {
         self.stale.set_range(leaf..leaf.saturating_add(1));
     }
 
+    /// Whether something was touched and not hashed.
+    pub(crate) fn is_stale(&self) -> bool {
+        self.stale.next_run(0, 1).is_some()
+    }
+
     /// Hashes what was touched. What changes meanwhile is to be touched again.
     pub(crate) fn hash(&mut self, bits: &AtomicBits) -> Result<(), HashError> {
         let mut bytes = Vec::new();

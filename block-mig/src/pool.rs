@@ -41,6 +41,8 @@ impl Pool<'_> {
                     }
                 });
             }
+            // Nor may a producer that panics leave the workers waiting for units.
+            let _closing = CloseOnDrop(&queue);
             for unit in units {
                 let is_wanted = match unit {
                     Ok(unit) => queue.put(unit),

@@ -3,6 +3,7 @@
 //!
 //! ```text
 //! unfinished   a new raw or qcow2 disk under temporary names, gone on with where it was begun
+//! kept         the journal of a disk that is written in place
 //! log          the journal beside it, by name
 //! receipt      what is left when it was published
 //! recover      a publication that a crash interrupted is finished
@@ -12,6 +13,7 @@
 //! ```
 
 mod files;
+mod kept;
 mod log;
 mod place;
 mod prover;
@@ -24,6 +26,10 @@ mod trace;
 mod unfinished;
 
 pub use files::{DiskPlace, FileOptions, Files};
+pub(crate) use kept::{Kept, log_of};
 pub(crate) use log::{Log, has_traces};
+pub(crate) use prover::Prover;
+pub(crate) use receipt::Receipt;
 pub(crate) use recover::{Half, Recovered, recover};
-pub(crate) use unfinished::{NewDisk, NewKind, Unfinished};
+pub(crate) use trace::{Trace, state};
+pub(crate) use unfinished::{NewDisk, NewKind, Unfinished, short_words};

@@ -7,7 +7,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 use bitmap_mig::Bitmap;
 use block_mig::Landing;
 use block_mig::journal::Keeper;
-use block_mig::ledger::{Stretch, UNIT_BYTES};
 use block_mig::limits::workers;
 use format_spec::content_hash::{ContentHash, Node};
 use mig_core::block::BlockSink;
@@ -27,10 +26,8 @@ use crate::hash::content_of;
 use crate::incoming::{Place, Sealed};
 use crate::observe::Progress;
 use crate::proof::DiskProof;
+use crate::renames::no_place;
 use crate::{Error, Observer, Phase, Renames, Result, Silent};
-
-/// Most units that are told at once.
-const HAVE_UNITS: usize = 4096;
 
 /// A disk that is complete since an earlier attempt.
 pub(super) struct Known {
@@ -78,6 +75,8 @@ pub(super) struct FilePlace {
     path: PathBuf,
     format: Format,
     renames: Renames,
+    /// Why it can hold no bitmaps, if so.
+    cannot_hold: Option<&'static str>,
     session: Option<[u8; 16]>,
     target: String,
     size: u64,
@@ -107,12 +106,13 @@ impl FilePlace {
             None => Some(Arc::new(Unfinished::open(disk)?)),
         };
         let proved = unfinished.as_ref().filter(|_| !options.no_verify);
-        let prover = proved.map(Prover::start).transpose()?;
+        let prover = proved.map(Unfinished::prover).transpose()?;
         Ok(Self {
             name: place.name.clone(),
             path: place.path.clone(),
             format: place.format,
             renames: place.renames.clone(),
+            cannot_hold: disk.cannot_hold(),
             session: disk.session,
             target: disk.target(),
             size: disk.size,
@@ -175,7 +175,9 @@ impl FilePlace {
         let (path, data) = unfinished.paths();
         let disk = open(path, self.format, data)?;
         let content = match &self.prover {
-            Some(prover) => prover.finish(&disk, self.options)?.content,
+            Some(prover) => {
+                prover.finish(&disk.chain, self.options.workers, &*self.observer)?.content
+            }
             None => {
                 let workers = workers(self.options.workers);
                 content_of(&disk, workers, None, (Phase::Prove, &*self.observer))?
@@ -197,15 +199,8 @@ impl FilePlace {
 
     fn note_receipt(&self, sealed: &Sealed, proof: &DiskProof) {
         let Some(session) = self.session else { return };
-        let bitmaps =
-            sealed.bitmaps.iter().zip(&proof.bitmaps).map(|(bitmap, digest)| ReceiptBitmap {
-                name: self.renames.stored(&bitmap.name),
-                granularity: 1u32.checked_shl(bitmap.granularity_bits.into()).unwrap_or(0),
-                is_enabled: bitmap.is_enabled,
-                digest: *digest,
-            });
-        let (size, content, bitmaps) = (self.size, proof.content, bitmaps.collect());
-        let receipt = Receipt { session, size, content, target: self.target.clone(), bitmaps };
+        let names = sealed.bitmaps.iter().map(|b| (self.renames.stored(&b.name), b));
+        let receipt = Receipt::of((session, self.size, self.target.clone()), proof, names);
         *self.receipt.lock().unwrap_or_else(PoisonError::into_inner) = Some(receipt);
     }
 
@@ -223,29 +218,10 @@ impl FilePlace {
         unfinished.recheck(None, workers, &progress).map_err(failed)?;
         progress.end();
         self.observer.phase(Phase::Transfer);
-        let mut at = 0;
-        loop {
-            let next = keeper.with_claims(|claims| {
-                Ok::<_, block_mig::Error>(claims.stretch(at)?.map(|stretch| match stretch {
-                    Stretch::Unknown(units) => (units.end, None),
-                    Stretch::Zeroes(units) => {
-                        (units.end, Some(Have::Zeroes(units.start, units.end - units.start)))
-                    }
-                    Stretch::Nodes(first, nodes) => {
-                        let nodes = nodes.get(..HAVE_UNITS).unwrap_or(nodes);
-                        let end = first.saturating_add(nodes.len() as u64);
-                        (end, Some(Have::Units(first, nodes.to_vec())))
-                    }
-                }))
-            })?;
-            let Some((end, have)) = next else { return Ok(()) };
-            if let (Some(Have::Units(first, _)), Some(prover)) = (&have, &self.prover) {
-                let end = end.saturating_mul(UNIT_BYTES).min(self.size);
-                prover.arrived(first.saturating_mul(UNIT_BYTES)..end);
-            }
-            at = end;
-            have.map_or(Ok(()), &mut *tell)?;
-        }
+        keeper.tell(&mut |have| {
+            self.prover.iter().for_each(|prover| prover.told(&have));
+            tell(have)
+        })
     }
 }
 
@@ -272,17 +248,16 @@ impl Landing for FilePlace {
         self.prover.iter().for_each(|prover| prover.arrived(range.clone()));
         let Some(unfinished) = &self.unfinished else { return Ok(()) };
         let Some(keeper) = unfinished.keeper() else { return Ok(()) };
-        keeper.arrived_units(first, nodes)?;
-        if keeper.is_due() { unfinished.checkpoint().map_err(failed) } else { Ok(()) }
+        match keeper.units_landed(first, nodes)? {
+            true => unfinished.checkpoint().map_err(failed),
+            false => Ok(()),
+        }
     }
 
     fn arrived_zeroes(&self, range: Range<u64>) -> stream::Result<()> {
         self.prover.iter().for_each(|prover| prover.arrived_zeroes(range.clone()));
         let Some(keeper) = self.keeper() else { return Ok(()) };
-        // Units that are zero in part were told with their nodes.
-        let start = range.start.next_multiple_of(UNIT_BYTES);
-        let end = if range.end >= self.size { self.size } else { range.end & !(UNIT_BYTES - 1) };
-        if start < end { Ok(keeper.arrived_zeroes(start..end)?) } else { Ok(()) }
+        Ok(keeper.zeroes_landed(range)?)
     }
 
     fn settled(&self) {
@@ -303,6 +278,14 @@ impl Landing for FilePlace {
 }
 
 impl Place for FilePlace {
+    /// Renamed when they are stored.
+    fn bitmap_name(&self, sent: &str) -> stream::Result<String> {
+        match self.cannot_hold {
+            None => Ok(sent.to_owned()),
+            Some(why) => Err(failed(no_place(&self.name, sent, why))),
+        }
+    }
+
     fn prepare(&self, sealed: &Sealed) -> stream::Result<Option<DiskProof>> {
         let proof = match (&self.known, &self.unfinished) {
             (Some(known), _) => {

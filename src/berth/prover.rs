@@ -1,75 +1,99 @@
-//! Reads a new disk back while it arrives.
+//! Reads a disk back while it arrives.
 
+use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
-use block_mig::device::ChainSource;
+use block_mig::device::{ChainSource, StartOf};
+use block_mig::ledger::UNIT_BYTES;
 use block_mig::limits::workers;
 use block_mig::proven::{Finished, Proof, Proven};
+use block_mig::recheck::ReadBack;
+use mig_core::section::Have;
+use qcow2_file::Chain;
+use qcow2_file::storage::Writes;
 
-use super::files::FileOptions;
-use super::unfinished::Unfinished;
-use crate::disk::Disk;
-use crate::{Error, Result};
+use crate::observe::Stops;
+use crate::{Error, Observer, Result};
 
 /// A thread that reads a disk back. It ends with this.
 #[derive(Debug)]
-pub(super) struct Prover {
+pub(crate) struct Prover {
     proven: Arc<Proven>,
+    size: u64,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Prover {
-    /// Begins to read back what will be written to `disk`.
-    pub(super) fn start(disk: &Arc<Unfinished>) -> Result<Self> {
-        let proven = Arc::new(Proven::new(disk.size(), Arc::clone(disk.writes()))?);
-        let (reader, disk) = (Arc::clone(&proven), Arc::clone(disk));
+    /// Begins to read back what will be written to a disk of `size` bytes, which `disk` finds in
+    /// its owner. `writes` counts what is written to the file that holds its content.
+    pub(crate) fn start<T: Send + Sync + 'static>(
+        owner: &Arc<T>,
+        disk: fn(&T) -> &dyn ReadBack,
+        (size, writes): (u64, Arc<Writes>),
+    ) -> Result<Self> {
+        let proven = Arc::new(Proven::new(size, writes)?);
+        let (reader, owner) = (Arc::clone(&proven), Arc::clone(owner));
         let thread = std::thread::Builder::new().name("read back".to_owned());
-        let thread = thread.spawn(move || reader.run(disk.sink()));
-        let path = std::path::PathBuf::from("a thread");
-        let thread = thread.map_err(|source| Error::File { action: "start", path, source })?;
-        Ok(Self { proven, thread: Some(thread) })
+        let thread = thread.spawn(move || reader.run(disk(&owner)));
+        let failed = |source| Error::File { action: "start", path: "a thread".into(), source };
+        Ok(Self { proven, size, thread: Some(thread.map_err(failed)?) })
     }
 
     /// See [`Proven::begin`].
-    pub(super) fn begin(&self, range: Range<u64>) {
+    pub(crate) fn begin(&self, range: Range<u64>) {
         self.proven.begin(range);
     }
 
     /// See [`Proven::arrived`].
-    pub(super) fn arrived(&self, range: Range<u64>) {
+    pub(crate) fn arrived(&self, range: Range<u64>) {
         self.proven.arrived(range);
     }
 
     /// A range became zero. Where that is more than a part of a unit nothing is left to be read.
-    pub(super) fn arrived_zeroes(&self, range: Range<u64>) {
+    pub(crate) fn arrived_zeroes(&self, range: Range<u64>) {
         let last = range.end.saturating_sub(1);
         self.proven.arrived(range.start..range.start.saturating_add(1).min(range.end));
         self.proven.arrived(last.max(range.start)..range.end);
     }
 
+    /// These units are there from an earlier attempt, and are read back like what arrives.
+    pub(crate) fn told(&self, have: &Have) {
+        if let Have::Units(first, nodes) = have {
+            let start = first.saturating_mul(UNIT_BYTES);
+            let end = start.saturating_add(UNIT_BYTES.saturating_mul(nodes.len() as u64));
+            self.proven.arrived(start..end.min(self.size));
+        }
+    }
+
     /// See [`Proven::settled`].
-    pub(super) fn settled(&self) {
+    pub(crate) fn settled(&self) {
         self.proven.settled();
     }
 
     /// See [`Proven::wait`].
-    pub(super) fn wait(&self) {
+    pub(crate) fn wait(&self) {
         self.proven.wait();
     }
 
     /// Nothing more is written: nothing more is read back before [`finish`](Self::finish).
-    pub(super) fn stop(&self) {
+    pub(crate) fn stop(&self) {
         self.proven.stop();
     }
 
     /// How the finished disk reads, now that it is opened afresh.
-    pub(super) fn finish(&self, disk: &Disk, options: FileOptions) -> Result<Proof> {
-        let source = ChainSource(&disk.chain);
-        let places = |offset, max_len| source.placed(offset, max_len);
-        let (workers, monitor) = (workers(options.workers), &block_mig::Unwatched);
-        let finished = Finished { disk: &source, places: &places, workers, monitor };
+    pub(crate) fn finish(
+        &self,
+        chain: &Chain,
+        wish: Option<NonZeroUsize>,
+        observer: &dyn Observer,
+    ) -> Result<Proof> {
+        let whole = ChainSource(chain);
+        let disk = StartOf { disk: &whole, size: self.size };
+        let places = |offset, max_len| whole.placed(offset, max_len);
+        let (workers, monitor) = (workers(wish), &Stops(observer));
+        let finished = Finished { disk: &disk, places: &places, workers, monitor };
         let proof = self.proven.finish(finished)?;
         tracing::debug!(bytes_read = proof.bytes_read, "the rest was read back");
         Ok(proof)

@@ -5,12 +5,14 @@ use std::fs;
 use std::io::{self, Read, Write};
 use std::path::Path;
 
+use bitmap_mig::Bitmap;
 use format_spec::Reader;
 use format_spec::content_hash::{BitmapDigest, ContentHash};
 use format_spec::native::frame::{Record, encode_end};
 use format_spec::native::journal::{JournalRecord, RECEIPT_MAGIC, decode_start, encode_start};
 
 use super::log::Log;
+use crate::proof::DiskProof;
 use crate::publish::sync_directory;
 use crate::{Error, Result};
 
@@ -38,6 +40,23 @@ pub(crate) struct Receipt {
 }
 
 impl Receipt {
+    /// Of a disk of a session, a size and a target that was proved, with its bitmaps in the order
+    /// of the proof, by the names that they are stored by.
+    pub(crate) fn of<'b>(
+        (session, size, target): ([u8; 16], u64, String),
+        proof: &DiskProof,
+        bitmaps: impl Iterator<Item = (String, &'b Bitmap)>,
+    ) -> Self {
+        let bitmaps = bitmaps.zip(&proof.bitmaps).map(|((name, bitmap), digest)| ReceiptBitmap {
+            name,
+            granularity: 1u32.checked_shl(bitmap.granularity_bits.into()).unwrap_or(0),
+            is_enabled: bitmap.is_enabled,
+            digest: *digest,
+        });
+        let (content, bitmaps) = (proof.content, bitmaps.collect());
+        Self { session, size, content, target, bitmaps }
+    }
+
     /// The receipt beside a destination, if there is one that is whole.
     pub(crate) fn read(log: &Log) -> Result<Option<Self>> {
         let path = log.receipt();

@@ -11,7 +11,7 @@ use crate::publish::is_begun;
 
 /// What an earlier attempt of the same command left of one disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Trace {
+pub(crate) enum Trace {
     /// Nothing, or what is of no use for what is asked for now.
     Nothing,
     /// Unfinished files and their journal.
@@ -49,7 +49,7 @@ impl Trace {
 
 /// What all disks together amount to, where attempts leave something. One does not speak for the
 /// others.
-pub(super) fn state(traces: &[Trace], keeps: bool) -> SessionState {
+pub(crate) fn state(traces: &[Trace], keeps: bool) -> SessionState {
     let all = |wanted| !traces.is_empty() && traces.iter().all(|trace| *trace == wanted);
     let is_left = |trace: &Trace| matches!(trace, Trace::Begun | Trace::Proved);
     if all(Trace::Published) {

@@ -17,9 +17,11 @@ use qcow2_file::storage::{Watched, Writes};
 use qcow2_file::{Access, Guard, HostFile, Storage, preflight};
 
 use super::log::Log;
+use super::prover::Prover;
 use super::sink::Sink;
 use crate::copy::{DataFileTarget, Shape};
 use crate::publish::{Draft, publish};
+use crate::renames::{NO_PLACE_IN_RAW, NO_PLACE_IN_VERSION_2};
 use crate::{Error, Result};
 
 /// What a new disk is to be.
@@ -75,10 +77,14 @@ impl<'a> NewDisk<'a> {
             }
         };
         let words = [kind, self.wishes.clone()].join(" ");
-        let words = words.trim_end();
-        match words.len() {
-            0..=MAX_TARGET => words.to_owned(),
-            _ => format!("{:032x}", u128::from_be_bytes(derive(&[words.as_bytes()]))),
+        short_words(words.trim_end())
+    }
+
+    /// Why it can hold no bitmaps, if so.
+    pub(super) fn cannot_hold(&self) -> Option<&'static str> {
+        match &self.kind {
+            NewKind::Raw => Some(NO_PLACE_IN_RAW),
+            NewKind::Qcow2 { shape, .. } => (shape.version < 3).then_some(NO_PLACE_IN_VERSION_2),
         }
     }
 
@@ -173,14 +179,9 @@ impl Unfinished {
         self.keeper.as_ref()
     }
 
-    /// Guest-visible bytes.
-    pub(super) fn size(&self) -> u64 {
-        self.size
-    }
-
-    /// Counts what is written to the file that holds the content.
-    pub(super) fn writes(&self) -> &Arc<Writes> {
-        &self.writes
+    /// Begins to read back what will be written to it.
+    pub(super) fn prover(self: &Arc<Self>) -> Result<Prover> {
+        Prover::start(self, |this| &this.sink, (self.size, Arc::clone(&self.writes)))
     }
 
     /// Where content goes.
@@ -279,7 +280,7 @@ impl Unfinished {
         use mig_core::block::BlockSink as _;
         let Some(keeper) = &self.keeper else { return Ok(()) };
         keeper.checkpoint(|| self.sink.sync().map_err(block_mig::Error::Sink))?;
-        keeper.compact::<Error>(|| Ok(self.log.anew()? as Arc<dyn Storage>), || self.log.replace())
+        self.log.compact(keeper)
     }
 
     /// Nothing is kept for another try.
@@ -319,6 +320,14 @@ pub(crate) fn publish_together(
         disk.log.remove()?;
     }
     Ok(())
+}
+
+/// What a destination is to be, in as many words as a journal and a receipt take.
+pub(crate) fn short_words(words: &str) -> String {
+    match words.len() {
+        0..=MAX_TARGET => words.to_owned(),
+        _ => format!("{:032x}", u128::from_be_bytes(derive(&[words.as_bytes()]))),
+    }
 }
 
 fn resume(log: &Log, replayed: Replayed) -> Result<Option<Keeper>> {

@@ -159,15 +159,24 @@ pub(crate) struct CopyArgs {
     pub(crate) skip_broken_bitmaps: bool,
     /// Compress on the way to or from another host: none, zlib[:LEVEL] or zstd[:LEVEL]
     #[arg(long, value_name = "METHOD", default_value = "none", hide_default_value = true)]
+    #[arg(help_heading = "Transport")]
     pub(crate) compress: super::transport::Compress,
+    /// To or from another host: how long a cut is waited for before giving up; 0, the default: not
+    /// at all
+    #[arg(long, value_name = "SECONDS", value_parser = super::transport::seconds)]
+    #[arg(help_heading = "Transport")]
+    pub(crate) reconnect: Option<std::time::Duration>,
+    #[command(flatten)]
+    pub(crate) control: super::supervise::ControlArgs,
     /// Leave out the proof that DST reads back as SRC
     #[arg(long)]
     pub(crate) no_verify: bool,
     /// Start anew instead of going on with what an interrupted copy left
     #[arg(long)]
     pub(crate) fresh: bool,
-    /// Bytes per second at most that are read from SRC; K, M, G and T are powers of 1024
-    #[arg(long, value_name = "RATE", value_parser = size::parse)]
+    /// Bytes per second at most that are read from SRC, or go over the wire; K, M, G and T are
+    /// powers of 1024
+    #[arg(long, value_name = "RATE", value_parser = size::parse, help_heading = "Transport")]
     pub(crate) bandwidth: Option<u64>,
     /// Say what would be done, the space it needs and what would be lost; write nothing
     #[arg(long)]

@@ -1,10 +1,12 @@
 //! `copy`: one image with its bitmaps, here or, see [`remote`], to or from another host.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bitferry::copy::{self, BackingChoice, CopyOptions, Existing, Plan};
 use bitferry::report::Status;
 use bitferry::{Error, Report, exit_status};
+use mig_core::meter::Meter;
 
 use super::args::CopyArgs;
 use super::remote::{self, Route};
@@ -14,26 +16,45 @@ use super::{Outcome, Output, WOULD_LOSE, outcome, table, target_options};
 
 pub(crate) fn run(args: CopyArgs, output: &Output) -> Outcome {
     let start = Instant::now();
-    let is_dry_run = args.dry_run;
     let result = match remote::route(&args.source, &args.destination) {
         Ok(Route::To(remote)) => remote::to(args, &remote, output),
         Ok(Route::From(remote)) => remote::from(args, &remote, output),
-        Ok(Route::Here) => options(args).and_then(|options| here(&options, is_dry_run, output)),
+        Ok(Route::Here) => here(args, output),
         Err(error) => Err(error),
     };
     outcome::failed(&result, start, output)?;
     result
 }
 
-fn here(options: &CopyOptions, is_dry_run: bool, output: &Output) -> Outcome {
+fn here(args: CopyArgs, output: &Output) -> Outcome {
+    let (is_dry_run, control) = (args.dry_run, args.control.clone());
+    let options = options(args)?;
     let watch = Watch::with_events(output, !options.no_verify)?;
-    if is_dry_run { dry_run(options, &watch, output) } else { go(options, &watch, output) }
+    if is_dry_run {
+        return dry_run(&options, &watch, output);
+    }
+    let limits = (&options.meter, Duration::ZERO);
+    let report = control.supervise(limits, &watch, |observer| copy::run(&options, observer))?;
+    watch.finish();
+    if output.is_json {
+        output.event(&Summary::new("summary", &report))?;
+    } else {
+        output.text(report_text(&options, &report, output))?;
+    }
+    Ok(exit_status(&report))
+}
+
+/// What limits this side's sending, or reading. None as well as 0 mean no limit, as in QEMU.
+pub(super) fn meter(bandwidth: Option<u64>) -> Arc<Meter> {
+    Arc::new(Meter::new(bandwidth.filter(|rate| *rate > 0)))
 }
 
 /// The validated plan of what was typed.
 fn options(args: CopyArgs) -> bitferry::Result<CopyOptions> {
-    if args.compress.0.is_some() {
-        let reason = "--compress is for the wire, and both paths are on this host".to_owned();
+    let for_the_wire =
+        [(args.compress.0.is_some(), "--compress"), (args.reconnect.is_some(), "--reconnect")];
+    if let Some((_, option)) = for_the_wire.iter().find(|(is_given, _)| *is_given) {
+        let reason = format!("{option} is for the wire, and both paths are on this host");
         return Err(Error::Usage { reason });
     }
     let existing = existing(args.force, args.in_place);
@@ -56,7 +77,7 @@ fn options(args: CopyArgs) -> bitferry::Result<CopyOptions> {
         skip_broken_bitmaps: args.skip_broken_bitmaps,
         no_verify: args.no_verify,
         fresh: args.fresh,
-        bandwidth: args.bandwidth,
+        meter: meter(args.bandwidth),
         ..CopyOptions::default()
     })
 }
@@ -68,17 +89,6 @@ pub(super) fn existing(force: bool, in_place: bool) -> Existing {
         (_, true) => Existing::InPlace,
         _ => Existing::Refuse,
     }
-}
-
-fn go(options: &CopyOptions, watch: &Watch<'_>, output: &Output) -> Outcome {
-    let report = copy::run(options, watch)?;
-    watch.finish();
-    if output.is_json {
-        output.event(&Summary::new("summary", &report))?;
-    } else {
-        output.text(report_text(options, &report, output))?;
-    }
-    Ok(exit_status(&report))
 }
 
 fn dry_run(options: &CopyOptions, watch: &Watch<'_>, output: &Output) -> Outcome {

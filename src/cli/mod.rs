@@ -24,6 +24,7 @@ mod receive;
 mod remote;
 mod send;
 mod size;
+mod supervise;
 mod table;
 mod target_options;
 mod transport;
@@ -39,8 +40,12 @@ use self::output::Output;
 /// How a verb ended: the exit status of CLI.md, or the error that has one.
 type Outcome = bitferry::Result<u8>;
 
+/// It is finished and published, and something that was asked for is not there.
+const NOT_PRESERVED: u8 = 6;
 /// Nothing was written because something would have been lost.
 const WOULD_LOSE: u8 = 7;
+/// Nobody knows; the same command asks again.
+const UNKNOWN: u8 = 8;
 
 /// Runs the command line of this process.
 pub(crate) fn main() -> ExitCode {

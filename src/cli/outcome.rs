@@ -2,13 +2,13 @@
 
 use std::time::{Duration, Instant};
 
-use bitferry::Report;
 use bitferry::copy::PlannedBitmap;
-use bitferry::report::{BitmapOutcome, BitmapReport, DiskReport, Status, Verified};
+use bitferry::report::{BitmapOutcome, BitmapReport, DiskReport, Status, Verified, error_chain};
+use bitferry::{Report, connect};
 
 use super::size::{human, human_time};
 use super::watch::Summary;
-use super::{Outcome, Output, table};
+use super::{NOT_PRESERVED, Outcome, Output, UNKNOWN, table};
 
 /// Of a whole migration. `done` says what was done, in two or three words.
 pub(crate) fn report_text(report: &Report, done: &str, output: &Output) -> String {
@@ -38,6 +38,52 @@ pub(crate) fn finish(report: &Report, done: &str, output: &Output) -> Outcome {
         output.text(report_text(report, done, output))?;
     }
     Ok(bitferry::exit_status(report))
+}
+
+/// Which side of a migration a command at the other end is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Peer {
+    /// It sends.
+    Source,
+    /// It receives.
+    Destination,
+}
+
+/// [`finish`], where a command at the other end had a word to say after the report was made. What
+/// is published stays so, whatever becomes of the command; where nobody answered, all there is may
+/// depend on it.
+pub(crate) fn finish_with(
+    mut report: Report,
+    (peer, end): (Peer, connect::Result<()>),
+    done: &str,
+    output: &Output,
+) -> Outcome {
+    let Err(error) = end else { return finish(&report, done, output) };
+    if report.disks.iter().any(|disk| disk.verified == Verified::Unconfirmed)
+        && report.status == Status::Completed
+    {
+        return Err(error.into());
+    }
+    let status = told(&mut report, peer, error.exit_code());
+    report.error.get_or_insert_with(|| error_chain(&error));
+    finish(&report, done, output)?;
+    Ok(status)
+}
+
+/// The exit status, where a `bitferry` at the other end ended with `theirs`. Pure.
+fn told(report: &mut Report, peer: Peer, theirs: Option<u8>) -> u8 {
+    let own = bitferry::exit_status(report);
+    match (theirs, peer) {
+        // It knows of losses that we cannot know of.
+        (Some(NOT_PRESERVED), _) if own == 0 => NOT_PRESERVED,
+        // A destination that does not know what it has is to be asked again; what we have
+        // published ourselves is there, whether the source heard of it or not.
+        (Some(UNKNOWN), Peer::Destination) if matches!(own, 0 | NOT_PRESERVED) => {
+            report.status = Status::Unknown;
+            UNKNOWN
+        }
+        _ => own,
+    }
 }
 
 /// The summary of an operation that failed before there was one.
@@ -105,4 +151,28 @@ pub(crate) fn planned_bitmaps(bitmaps: &[PlannedBitmap]) -> String {
 /// Why something is refused, where it is said beside it that it is.
 pub(crate) fn without_prefix(why: &str) -> &str {
     why.strip_prefix("refused, nothing was written: ").unwrap_or(why)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_other_end_says_comes_on_top() {
+        use Peer::{Destination, Source};
+        let told = |status, peer, theirs| {
+            let mut report = Report::failure(&bitferry::Error::Interrupted, 0);
+            report.status = status;
+            (told(&mut report, peer, theirs), report.status)
+        };
+        let (done, unknown) = (Status::Completed, Status::Unknown);
+        assert_eq!(told(done, Destination, Some(6)), (6, done));
+        assert_eq!(told(done, Source, Some(6)), (6, done));
+        assert_eq!(told(done, Destination, Some(8)), (8, unknown));
+        assert_eq!(told(done, Source, Some(8)), (0, done));
+        assert_eq!(told(done, Destination, Some(255)), (0, done));
+        assert_eq!(told(done, Source, None), (0, done));
+        assert_eq!(told(unknown, Destination, Some(6)), (8, unknown));
+        assert_eq!(told(Status::Failed, Source, Some(6)), (3, Status::Failed));
+    }
 }

@@ -2,19 +2,18 @@
 
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use clap::Args as Group;
 use serde::Serialize;
 
 use bitferry::connect::{self, Listener, Options, Refused, Uri};
-use bitferry::control::Supervised;
 use bitferry::copy::{BitmapSelection, Rename};
 use bitferry::options::DiskOption;
 use bitferry::receive::{self, Arrivals, ReceiveOptions};
-use bitferry::status::Migration;
 
 use super::dialect::DialectArg;
+use super::outcome::Peer;
 use super::transport::TransportArgs;
 use super::watch::Watch;
 use super::{Outcome, Output, outcome, target_options};
@@ -103,21 +102,20 @@ fn go(args: ReceiveArgs, output: &Output) -> Outcome {
         no_verify: args.no_verify,
         dialect: args.dialect.map(DialectArg::dialect),
         shared_base: args.shared_base,
+        reconnect: args.transport.reconnect()?,
         ..ReceiveOptions::default()
     };
     options.check()?;
     let (listener, refused) = listen(&args.transport)?;
-    let migration = Arc::new(Migration::default());
-    let _control = args.transport.control(&migration, &Arc::default())?;
     announce(&listener, &args.transport.uri, output)?;
-    let supervised = Supervised::new(&watch, migration);
-    let arrivals = Arrivals::new(&listener, &supervised, refused);
-    let result = receive::run(&options, &arrivals, &supervised);
-    supervised.end(result.as_ref().err());
-    let report = result?;
-    listener.end()?;
+    let limits = (&Arc::default(), Duration::ZERO);
+    let report = args.transport.control.supervise(limits, &watch, |observer| {
+        let arrivals = Arrivals::new(&listener, observer, refused);
+        receive::run(&options, &arrivals, observer)
+    })?;
     watch.finish();
-    outcome::finish(&report, &format!("received from {}", args.transport.uri), output)
+    let done = format!("received from {}", args.transport.uri);
+    outcome::finish_with(report, (Peer::Source, listener.end()), &done, output)
 }
 
 fn listen(transport: &TransportArgs) -> bitferry::Result<(Listener, Receiver<String>)> {

@@ -2,9 +2,11 @@
 
 use std::ffi::OsString;
 use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
 
 use bitferry::connect::{self, Location, Options, Remote};
-use bitferry::copy::{BitmapSelection, Format};
+use bitferry::copy::{BitmapSelection, Format, Rename};
 use bitferry::options::{DiskOption, doubled};
 use bitferry::receive::{self, Arrivals, ReceiveOptions};
 use bitferry::report::Report;
@@ -12,8 +14,9 @@ use bitferry::send::{self, SendOptions};
 use bitferry::{Error, Result};
 
 use super::args::CopyArgs;
+use super::outcome::Peer;
 use super::watch::Watch;
-use super::{Outcome, Output, outcome, target_options};
+use super::{Outcome, Output, WOULD_LOSE, outcome, target_options};
 
 /// The disk's name on the wire: there is only one.
 const DISK: &str = "disk0";
@@ -46,16 +49,7 @@ pub(super) fn route(source: &Path, destination: &Path) -> Result<Route> {
 pub(super) fn to(args: CopyArgs, remote: &Remote, output: &Output) -> Outcome {
     refuse_backing(&args)?;
     let watch = Watch::with_events(output, !args.no_verify)?;
-    let mut options = SendOptions {
-        disks: vec![disk(args.source.clone(), args.source_format)],
-        allow_backing: args.allow_backing || args.flatten,
-        bitmaps: args.bitmaps.clone(),
-        renames: args.rename_bitmap.clone(),
-        skip_broken_bitmaps: args.skip_broken_bitmaps,
-        no_verify: args.no_verify,
-        compression: args.compress.0,
-        ..SendOptions::default()
-    };
+    let mut options = send_options(&args);
     let plan = send::plan(&options, &watch)?;
     let has_shape = !args.target_options.is_empty();
     // As with a local copy: the source's format, unless something else is asked for.
@@ -67,19 +61,20 @@ pub(super) fn to(args: CopyArgs, remote: &Remote, output: &Output) -> Outcome {
     if format == Format::Raw && !args.in_place {
         options.cannot_hold = Some("a raw image has no place for bitmaps".to_owned());
     }
+    // The same command finds what it left; another shape is another command.
+    options.destination = format!("{remote} {format} {}", args.target_options.join(","));
     if args.dry_run {
         return super::send::dry_run(&options, &watch, output);
     }
-    let dialer = connect::dial_ssh(
-        &remote.destination,
-        receive_args(&args, remote, format)?,
-        &Options::default(),
-    );
-    let mut report = send::run(&options, &dialer, &watch)?;
-    dialer.end()?;
+    let words = receive_args(&args, remote, format)?;
+    let dialer = connect::dial_ssh(&remote.destination, words, &Options::default());
+    let limits = (&options.meter, Duration::ZERO);
+    let sent = args.control.supervise(limits, &watch, |o| send::run(&options, &dialer, o));
+    let mut report = sent.map_err(|error| refused_there(error, remote))?;
     watch.finish();
     name(&mut report, &remote.to_string());
-    outcome::finish(&report, &format!("copied {} -> {remote}", args.source.display()), output)
+    let done = format!("copied {} -> {remote}", args.source.display());
+    outcome::finish_with(report, (Peer::Destination, dialer.end()), &done, output)
 }
 
 /// Receives from a `bitferry send` at the other host.
@@ -87,13 +82,7 @@ pub(super) fn from(args: CopyArgs, remote: &Remote, output: &Output) -> Outcome 
     refuse_backing(&args)?;
     let watch = Watch::with_events(output, !args.no_verify)?;
     if args.dry_run {
-        return Err(Error::Usage {
-            reason: format!(
-                "what would be sent is known at {0}: run `bitferry copy --dry-run` there, or \
-                 `ssh {0} bitferry send --dry-run …`",
-                remote.destination
-            ),
-        });
+        return plan_there(&args, remote, output);
     }
     let target = target_options::parse(&args.target_options)?;
     let mut disk = disk(args.destination.clone(), args.target_format);
@@ -106,18 +95,70 @@ pub(super) fn from(args: CopyArgs, remote: &Remote, output: &Output) -> Outcome 
         existing: super::copy::existing(args.force, args.in_place),
         allow_backing: args.allow_backing,
         no_verify: args.no_verify,
+        fresh: args.fresh,
+        reconnect: args.reconnect.unwrap_or_default(),
         ..ReceiveOptions::default()
     };
     options.check()?;
     let transport = Options::default();
-    let listener = connect::listen_ssh(&remote.destination, send_args(&args, remote)?, &transport);
-    let (_tell, refused) = std::sync::mpsc::channel();
-    let arrivals = Arrivals::new(&listener, &watch, refused);
-    let mut report = receive::run(&options, &arrivals, &watch)?;
-    listener.end()?;
+    let words = send_args(&args, remote, &["--quiet", "--two-way", "-"])?;
+    let listener = connect::listen_ssh(&remote.destination, words, &transport);
+    let limits = (&Arc::default(), Duration::ZERO);
+    let received = args.control.supervise(limits, &watch, |observer| {
+        let (_tell, refused) = std::sync::mpsc::channel();
+        let arrivals = Arrivals::new(&listener, observer, refused);
+        receive::run(&options, &arrivals, observer)
+    });
+    let mut report = received.map_err(|error| refused_there(error, remote))?;
     watch.finish();
     name(&mut report, &args.destination.display().to_string());
-    outcome::finish(&report, &format!("copied {remote} -> {}", args.destination.display()), output)
+    let done = format!("copied {remote} -> {}", args.destination.display());
+    outcome::finish_with(report, (Peer::Source, listener.end()), &done, output)
+}
+
+/// What would be sent is known at the other end, which is asked there.
+fn plan_there(args: &CopyArgs, remote: &Remote, output: &Output) -> Outcome {
+    let form = if output.is_json { "--json" } else { "--progress=never" };
+    let words = send_args(args, remote, &[form, "--dry-run", "file:/dev/null"])?;
+    let (said, status) = connect::run_ssh(&remote.destination, &words, &[WOULD_LOSE])?;
+    output.stream(|out| out.write_all(&said))?;
+    Ok(status)
+}
+
+/// What is sent from here. There is one disk, whatever name is written before those of bitmaps.
+fn send_options(args: &CopyArgs) -> SendOptions {
+    let any_node = |rename: &Rename| Rename { node: None, ..rename.clone() };
+    SendOptions {
+        disks: vec![disk(args.source.clone(), args.source_format)],
+        allow_backing: args.allow_backing || args.flatten,
+        bitmaps: args.bitmaps.clone(),
+        renames: args.rename_bitmap.iter().map(any_node).collect(),
+        skip_broken_bitmaps: args.skip_broken_bitmaps,
+        no_verify: args.no_verify,
+        fresh: args.fresh,
+        compression: args.compress.0,
+        meter: super::copy::meter(args.bandwidth),
+        reconnect: args.reconnect.unwrap_or_default(),
+        ..SendOptions::default()
+    }
+}
+
+/// What the other end refused, having said why, was refused as a whole.
+fn refused_there(error: Error, remote: &Remote) -> Error {
+    use mig_core::stream::Error as Stream;
+    let ended = match &error {
+        Error::Stream(Stream::Connect(e) | Stream::Connection { source: e, .. }) => {
+            connect::Error::find(e).and_then(connect::Error::exit_code)
+        }
+        _ => None,
+    };
+    if ended != Some(WOULD_LOSE) {
+        return error;
+    }
+    Error::WouldLose {
+        reason: format!("{} says above why", remote.destination),
+        hint: "what it suggests can be asked of this command".to_owned(),
+    }
 }
 
 /// What a copy calls its disk.
@@ -138,22 +179,27 @@ fn refuse_backing(args: &CopyArgs) -> Result<()> {
     }
 }
 
-/// Arguments of the receiving side.
+/// Arguments of the receiving side. What it may have kept of an earlier try it goes on with if that
+/// is of the same session, which --fresh changes.
 fn receive_args(args: &CopyArgs, remote: &Remote, format: Format) -> Result<Vec<OsString>> {
     let format = (!args.in_place || args.target_format.is_some()).then_some(format);
     let mut words = vec!["receive".to_owned(), "--quiet".to_owned()];
     words.extend(["--disk".to_owned(), disk_word(&remote.path, format)?]);
     words.extend(args.target_options.iter().flat_map(|o| ["-o".to_owned(), o.clone()]));
-    let switches =
-        [(args.force, "--force"), (args.in_place, "--in-place"), (args.no_verify, "--no-verify")];
+    let switches = [
+        (args.force, "--force"),
+        (args.in_place, "--in-place"),
+        (args.in_place && args.allow_backing, "--allow-backing"),
+        (args.no_verify, "--no-verify"),
+    ];
     words.extend(set(&switches));
     words.push("-".to_owned());
     Ok(words.into_iter().map(OsString::from).collect())
 }
 
-/// Arguments of the sending side.
-fn send_args(args: &CopyArgs, remote: &Remote) -> Result<Vec<OsString>> {
-    let mut words = vec!["send".to_owned(), "--quiet".to_owned(), "--two-way".to_owned()];
+/// Arguments of the sending side, the last of which say `how`. --fresh is about what is here.
+fn send_args(args: &CopyArgs, remote: &Remote, how: &[&str]) -> Result<Vec<OsString>> {
+    let mut words = vec!["send".to_owned()];
     words.extend(["--disk".to_owned(), disk_word(&remote.path, args.source_format)?]);
     words.push(match &args.bitmaps {
         BitmapSelection::All => "--bitmaps=all".to_owned(),
@@ -165,13 +211,14 @@ fn send_args(args: &CopyArgs, remote: &Remote) -> Result<Vec<OsString>> {
         args.rename_bitmap.iter().map(|r| format!("--rename-bitmap={DISK}/{}={}", r.old, r.new)),
     );
     words.push(format!("--compress={}", args.compress));
+    words.extend(args.bandwidth.map(|rate| format!("--bandwidth={rate}")));
     let switches = [
         (args.allow_backing || args.flatten, "--allow-backing"),
         (args.skip_broken_bitmaps, "--skip-broken-bitmaps"),
         (args.no_verify, "--no-verify"),
     ];
     words.extend(set(&switches));
-    words.push("-".to_owned());
+    words.extend(how.iter().map(|word| (*word).to_owned()));
     Ok(words.into_iter().map(OsString::from).collect())
 }
 
@@ -193,7 +240,7 @@ fn remote_format(args: &CopyArgs, remote: &Remote) -> Result<Format> {
         return Ok(format);
     }
     let words = ["info".into(), "--json".into(), "--".into(), remote.path.clone().into_os_string()];
-    let answer = connect::run_ssh(&remote.destination, &words)?;
+    let (answer, _) = connect::run_ssh(&remote.destination, &words, &[])?;
     let info: Option<serde_json::Value> = serde_json::from_slice(&answer).ok();
     let format = info.as_ref().and_then(|info| info.get("format")?.as_str()?.parse().ok());
     format.ok_or_else(|| Error::Usage {

@@ -1,22 +1,18 @@
 //! `send`: disks at rest to a destination.
 
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clap::Args as Group;
 
-use bitferry::connect::{self, Dial as _, Options};
-use bitferry::control::Supervised;
+use bitferry::connect::{self, Dial as _, Options, Uri};
 use bitferry::copy::BitmapSelection;
 use bitferry::options::DiskOption;
 use bitferry::qemu::{Version, outgoing};
 use bitferry::send::{self, Plan, PlannedDisk, SendOptions};
-use bitferry::status::Migration;
-use mig_core::meter::Meter;
-
 use mig_core::stream;
 
 use super::dialect::{DialectArg, QemuArgs};
+use super::outcome::Peer;
 use super::size::{self, human};
 use super::transport::{Compress, TransportArgs};
 use super::watch::{Summary, Watch};
@@ -75,6 +71,11 @@ pub(crate) struct SendArgs {
     /// Bytes per second at most, on all connections together; K, M, G and T are powers of 1024
     #[arg(long, value_name = "RATE", value_parser = size::parse, help_heading = "Transport")]
     pub(crate) bandwidth: Option<u64>,
+    /// How long a guest may be paused, in milliseconds: what `query-migrate-parameters` shows.
+    /// Disks at rest need no pause
+    #[arg(long, value_name = "MS", help_heading = "Transport")]
+    #[arg(value_parser = clap::value_parser!(u64).range(..=bitferry::control::MAX_DOWNTIME_MS))]
+    pub(crate) downtime: Option<u64>,
     /// The other end of - or exec: answers, on standard input or the command's output
     #[arg(long, help_heading = "Transport")]
     pub(crate) two_way: bool,
@@ -99,6 +100,10 @@ pub(crate) fn run(args: SendArgs, output: &Output) -> Outcome {
 }
 
 fn go(args: SendArgs, output: &Output) -> Outcome {
+    if args.two_way && !matches!(args.transport.uri, Uri::Stdio | Uri::Exec(_)) {
+        let reason = format!("--two-way is for - and exec:, and {} is neither", args.transport.uri);
+        return Err(bitferry::Error::Usage { reason });
+    }
     let watch = Watch::with_events(output, !args.no_verify)?;
     match args.qemu.dialect {
         DialectArg::Native => native(args, &watch, output),
@@ -111,22 +116,18 @@ fn native(args: SendArgs, watch: &Watch<'_>, output: &Output) -> Outcome {
     let transport = args.connect_options();
     let (transport_args, is_dry_run) = (args.transport.clone(), args.dry_run);
     let uri = &transport_args.uri;
-    let options = options(args);
+    let downtime = downtime(args.downtime);
+    let options = options(args)?;
     if is_dry_run {
         return dry_run(&options, watch, output);
     }
     let dialer = connect::dial(uri, &transport)?;
-    let rate = options.meter.bandwidth().unwrap_or(0);
-    let migration = Arc::new(Migration::new(rate, Duration::ZERO));
-    let _control = transport_args.control(&migration, &options.meter)?;
-    let supervised = Supervised::new(watch, migration);
-    let result = send::run(&options, &dialer, &supervised);
-    supervised.end(result.as_ref().err());
-    let report = result?;
-    // A command at the other end has the last word.
-    dialer.end()?;
+    let limits = (&options.meter, downtime);
+    let control = &transport_args.control;
+    let report = control.supervise(limits, watch, |o| send::run(&options, &dialer, o))?;
     watch.finish();
-    outcome::finish(&report, &format!("sent to {uri}"), output)
+    let end = (Peer::Destination, dialer.end());
+    outcome::finish_with(report, end, &format!("sent to {uri}"), output)
 }
 
 /// To a stock QEMU: see [`bitferry::qemu::outgoing`].
@@ -155,16 +156,26 @@ fn to_qemu(
         peer_qmp: args.qemu.peer_qmp,
         is_one_way: dialer.nature().is_one_way,
         no_verify: args.no_verify,
+        meter: super::copy::meter(args.bandwidth),
         ..outgoing::Options::default()
     };
     // A QEMU that waits dies of a connection on which nothing comes.
     let prepared = outgoing::prepare(&options, watch)?;
-    let connection =
-        dialer.dial().map_err(stream::Error::Connect).map_err(bitferry::Error::from)?;
-    let report = prepared.send(connection, watch)?;
-    dialer.end()?;
+    if args.dry_run {
+        return show_plan(&prepared.describe()?, watch, output);
+    }
+    let limits = (&options.meter, downtime(args.downtime));
+    let report = args.transport.control.supervise(limits, watch, |observer| {
+        let connection = dialer.dial().map_err(stream::Error::Connect)?;
+        prepared.send(connection, observer)
+    })?;
     watch.finish();
-    outcome::finish(&report, &format!("sent to QEMU at {uri}"), output)
+    let end = (Peer::Destination, dialer.end());
+    outcome::finish_with(report, end, &format!("sent to QEMU at {uri}"), output)
+}
+
+fn downtime(milliseconds: Option<u64>) -> Duration {
+    milliseconds.map_or(Duration::ZERO, Duration::from_millis)
 }
 
 fn source_disk(disk: DiskOption) -> outgoing::SourceDisk {
@@ -181,8 +192,8 @@ impl SendArgs {
         let given = [
             (self.channels > 1, "--channels: disks and bitmaps have one connection to a QEMU"),
             (self.compress.0.is_some(), "--compress: a QEMU takes disks and bitmaps plain"),
-            (self.bandwidth.is_some(), "--bandwidth is not there yet with --dialect qemu"),
-            (self.dry_run, "--dry-run is not there yet with --dialect qemu"),
+            (self.fresh, "--fresh: a QEMU keeps nothing of an earlier try"),
+            (self.transport.reconnect.is_some(), "--reconnect: a QEMU dies of a cut"),
         ];
         match given.iter().find(|(is_given, _)| *is_given) {
             Some((_, reason)) => Err(bitferry::Error::Usage { reason: (*reason).to_owned() }),
@@ -191,8 +202,8 @@ impl SendArgs {
     }
 }
 
-fn options(args: SendArgs) -> SendOptions {
-    SendOptions {
+fn options(args: SendArgs) -> bitferry::Result<SendOptions> {
+    Ok(SendOptions {
         disks: args.disk,
         allow_backing: args.allow_backing || args.flatten,
         bitmaps: args.bitmaps,
@@ -203,19 +214,22 @@ fn options(args: SendArgs) -> SendOptions {
         fresh: args.fresh,
         channels: args.channels,
         compression: args.compress.0,
-        // None as well as 0 mean no limit, as in QEMU.
-        meter: Arc::new(Meter::new(args.bandwidth.filter(|rate| *rate > 0))),
+        meter: super::copy::meter(args.bandwidth),
         cannot_hold: None,
-    }
+        reconnect: args.transport.reconnect()?,
+    })
 }
 
 pub(super) fn dry_run(options: &SendOptions, watch: &Watch<'_>, output: &Output) -> Outcome {
-    let plan = send::plan(options, watch)?;
+    show_plan(&send::plan(options, watch)?, watch, output)
+}
+
+fn show_plan(plan: &Plan, watch: &Watch<'_>, output: &Output) -> Outcome {
     watch.finish();
     if output.is_json {
-        output.event(&Summary::new("plan", &plan))?;
+        output.event(&Summary::new("plan", plan))?;
     } else {
-        output.text(plan_text(&plan, output))?;
+        output.text(plan_text(plan, output))?;
     }
     Ok(if plan.refusals.is_empty() { 0 } else { WOULD_LOSE })
 }

@@ -1,15 +1,14 @@
 //! What `send` and `receive` have in common: where the stream goes, and how.
 
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::Args as Group;
 
 use bitferry::connect::{Options, Tls, Uri};
-use bitferry::control::{Metered, Server};
-use bitferry::status::Migration;
-use mig_core::meter::Meter;
 use mig_core::stream::{Compression, Method};
+
+use super::supervise::ControlArgs;
 
 /// Options of whatever has a URI.
 #[derive(Debug, Clone, Group)]
@@ -28,30 +27,28 @@ pub(crate) struct TransportArgs {
     /// Name that the other side's certificate must have, where it is not the HOST of the URI
     #[arg(long, value_name = "NAME", requires = "tls_dir", help_heading = "Transport")]
     pub(crate) tls_peer: Option<String>,
-    /// Answer commands of `bitferry control` there: how it stands, another bandwidth, calling it
-    /// off
-    #[arg(long, value_name = "unix:PATH", help_heading = "Transport")]
-    pub(crate) control: Option<String>,
+    /// How long a cut is waited for before giving up; 0, the default: not at all
+    #[arg(long, value_name = "SECONDS", value_parser = seconds, help_heading = "Transport")]
+    pub(crate) reconnect: Option<Duration>,
+    #[command(flatten)]
+    pub(crate) control: ControlArgs,
+}
+
+/// A whole number of seconds.
+pub(super) fn seconds(text: &str) -> Result<Duration, String> {
+    let seconds: Result<u32, _> = text.parse();
+    seconds.map(|n| Duration::from_secs(n.into())).map_err(|e| e.to_string())
 }
 
 impl TransportArgs {
-    /// Listens for commands, if that was asked for, until it is dropped. They are about `migration`
-    /// and, where it sends, `meter`.
-    pub(crate) fn control(
-        &self,
-        migration: &Arc<Migration>,
-        meter: &Arc<Meter>,
-    ) -> bitferry::Result<Option<Server>> {
-        let Some(place) = &self.control else { return Ok(None) };
-        let Some(path) = place.strip_prefix("unix:").filter(|path| !path.is_empty()) else {
-            let reason = format!("--control takes unix:PATH, not {place:?}");
-            return Err(bitferry::Error::Usage { reason });
-        };
-        let (migration, meter) = (migration.clone(), meter.clone());
-        let server = Server::start(Path::new(path), Arc::new(Metered { migration, meter }));
-        let failed =
-            |source| bitferry::Error::File { action: "listen at", path: path.into(), source };
-        server.map(Some).map_err(failed)
+    /// How long a cut is waited for. What carries one connection cannot be connected again.
+    pub(crate) fn reconnect(&self) -> bitferry::Result<Duration> {
+        let limit = self.reconnect.unwrap_or_default();
+        if limit.is_zero() || matches!(self.uri, Uri::Tcp { .. } | Uri::Unix(_)) {
+            return Ok(limit);
+        }
+        let reason = format!("--reconnect is for tcp: and unix:, and {} is used up once", self.uri);
+        Err(bitferry::Error::Usage { reason })
     }
 
     /// How to connect or listen.

@@ -23,17 +23,45 @@ pub(super) enum Pipes {
     Both,
 }
 
+/// The command at the other end of a connection, once there is one. Another one takes its place.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Running(Arc<Mutex<Option<Arc<Child>>>>);
+
+impl Running {
+    /// Starts a command, called `name` in messages, with its pipes as a connection.
+    pub(super) fn start(
+        &self,
+        command: Command,
+        name: String,
+        pipes: Pipes,
+        idle: Duration,
+    ) -> Result<Connection> {
+        let (child, connection) = Child::start(command, name, pipes, idle)?;
+        *self.lock() = Some(child);
+        Ok(connection)
+    }
+
+    /// Waits until it has ended, which it has to do successfully. At once where there is none.
+    pub(super) fn end(&self, limit: Duration) -> Result<()> {
+        let child = self.lock().take();
+        child.map_or(Ok(()), |child| child.end(limit))
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Option<Arc<Child>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 /// A command that was started. Killed when it is dropped before it has ended.
 #[derive(Debug)]
-pub(super) struct Child {
+struct Child {
     name: String,
     process: Mutex<process::Child>,
     pidfd: OwnedFd,
 }
 
 impl Child {
-    /// Starts `command`, called `name` in messages, with its pipes as a connection.
-    pub(super) fn start(
+    fn start(
         mut command: Command,
         name: String,
         pipes: Pipes,
@@ -78,8 +106,7 @@ impl Child {
         Ok((child, connection))
     }
 
-    /// Waits until it has ended by itself, which it has to do successfully.
-    pub(super) fn end(&self, limit: Duration) -> Result<()> {
+    fn end(&self, limit: Duration) -> Result<()> {
         match self.status(limit)? {
             Some(status) if status.success() => Ok(()),
             Some(status) => Err(self.ended(End::Status(status))),

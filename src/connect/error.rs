@@ -189,6 +189,16 @@ impl Error {
         error.get_ref()?.downcast_ref()
     }
 
+    /// The exit status of a command that failed, where that is what it is about.
+    pub fn exit_code(&self) -> Option<u8> {
+        match self {
+            Self::Ended { end: End::Status(status), .. } => {
+                status.code().and_then(|code| u8::try_from(code).ok())
+            }
+            _ => None,
+        }
+    }
+
     /// Whose fault it is.
     pub fn blame(&self) -> Blame {
         match self {

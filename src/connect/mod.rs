@@ -25,7 +25,7 @@ mod uri;
 use std::ffi::OsString;
 use std::io;
 use std::process::{Command, Stdio};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 pub use mig_core::transport::{Connection, Dial, HangUp, Listen, Nature};
@@ -37,10 +37,11 @@ pub use self::tls::{Tls, TlsError};
 pub use self::uri::{Uri, UriError, UriFault};
 
 use self::accept::SocketListener;
-use self::child::{Child, Pipes};
+use self::child::{Pipes, Running};
 use self::descriptor::Descriptor;
 use self::once::Once;
 use self::socket::{Place, SocketDialer};
+use self::ssh::Ssh;
 
 /// How connections are made, and what bounds them.
 #[derive(Debug, Clone)]
@@ -103,9 +104,6 @@ impl std::fmt::Debug for Refused {
     }
 }
 
-/// The command at the other end of a connection, once it runs.
-type Running = Arc<Mutex<Option<Arc<Child>>>>;
-
 /// Makes connections to one destination.
 pub struct Dialer {
     inner: Box<dyn Dial>,
@@ -124,6 +122,7 @@ pub struct Listener {
 enum Inner {
     Sockets(Box<SocketListener>),
     Once(Once),
+    Ssh(Ssh),
 }
 
 /// Prepares to connect to a destination. Nothing is connected yet.
@@ -156,10 +155,10 @@ pub fn dial(uri: &Uri, options: &Options) -> Result<Dialer> {
     Ok(Dialer { inner, running, idle: options.idle })
 }
 
-/// Runs `bitferry` with `args` at another host, over ssh, and dials it.
+/// Runs `bitferry` with `args` at another host, over ssh, and dials it: anew for each connection.
 pub fn dial_ssh(destination: &str, args: Vec<OsString>, options: &Options) -> Dialer {
     let running = Running::default();
-    let inner = Box::new(over_ssh(destination, args, (&running, options)));
+    let inner = Box::new(Ssh::new(destination, args, (&running, options.idle)));
     Dialer { inner, running, idle: options.idle }
 }
 
@@ -193,23 +192,25 @@ pub fn listen(uri: &Uri, options: &Options) -> Result<Listener> {
     Ok(Listener { inner, uri: listening, running, idle: options.idle })
 }
 
-/// Runs `bitferry` with `args` at another host, over ssh, and takes what it sends.
+/// Runs `bitferry` with `args` at another host, over ssh, and takes what it sends: anew for each
+/// connection.
 pub fn listen_ssh(destination: &str, args: Vec<OsString>, options: &Options) -> Listener {
     let running = Running::default();
-    let inner = Inner::Once(over_ssh(destination, args, (&running, options)));
-    Listener { inner, uri: Uri::Exec(format!("ssh {destination}")), running, idle: options.idle }
+    let inner = Inner::Ssh(Ssh::new(destination, args, (&running, options.idle)));
+    Listener { inner, uri: Uri::Exec(ssh::name(destination)), running, idle: options.idle }
 }
 
-/// Runs `bitferry` with `args` at another host, over ssh, and answers what it prints.
-pub fn run_ssh(destination: &str, args: &[OsString]) -> Result<Vec<u8>> {
-    let command = format!("ssh {destination}");
+/// Runs `bitferry` with `args` at another host, over ssh, and answers what it prints and its exit
+/// status, which has to be 0 or one of `accepted`.
+pub fn run_ssh(destination: &str, args: &[OsString], accepted: &[u8]) -> Result<(Vec<u8>, u8)> {
+    let command = ssh::name(destination);
     let run =
         ssh::command(destination, args).stdin(Stdio::null()).stderr(Stdio::inherit()).output();
     let output = run.map_err(|source| Error::Run { command: command.clone(), source })?;
-    if output.status.success() {
-        return Ok(output.stdout);
+    match output.status.code().and_then(|code| u8::try_from(code).ok()) {
+        Some(code) if code == 0 || accepted.contains(&code) => Ok((output.stdout, code)),
+        _ => Err(Error::Ended { command, end: End::Status(output.status) }),
     }
-    Err(Error::Ended { command, end: End::Status(output.status) })
 }
 
 fn once(
@@ -229,35 +230,12 @@ fn exec(
     if !options.allows_exec {
         return Err(Error::ExecNotAllowed { uri: uri.to_string() });
     }
-    let (running, idle) = (Arc::clone(running), options.idle);
+    let (running, idle) = (running.clone(), options.idle);
     Ok(once(uri, pipes == Pipes::Input, move || {
         let mut shell = Command::new("sh");
         shell.arg("-c").arg(&command);
-        start(shell, command, pipes, (&running, idle))
+        running.start(shell, command, pipes, idle)
     }))
-}
-
-fn over_ssh(
-    destination: &str,
-    args: Vec<OsString>,
-    (running, options): (&Running, &Options),
-) -> Once {
-    let (running, idle) = (Arc::clone(running), options.idle);
-    let (name, destination) = (format!("ssh {destination}"), destination.to_owned());
-    Once::new(name.clone(), false, move || {
-        start(ssh::command(&destination, &args), name, Pipes::Both, (&running, idle))
-    })
-}
-
-fn start(
-    command: Command,
-    name: String,
-    pipes: Pipes,
-    (running, idle): (&Running, Duration),
-) -> Result<Connection> {
-    let (child, connection) = Child::start(command, name, pipes, idle)?;
-    *running.lock().unwrap_or_else(PoisonError::into_inner) = Some(child);
-    Ok(connection)
 }
 
 fn usage(uri: &Uri, reason: &'static str) -> Error {
@@ -273,16 +251,11 @@ fn refuse_tls_without_socket(uri: &Uri, options: &Options) -> Result<()> {
     }
 }
 
-fn end(running: &Running, limit: Duration) -> Result<()> {
-    let child = running.lock().unwrap_or_else(PoisonError::into_inner).take();
-    child.map_or(Ok(()), |child| child.end(limit))
-}
-
 impl Dialer {
     /// After the connection was dropped: waits until a command at its other end has ended, which it
     /// has to do successfully. At once where there is none.
     pub fn end(&self) -> Result<()> {
-        end(&self.running, self.idle)
+        self.running.end(self.idle)
     }
 }
 
@@ -312,13 +285,14 @@ impl Listener {
 
     /// As [`Dialer::end`].
     pub fn end(&self) -> Result<()> {
-        end(&self.running, self.idle)
+        self.running.end(self.idle)
     }
 
     fn inner(&self) -> &dyn Listen {
         match &self.inner {
             Inner::Sockets(listener) => &**listener,
             Inner::Once(once) => once,
+            Inner::Ssh(ssh) => ssh,
         }
     }
 }

@@ -1,13 +1,81 @@
 //! `bitferry` at another host, started with ssh: no daemon, no port.
 
 use std::ffi::{OsStr, OsString};
+use std::io;
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use mig_core::transport::{Connection, Dial, Listen, Nature};
+
+use super::child::{Pipes, Running};
+use super::error::Error;
 
 /// Names the program to start instead of `ssh`.
 pub const SSH: &str = "BITFERRY_SSH";
 /// Names `bitferry` at the other host, where the remote shell does not find it by that name.
 pub const REMOTE: &str = "BITFERRY_REMOTE";
+
+/// `bitferry` with some arguments at another host. It is started for each connection: where one was
+/// lost, it is started again.
+pub(super) struct Ssh {
+    destination: String,
+    args: Vec<OsString>,
+    running: Running,
+    idle: Duration,
+    is_closed: AtomicBool,
+}
+
+impl Ssh {
+    pub(super) fn new(
+        destination: &str,
+        args: Vec<OsString>,
+        (running, idle): (&Running, Duration),
+    ) -> Self {
+        let (destination, running) = (destination.to_owned(), running.clone());
+        Self { destination, args, running, idle, is_closed: AtomicBool::new(false) }
+    }
+
+    fn start(&self) -> io::Result<Connection> {
+        let name = name(&self.destination);
+        if self.is_closed.load(Ordering::Acquire) {
+            return Err(Error::Closed { uri: name }.into());
+        }
+        let command = command(&self.destination, &self.args);
+        Ok(self.running.start(command, name, Pipes::Both, self.idle)?)
+    }
+}
+
+/// What a command at `destination` is called.
+pub(super) fn name(destination: &str) -> String {
+    format!("ssh {destination}")
+}
+
+impl Dial for Ssh {
+    /// At the other end all that was sent goes to the input of one process.
+    fn nature(&self) -> Nature {
+        Nature { is_one_way: false, max_connections: 1 }
+    }
+
+    fn dial(&self) -> io::Result<Connection> {
+        self.start()
+    }
+}
+
+impl Listen for Ssh {
+    fn nature(&self) -> Nature {
+        Dial::nature(self)
+    }
+
+    fn accept(&self, _: Option<Duration>) -> io::Result<Connection> {
+        self.start()
+    }
+
+    fn close(&self) {
+        self.is_closed.store(true, Ordering::Release);
+    }
+}
 
 /// The command that runs `bitferry` with `args` at `destination`, which is `[USER@]HOST` as
 /// [`Remote`](super::Remote) has it.

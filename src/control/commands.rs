@@ -2,6 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
+use super::MAX_DOWNTIME_MS;
 use crate::status::{Migration, Parameters};
 
 /// What can be controlled. What a migration cannot do it refuses.
@@ -174,9 +175,8 @@ fn set(arguments: &Map<String, Value>, parameters: &mut Parameters) -> Result<()
         })?;
         match key.as_str() {
             "max-bandwidth" => parameters.max_bandwidth = number,
-            // QEMU's limit: 2000 seconds.
-            _ if number > 2_000_000 => {
-                return Err(generic(format!("{key} is at most 2000000 milliseconds")));
+            _ if number > MAX_DOWNTIME_MS => {
+                return Err(generic(format!("{key} is at most {MAX_DOWNTIME_MS} milliseconds")));
             }
             _ => parameters.downtime_limit = number,
         }

@@ -28,3 +28,5 @@ pub use supervised::{Metered, Supervised};
 pub const MAX_LINE: usize = 64 << 10;
 /// Connections at the same time; further ones are told so and closed.
 pub const MAX_CONNECTIONS: usize = 8;
+/// Longest pause of a guest that may be allowed, in milliseconds: as in QEMU.
+pub const MAX_DOWNTIME_MS: u64 = 2_000_000;

@@ -105,16 +105,12 @@ fn serve(mut stream: UnixStream, controlled: &dyn Controlled, stop: &AtomicBool)
     stream.set_write_timeout(Some(WRITE_LIMIT))?;
     let mut pending = Vec::new();
     let mut buf = [0; 4096];
-    loop {
+    // Looked at each time: a client that never rests must not keep the process from ending.
+    while !stop.load(Ordering::Acquire) {
         let len = match stream.read(&mut buf) {
             Ok(0) => return Ok(()),
             Ok(len) => len,
-            Err(error) if is_tick(&error) => {
-                if stop.load(Ordering::Acquire) {
-                    return Ok(());
-                }
-                continue;
-            }
+            Err(error) if is_tick(&error) => continue,
             Err(error) => return Err(error),
         };
         pending.extend_from_slice(buf.get(..len).unwrap_or_default());
@@ -129,6 +125,7 @@ fn serve(mut stream: UnixStream, controlled: &dyn Controlled, stop: &AtomicBool)
             return stream.write_all(format!("{}\r\n", commands::too_long()).as_bytes());
         }
     }
+    Ok(())
 }
 
 fn is_tick(error: &io::Error) -> bool {

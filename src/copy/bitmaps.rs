@@ -12,10 +12,9 @@ use crate::Result;
 pub(super) use crate::carry::BitmapPlan;
 use crate::carry::{self, Asked};
 use crate::disk::Stored;
+use crate::renames::{NO_PLACE_IN_RAW, NO_PLACE_IN_VERSION_2};
 use crate::report::{BitmapOutcome, BitmapReport};
 
-/// Why an old image cannot hold bitmaps.
-const VERSION_2: &str = "a qcow2 image of version 2 has no place for bitmaps";
 /// What to do where the destination cannot hold bitmaps.
 const HINT: &str = "use --bitmaps none to go on without bitmaps, -O qcow2, or, for a raw disk with \
      bitmaps, -O qcow2 -o data_file=FILE,data_file_raw=on";
@@ -44,9 +43,9 @@ pub(super) fn plan(
 
 fn cannot_hold(target: &Target, found: &Found) -> Option<String> {
     match target {
-        Target::Raw | Target::RawInPlace => Some("a raw image has no place for bitmaps".into()),
-        Target::Qcow2 { shape, .. } => (shape.version < 3).then(|| VERSION_2.into()),
-        Target::Qcow2InPlace => found.is_version_2.then(|| VERSION_2.into()),
+        Target::Raw | Target::RawInPlace => Some(NO_PLACE_IN_RAW.into()),
+        Target::Qcow2 { shape, .. } => (shape.version < 3).then(|| NO_PLACE_IN_VERSION_2.into()),
+        Target::Qcow2InPlace => found.is_version_2.then(|| NO_PLACE_IN_VERSION_2.into()),
     }
 }
 

@@ -5,7 +5,8 @@ use mig_core::meter::Meter;
 
 use crate::Observer;
 
-/// A source whose content is paid for before it is read. Who waits here can be interrupted.
+/// A source whose content is paid for before it is read, or, where its size is not known before,
+/// afterwards. Who waits here can be interrupted.
 #[derive(Clone, Copy)]
 pub(super) struct Metered<'a> {
     pub(super) source: &'a dyn BlockSource,
@@ -32,6 +33,10 @@ impl BlockSource for Metered<'_> {
         offset: u64,
         out: &mut Vec<u8>,
     ) -> mig_core::Result<Option<CompressedUnit>> {
-        self.source.read_compressed(offset, out)
+        let unit = self.source.read_compressed(offset, out)?;
+        if unit.is_some() {
+            self.meter.spend(out.len() as u64, &|| self.observer.is_cancelled());
+        }
+        Ok(unit)
     }
 }

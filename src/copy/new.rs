@@ -10,7 +10,6 @@ use block_mig::recorded::Recorded;
 use block_mig::{TransferOptions, Transferred, transfer};
 use format_spec::Blame;
 use mig_core::block::BlockSink;
-use mig_core::meter::Meter;
 use qcow2_file::Opener;
 use qcow2_file::create::Backing;
 
@@ -20,6 +19,7 @@ use super::plan::Job;
 use super::target::Target;
 use super::{Done, bitmaps, preserve, prove};
 use crate::berth::{Half, NewDisk, NewKind, Recovered, Unfinished, recover};
+use crate::carry::Asked;
 use crate::facts::{Facts, FileFacts, host};
 use crate::observe::Progress;
 use crate::publish::directory;
@@ -118,13 +118,15 @@ pub(super) fn session(job: &Job<'_>) -> Result<Option<[u8; 16]>> {
         FileFacts::of(file.file()).map_err(failed(file.path().to_owned()))
     };
     let files = job.source.disk.files().map(facts).collect::<Result<_>>()?;
-    let destination = &job.options.destination;
+    let options = job.options;
+    let destination = &options.destination;
     let absolute = std::path::absolute(destination).map_err(failed(destination.clone()))?;
+    let bitmaps = Asked::wishes(&options.bitmaps, &options.renames, options.skip_broken_bitmaps);
     let facts = Facts {
         host: host(),
         disks: vec![(String::new(), job.source.disk.chain.virtual_size(), files)],
         destination: absolute.into_os_string().into_encoded_bytes(),
-        wishes: vec!["copy".to_owned(), format!("{:?}", job.target)],
+        wishes: vec!["copy".to_owned(), format!("{:?}", job.target), bitmaps],
     };
     Ok(Some(facts.session()))
 }
@@ -162,8 +164,7 @@ pub(super) fn move_data(
     };
     let blocks = job.source.blocks();
     let recorded = Recorded { source: &*blocks, runs: &job.runs };
-    let meter = Meter::new(job.options.bandwidth.filter(|rate| *rate > 0));
-    let source = Metered { source: &recorded, meter: &meter, observer };
+    let source = Metered { source: &recorded, meter: &job.options.meter, observer };
     let moved = transfer(&source, sink, &options, &progress)?;
     job.source.check_unchanged(observer)?;
     progress.end();

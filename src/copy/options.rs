@@ -3,7 +3,9 @@
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::sync::Arc;
 
+use mig_core::meter::Meter;
 use serde::Serialize;
 
 use crate::{Error, Result};
@@ -177,8 +179,8 @@ pub struct CopyOptions {
     pub skip_broken_bitmaps: bool,
     /// Leave out the proof.
     pub no_verify: bool,
-    /// Bytes of content that are read from the source per second; `None` and 0 mean no limit.
-    pub bandwidth: Option<u64>,
+    /// What limits the bytes of content that are read from the source.
+    pub meter: Arc<Meter>,
     /// Ignore what an earlier try left.
     pub fresh: bool,
     /// Worker threads; by the number of cores where `None`.

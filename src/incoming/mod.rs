@@ -24,7 +24,7 @@ use format_spec::native::hello::{MAX_CHANNELS, RESUME, SessionState};
 use mig_core::heart::{Heart, within};
 use mig_core::section::{AnswerWriter as _, Registry};
 use mig_core::stream::Result;
-use mig_core::transport::{Connection, Listen};
+use mig_core::transport::{Connection, HangUp, Listen};
 
 use self::accept::Accepted;
 pub(crate) use self::accept::turn_away;
@@ -112,7 +112,7 @@ pub fn receive(
         disks: Vec::new(),
     };
     if received.already_complete {
-        accepted.already_complete(options)?;
+        accepted.already_complete(options);
         return Ok(received);
     }
     let known = match accepted.choice.state {
@@ -142,9 +142,13 @@ pub fn receive(
 impl Accepted {
     /// All was published before: says so. A source that hears nothing is read to its end, so that
     /// it ends as well as it would have.
-    fn already_complete(mut self, options: &IncomingOptions<'_>) -> Result<()> {
+    fn already_complete(mut self, options: &IncomingOptions<'_>) {
         if !self.back.is_one_way() {
-            return self.back.answer(&Answer::Committed(self.offer.session));
+            // The choice has told it, too: it may have gone.
+            if let Err(error) = self.back.answer(&Answer::Committed(self.offer.session)) {
+                tracing::debug!(%error, "the source did not wait to hear that all is published");
+            }
+            return;
         }
         let over = Heart::new();
         std::thread::scope(|scope| {
@@ -158,7 +162,21 @@ impl Accepted {
             self.reader.drain(u64::MAX);
             over.stop();
         });
-        Ok(())
+    }
+}
+
+/// Ends what goes on beside the reader of main.
+struct End<'e> {
+    over: &'e Heart,
+    session: &'e Session,
+    line: &'e dyn HangUp,
+}
+
+impl Drop for End<'_> {
+    fn drop(&mut self) {
+        self.over.stop();
+        self.session.close();
+        self.line.hang_up();
     }
 }
 
@@ -181,17 +199,14 @@ fn run(
         if choice.channels > 1 {
             scope.spawn(move || join::accept_all(scope, session, listen, choice, &options.timing));
         }
-        let mut result = session.read_main(&mut reader);
-        if let Err(error) = result {
+        // Also where somebody panics: who waits inside this scope would wait for good.
+        let _end = End { over: &over, session, line };
+        session.read_main(&mut reader).map_err(|error| {
             session.fail(error);
             // The source is still writing: what it wrote is read, so that it can read why.
             within(options.timing.linger, line, || reader.drain(u64::MAX));
-            result = Err(session.reason());
-        }
-        over.stop();
-        session.close();
-        line.hang_up();
-        result
+            session.reason()
+        })
     });
     (session, result)
 }

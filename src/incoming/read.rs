@@ -109,14 +109,14 @@ impl Session {
         }
         let result = self.read(reader);
         self.read_bytes.fetch_add(reader.offset(), Ordering::Relaxed);
-        if self.progress() == Progress::Committed || self.is_over() {
+        if self.is_over() {
             return;
         }
         let error = result.err().unwrap_or_else(|| {
             let reason = "a data channel ends before COMMIT";
             Error::protocol(reader.channel(), reader.offset(), reason)
         });
-        self.fail(error);
+        self.fail_before_commit(error);
     }
 
     fn read(&self, reader: &mut StreamReader) -> Result<()> {
@@ -232,8 +232,11 @@ impl Session {
     }
 
     fn commit(&self) -> Result<()> {
-        self.breaker.check()?;
-        self.set_progress(Progress::Committing);
+        {
+            let mut progress = lock(&self.progress);
+            self.breaker.check()?;
+            *progress = Progress::Committing;
+        }
         self.sections.handlers().try_for_each(|handler| handler.commit())?;
         self.set_progress(Progress::Committed);
         if let Err(error) = self.back.answer(&Answer::Committed(self.session)) {
@@ -242,14 +245,37 @@ impl Session {
         Ok(())
     }
 
+    /// Something failed that does not matter once COMMIT was read: what is published by then is,
+    /// and the source is not told otherwise.
+    fn fail_before_commit(&self, error: Error) {
+        let progress = lock(&self.progress);
+        if *progress < Progress::Committing {
+            let news = self.note(error);
+            drop(progress);
+            self.tell_and_close(news);
+        }
+    }
+
     /// Something failed: the source is told, and nobody waits any more.
     pub(super) fn fail(&self, error: Error) {
+        let news = self.note(error);
+        self.tell_and_close(news);
+    }
+
+    /// Notes an error. Answers what the source is to be told of it: the first one is to be
+    /// reported, unless it came from there.
+    fn note(&self, error: Error) -> Option<Answer<'static>> {
         let (blame, offset) = (error.blame(), error.stream_offset());
         let text = crate::report::error_chain(&error);
         let is_news = !matches!(error, Error::Peer { .. } | Error::Ended);
-        if self.breaker.note(error) && is_news {
-            // The first error is the one to report.
-            let _ = self.back.answer(&Answer::Failed { blame, offset, text });
+        let is_first = self.breaker.note(error);
+        (is_first && is_news).then_some(Answer::Failed { blame, offset, text })
+    }
+
+    fn tell_and_close(&self, news: Option<Answer<'_>>) {
+        if let Some(failed) = news {
+            // The error that this one is about is the one to report.
+            let _ = self.back.answer(&failed);
         }
         self.gate.close();
         self.jobs.close();
@@ -274,8 +300,8 @@ impl Session {
                 }
                 return;
             }
-            if options.monitor.is_cancelled() && self.progress() < Progress::Committing {
-                self.fail(Error::Interrupted);
+            if options.monitor.is_cancelled() {
+                self.fail_before_commit(Error::Interrupted);
             }
             silence += step;
             if silence >= options.timing.keepalive {

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use bitmap_mig::LiveBitmaps;
 use block_mig::TrackedDisk;
 use block_mig::device::EditorDisk;
+use mig_core::bitmap::BitmapInfo;
 use qcow2_file::bitmaps::{Bitmaps, PersistentBitmap, State};
 use qcow2_file::edit::{Editor, EditorOptions};
 use qcow2_file::{Access, Chain, Opener};
@@ -53,8 +54,11 @@ impl LiveImage {
         &self.bitmaps
     }
 
-    /// Stores the bitmaps and closes the image. Nobody else may hold the disk any more.
+    /// Stores the bitmaps and closes the image. Nobody else may hold the disk any more. Those that
+    /// have become inconsistent are left out.
     pub fn close(self) -> Result<()> {
+        // Before anything is taken away: what cannot be stored leaves the image as it is.
+        let bitmaps = self.stored()?;
         let path = self.path;
         let disk = Arc::into_inner(self.disk).ok_or_else(|| Error::Usage {
             reason: format!("{} is still used by somebody", path.display()),
@@ -64,14 +68,21 @@ impl LiveImage {
             for found in guard.list().iter().filter(|found| found.state == State::Consistent) {
                 guard.remove(&found.name)?;
             }
-            for info in self.bitmaps.all().iter().filter(|info| info.is_persistent) {
-                let bits = self.bitmaps.snapshot(&info.name).map_err(unusable)?;
-                let granularity_bits = u8::try_from(info.granularity.trailing_zeros()).unwrap_or(0);
-                let (name, is_enabled) = (info.name.clone(), info.is_enabled);
-                guard.add(PersistentBitmap { name, granularity_bits, is_enabled, bits })?;
-            }
+            bitmaps.into_iter().try_for_each(|bitmap| guard.add(bitmap))?;
         }
         Ok(editor.close()?)
+    }
+
+    fn stored(&self) -> Result<Vec<PersistentBitmap>> {
+        let all = self.bitmaps.all().into_iter();
+        let kept = all.filter(|info| info.is_persistent && !info.is_inconsistent);
+        let stored = kept.map(|info| {
+            let bits = self.bitmaps.snapshot(&info.name).map_err(unusable)?;
+            let granularity_bits = u8::try_from(info.granularity.trailing_zeros()).unwrap_or(0);
+            let BitmapInfo { name, is_enabled, .. } = info;
+            Ok(PersistentBitmap { name, granularity_bits, is_enabled, bits })
+        });
+        stored.collect()
     }
 }
 

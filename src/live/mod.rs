@@ -27,6 +27,7 @@
 mod builder;
 mod image;
 mod paused;
+mod qemu;
 mod run;
 mod steering;
 #[cfg(test)]
@@ -39,6 +40,7 @@ use crate::outgoing::Sent;
 
 pub use builder::{Builder, Outgoing};
 pub use image::LiveImage;
+pub use qemu::QemuTarget;
 
 /// What became of a migration that was not rolled back.
 #[derive(Debug)]

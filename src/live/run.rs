@@ -30,7 +30,7 @@ use crate::status::{Amounts, Status};
 use crate::{Error, Phase, Result};
 
 /// How often parameters are looked at while data is being sent.
-const LOOK_INTERVAL: Duration = Duration::from_millis(50);
+pub(super) const LOOK_INTERVAL: Duration = Duration::from_millis(50);
 /// Pause between two attempts to connect again.
 const RETRY_PAUSE: Duration = Duration::from_millis(200);
 
@@ -149,7 +149,7 @@ impl Outgoing<'_> {
     }
 
     /// Bytes of content to be sent at least, as the disks say.
-    fn content(&self) -> Result<u64> {
+    pub(super) fn content(&self) -> Result<u64> {
         let of_disk = |live: &LiveDisk| survey(&*live.disk, Scope::Whole, UNIT_BYTES);
         let contents = self.disks.iter().map(|live| of_disk(live).map(|survey| survey.content));
         Ok(contents.sum::<block_mig::Result<u64>>()?)
@@ -179,7 +179,7 @@ impl Outgoing<'_> {
         });
     }
 
-    fn note_failure(&self, error: stream::Error, reason: Option<Reason>) -> Error {
+    pub(super) fn note_failure(&self, error: stream::Error, reason: Option<Reason>) -> Error {
         let is_cancelled = self.migration.is_cancelled();
         let error = match (reason, error) {
             (Some(Reason::Cancelled), _) => Error::Interrupted,

@@ -1,5 +1,6 @@
 //! Receive one migration into image files, and report what became of it.
 
+mod again;
 mod arrivals;
 mod dialect;
 mod image;
@@ -11,10 +12,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use mig_core::heart::Heart;
-use mig_core::section::Registry;
 use mig_core::stream;
 use mig_core::transport::{Connection, Listen};
 
+use self::again::receive_all;
 pub use self::arrivals::Arrivals;
 pub use self::dialect::Dialect;
 pub use self::image::{new_image, receive_image};
@@ -23,7 +24,7 @@ pub use self::options::ReceiveOptions;
 use self::relay::Relay;
 use crate::berth::{DiskPlace, FileOptions, Files};
 use crate::copy::{Existing, Format, Rename};
-use crate::incoming::{Destination, IncomingOptions, Received, ReceivedDisk, receive, turn_away};
+use crate::incoming::{Destination, IncomingOptions, Received, ReceivedDisk, turn_away};
 use crate::observe::Stops;
 use crate::options::DiskOption;
 use crate::renames::Renames;
@@ -43,7 +44,7 @@ pub fn run(
     let started = Instant::now();
     options.check()?;
     observer.phase(Phase::Wait);
-    let (dialect, main) = first(arrivals, observer)?;
+    let (dialect, main) = first(arrivals, observer, None)?;
     if let Some(wanted) = options.dialect.filter(|wanted| *wanted != dialect) {
         let peer = &main.peer;
         let reason = format!("{peer} speaks the {dialect} dialect, and {wanted} was asked for");
@@ -63,9 +64,14 @@ pub fn run(
 }
 
 /// The first connection that begins as a migration does. Others are turned away.
-fn first(arrivals: &Arrivals<'_>, observer: &dyn Observer) -> Result<(Dialect, Connection)> {
+fn first(
+    arrivals: &Arrivals<'_>,
+    observer: &dyn Observer,
+    end: Option<Instant>,
+) -> Result<(Dialect, Connection)> {
     loop {
-        let connection = arrivals.accept(None).map_err(|error| match observer.is_cancelled() {
+        let left = end.map(|end| end.saturating_duration_since(Instant::now()));
+        let connection = arrivals.accept(left).map_err(|error| match observer.is_cancelled() {
             true => Error::Interrupted,
             false => stream::Error::Connect(error).into(),
         })?;
@@ -97,6 +103,9 @@ fn qemu(
             ),
         });
     }
+    if !options.reconnect.is_zero() {
+        observer.warning("--reconnect has no effect: a QEMU does not come back with what is left");
+    }
     let incoming = qemu::incoming::IncomingOptions {
         disks: options.disks.clone(),
         bitmaps: options.bitmaps.clone(),
@@ -113,14 +122,19 @@ fn native(
     (main, arrivals): (Connection, &Arrivals<'_>),
     (observer, started): (&dyn Observer, Instant),
 ) -> Result<Report> {
+    let relay = Arc::new(Relay::default());
     let in_place = match options.existing {
-        Existing::InPlace => Some(Arc::new(InPlace::open(options, observer)?)),
+        Existing::InPlace => Some(Arc::new(InPlace::open(options, observer, relay.clone())?)),
         Existing::Refuse | Existing::Replace => None,
     };
-    let relay = Arc::new(Relay::default());
-    let destination: Arc<dyn Destination> = match &in_place {
-        Some(in_place) => Arc::clone(in_place) as _,
-        None => Arc::new(new_files(options).watched_by(relay.clone())),
+    // What was there before the first attempt may be unwanted; what that one left never is.
+    let destination = |is_first: bool| -> Arc<dyn Destination> {
+        let files = || new_files(options, is_first && options.fresh).watched_by(relay.clone());
+        let Some(in_place) = &in_place else { return Arc::new(files()) };
+        if !is_first {
+            in_place.go_on();
+        }
+        Arc::clone(in_place) as _
     };
     let monitor = Stops(observer);
     let incoming =
@@ -128,7 +142,8 @@ fn native(
     let (over, tell) = (Heart::new(), || relay.hand_on(observer));
     let received = std::thread::scope(|scope| {
         scope.spawn(|| over.run(TELL_INTERVAL, tell));
-        let received = receive(main, arrivals, destination, Registry::new(), &incoming);
+        let arriving = (main, arrivals);
+        let received = receive_all(arriving, destination, options.reconnect, (&incoming, observer));
         over.stop();
         received
     })?;
@@ -144,7 +159,7 @@ fn native(
 }
 
 /// Places that are made.
-fn new_files(options: &ReceiveOptions) -> Files {
+fn new_files(options: &ReceiveOptions, is_fresh: bool) -> Files {
     let place = |disk: &DiskOption| DiskPlace {
         name: disk.id.clone(),
         path: disk.path.clone(),
@@ -154,7 +169,7 @@ fn new_files(options: &ReceiveOptions) -> Files {
     };
     let files = FileOptions {
         replaces: options.existing == Existing::Replace,
-        is_fresh: options.fresh,
+        is_fresh,
         no_verify: options.no_verify,
         ..FileOptions::default()
     };

@@ -1,5 +1,7 @@
 //! What to receive, and where.
 
+use std::time::Duration;
+
 use format_spec::native::hello::MAX_CHANNELS;
 
 use super::Dialect;
@@ -35,6 +37,8 @@ pub struct ReceiveOptions {
     pub shared_base: bool,
     /// Data connections that are granted, at most.
     pub max_channels: u16,
+    /// How long a source that was cut off is waited for; then it goes on where it was.
+    pub reconnect: Duration,
 }
 
 impl Default for ReceiveOptions {
@@ -51,6 +55,7 @@ impl Default for ReceiveOptions {
             dialect: None,
             shared_base: false,
             max_channels: MAX_CHANNELS,
+            reconnect: Duration::ZERO,
         }
     }
 }

@@ -1,10 +1,10 @@
 //! Send disks at rest with their bitmaps to a destination, and report what became of them.
 
+mod attempts;
 mod options;
 mod plan;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use bitmap_mig::{Bitmap, SaveBitmap, SaveBitmaps};
@@ -16,11 +16,12 @@ use format_spec::native::block::DiskId;
 use mig_core::section::SaveHandler;
 use mig_core::transport::{Dial, Nature};
 
+use self::attempts::{Moved, MovedDisk, attempts};
 pub use self::options::SendOptions;
 pub(crate) use self::plan::check_ids;
 pub use self::plan::{Plan, PlannedDisk};
 use self::plan::{Planned, decide, describe};
-use crate::carry;
+use crate::carry::{self, Asked};
 use crate::facts::{Facts, FileFacts, host};
 use crate::observe::Progress;
 use crate::outgoing::{Next, Outcome, OutgoingOptions, Policy, Round, Sent, send};
@@ -42,16 +43,19 @@ pub fn run(options: &SendOptions, dial: &dyn Dial, observer: &dyn Observer) -> R
         return Err(refusals.swap_remove(0));
     }
     let bitmaps: Vec<Vec<Bitmap>> = disks.iter().map(Planned::load).collect::<Result<_>>()?;
-    let content = disks.iter().map(Planned::content_bytes).fold(0, u64::saturating_add);
-    let progress = Progress::begin(observer, Phase::Transfer, content);
-    let (sent, counts) = {
+    let session = session(options, &disks)?;
+    let (sent, moved) = attempts(options, dial, |dial, moved| {
+        let content = disks.iter().map(Planned::content_bytes).fold(0, u64::saturating_add);
+        let progress = Progress::begin(observer, Phase::Transfer, content);
         let sources: Vec<_> = disks.iter().map(|d| ChainSource(&d.disk.chain)).collect();
         let (handlers, counts) = handlers(options, (&disks, &sources, &bitmaps), &progress)?;
-        let outgoing = outgoing_options(options, session(options, &disks)?, &progress);
-        (send(dial, handlers, &mut (), &mut OneRound(observer), &outgoing)?, counts)
-    };
-    progress.end();
-    Ok(report(options, &disks, &sent, (&counts, started)))
+        moved.begin(counts);
+        let outgoing = outgoing_options(options, session, &progress);
+        let sent = send(dial, handlers, &mut (), &mut OneRound(observer), &outgoing)?;
+        progress.end();
+        Ok(sent)
+    })?;
+    Ok(report(options, &disks, &sent, (&moved, started)))
 }
 
 /// What the transport cannot do is refused, not left out.
@@ -121,7 +125,7 @@ fn session(options: &SendOptions, disks: &[Planned]) -> Result<[u8; 16]> {
         let files = planned.disk.files().map(facts).collect::<Result<_>>()?;
         Ok((planned.option.id.clone(), planned.disk.chain.virtual_size(), files))
     };
-    let bitmaps = format!("{:?} {:?}", options.bitmaps, options.renames);
+    let bitmaps = Asked::wishes(&options.bitmaps, &options.renames, options.skip_broken_bitmaps);
     let facts = Facts {
         host: host(),
         disks: disks.iter().map(facts).collect::<Result<_>>()?,
@@ -145,7 +149,7 @@ fn report(
     options: &SendOptions,
     disks: &[Planned],
     sent: &Sent,
-    (counts, started): (&[Arc<SaveCounts>], Instant),
+    (moved, started): (&Moved, Instant),
 ) -> Report {
     let (status, error) = match &sent.outcome {
         Outcome::Completed | Outcome::Unconfirmed => (Status::Completed, None),
@@ -157,19 +161,14 @@ fn report(
         _ if options.no_verify => (Verified::No, BitmapOutcome::Preserved),
         _ => (Verified::Yes, BitmapOutcome::Preserved),
     };
-    let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-    let disk = |(planned, counts): (&Planned, &Arc<SaveCounts>)| {
-        let bytes_data = load(&counts.data).saturating_sub(load(&counts.repeated));
-        let size = planned.disk.chain.virtual_size();
-        DiskReport {
-            id: planned.option.id.clone(),
-            bytes_data,
-            bytes_zero: size.saturating_sub(bytes_data).saturating_sub(load(&counts.kept)),
-            content_hash: counts.root.get().map(ToString::to_string),
-            verified,
-            not_carried: planned.not_carried(),
-            bitmaps: carry::reports(&planned.bitmaps, outcome),
-        }
+    let disk = |(planned, moved): (&Planned, MovedDisk)| DiskReport {
+        id: planned.option.id.clone(),
+        bytes_data: moved.data,
+        bytes_zero: planned.disk.chain.virtual_size().saturating_sub(moved.data + moved.kept),
+        content_hash: moved.content_hash,
+        verified,
+        not_carried: planned.not_carried(),
+        bitmaps: carry::reports(&planned.bitmaps, outcome),
     };
     Report {
         status,
@@ -177,9 +176,9 @@ fn report(
         total_time_ms: u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX),
         downtime_ms: None,
         wire_bytes: sent.wire_bytes,
-        repeated_bytes: counts.iter().map(|c| load(&c.repeated)).fold(0, u64::saturating_add),
+        repeated_bytes: moved.disks().map(|disk| disk.repeated).fold(0, u64::saturating_add),
         resumed: sent.resumed,
-        disks: disks.iter().zip(counts).map(disk).collect(),
+        disks: disks.iter().zip(moved.disks()).map(disk).collect(),
         ram: None,
     }
 }

@@ -1,6 +1,7 @@
 //! What to send, and how.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use mig_core::meter::Meter;
 use mig_core::stream::Compression;
@@ -36,6 +37,8 @@ pub struct SendOptions {
     pub compression: Option<Compression>,
     /// What limits all connections together.
     pub meter: Arc<Meter>,
+    /// How long a cut is waited for before giving up; connected again, it goes on where it was.
+    pub reconnect: Duration,
 }
 
 impl Default for SendOptions {
@@ -53,6 +56,7 @@ impl Default for SendOptions {
             channels: 1,
             compression: None,
             meter: Arc::default(),
+            reconnect: Duration::ZERO,
         }
     }
 }

@@ -80,8 +80,11 @@ pub(super) fn decide(
     let mut refusals = unknown_names(options, &planned);
     let mut disks = Vec::new();
     for (option, disk) in planned {
-        let holder =
-            Holder { cannot: None, size: disk.chain.virtual_size(), max_bytes: MAX_BITMAP_BYTES };
+        let holder = Holder {
+            cannot: options.cannot_hold.clone(),
+            size: disk.chain.virtual_size(),
+            max_bytes: MAX_BITMAP_BYTES,
+        };
         let asked = asked(options, &option, &disk);
         let mut bitmaps = carry::plan(&disk.bitmaps, &asked, &holder);
         refusals.append(&mut bitmaps.refusals);

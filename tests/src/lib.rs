@@ -12,6 +12,7 @@ pub mod image;
 #[cfg(feature = "programs")]
 pub mod incoming;
 pub mod json;
+pub mod middle;
 pub mod peer;
 #[cfg(feature = "programs")]
 pub mod pki;
@@ -20,6 +21,7 @@ pub mod qemu;
 pub mod qmp;
 pub mod random;
 pub mod scratch;
+pub mod sshd;
 
 pub use bitferry::{Exit, bitferry};
 pub use peer::{Peer, require, require_all};

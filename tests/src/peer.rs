@@ -27,6 +27,10 @@ pub enum Peer {
     NbdCopy,
     /// `strace`, able to trace here.
     Strace,
+    /// `ssh`, with `ssh-keygen` beside it.
+    Ssh,
+    /// `sshd`, to be started by a test for one connection.
+    Sshd,
 }
 
 impl Peer {
@@ -40,6 +44,8 @@ impl Peer {
             Self::QemuNbd => "qemu-nbd",
             Self::NbdCopy => "nbdcopy",
             Self::Strace => "strace",
+            Self::Ssh => "ssh",
+            Self::Sshd => "sshd",
         }
     }
 
@@ -52,6 +58,8 @@ impl Peer {
         static QEMU_NBD: OnceLock<Option<PathBuf>> = OnceLock::new();
         static NBDCOPY: OnceLock<Option<PathBuf>> = OnceLock::new();
         static STRACE: OnceLock<Option<PathBuf>> = OnceLock::new();
+        static SSH: OnceLock<Option<PathBuf>> = OnceLock::new();
+        static SSHD: OnceLock<Option<PathBuf>> = OnceLock::new();
         let found = match self {
             Self::Qemu10 => QEMU_10.get_or_init(|| {
                 let path = named("BITFERRY_QEMU_10").or_else(|| on_path("qemu-system-x86_64"))?;
@@ -65,6 +73,12 @@ impl Peer {
             Self::QemuIo => QEMU_IO.get_or_init(|| on_path("qemu-io")),
             Self::QemuNbd => QEMU_NBD.get_or_init(|| on_path("qemu-nbd")),
             Self::NbdCopy => NBDCOPY.get_or_init(|| on_path("nbdcopy")),
+            Self::Ssh => SSH.get_or_init(|| on_path("ssh-keygen").and_then(|_| on_path("ssh"))),
+            Self::Sshd => SSHD.get_or_init(|| {
+                let installed = || Some(PathBuf::from("/usr/sbin/sshd")).filter(|p| p.is_file());
+                let unpacked = || Some(peers().join("sshd/sshd")).filter(|p| p.is_file());
+                named("BITFERRY_SSHD").or_else(installed).or_else(unpacked)
+            }),
             Self::Strace => STRACE.get_or_init(|| {
                 let path = on_path("strace")?;
                 Run::new(&path).args(["-o", "/dev/null", "true"]).works().then_some(path)
@@ -125,9 +139,13 @@ fn on_path(program: &str) -> Option<PathBuf> {
     std::env::split_paths(&path).map(|dir| dir.join(program)).find(|p| p.is_file())
 }
 
-/// Where `tests/peers` unpacks QEMU 7.2.
+/// Where `tests/peers` unpacks what is not installed.
+fn peers() -> PathBuf {
+    crate::bitferry::target_dir().join("peers")
+}
+
 fn unpacked() -> PathBuf {
-    crate::bitferry::target_dir().join("peers/qemu-7.2/qemu-system-x86_64")
+    peers().join("qemu-7.2/qemu-system-x86_64")
 }
 
 /// Major and minor version of a QEMU program.

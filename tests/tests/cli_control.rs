@@ -1,5 +1,7 @@
 //! `--control` and `control`: a running migration is looked at, hurried and called off.
 
+use std::io::{Read, Write};
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -81,6 +83,72 @@ fn a_slow_migration_is_looked_at_and_hurried() {
     assert_eq!(summary["status"], "completed");
     receiving.wait().expect_exit(Exit::Done);
     assert!(!control.exists() && !scratch.path("receive.control").exists());
+}
+
+#[test]
+fn a_copy_is_looked_at_hurried_and_called_off() {
+    let scratch = Scratch::new();
+    disk(&scratch);
+    let control = scratch.path("copy.control");
+    let start = || {
+        let words = "copy --json -f raw --bandwidth 256K source.raw copy.raw --control";
+        bitferry().dir(scratch.dir()).words(words).arg(unix(&control)).spawn()
+    };
+    let copying = start();
+    let info = wait_for(&control, "active");
+    assert_eq!(info["disk"]["total"], SIZE, "{info}");
+    ask(&control, "migrate-cancel", &[]);
+    assert_eq!(copying.wait().code(), Some(130));
+    assert!(!scratch.path("copy.raw").exists() && !control.exists());
+    let copying = start();
+    wait_for(&control, "active");
+    ask(&control, "migrate-set-parameters", &["max-bandwidth=0"]);
+    let summary = json::summary(&copying.wait().expect_exit(Exit::Done));
+    assert_eq!(summary["status"], "completed");
+}
+
+/// A destination of QEMU's that takes everything and says that it has it.
+fn taker(path: &Path) {
+    let listener = UnixListener::bind(path).unwrap();
+    std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        let (mut bytes, mut tail) = (vec![0; 1 << 20], Vec::new());
+        while !tail.ends_with(b"\x06\0\0\0\x02{}") {
+            let Ok(len @ 1..) = stream.read(&mut bytes) else { return };
+            tail.extend_from_slice(&bytes[..len]);
+            tail.drain(..tail.len().saturating_sub(16));
+        }
+        stream.write_all(b"\0\x01\0\x04\0\0\0\0").unwrap();
+    });
+}
+
+#[test]
+fn a_migration_to_a_qemu_keeps_to_what_is_asked() {
+    let scratch = Scratch::new();
+    let disk = disk(&scratch);
+    let control = scratch.path("send.control");
+    let send = |words: &str| {
+        let words = format!("send --json --dialect qemu:7.2 --downtime 70 {words} --disk");
+        let run = bitferry().dir(scratch.dir()).words(&words).arg(&disk).arg("--control");
+        run.arg(unix(&control)).arg("unix:qemu")
+    };
+    taker(&scratch.path("qemu"));
+    let planned = json::summary(&send("--dry-run").output().expect_exit(Exit::Done));
+    assert_eq!(
+        (&planned["event"], &planned["disks"][0]["bytes-data"]),
+        (&"plan".into(), &SIZE.into())
+    );
+    let sending = send("--bandwidth 2M").spawn();
+    wait_for(&control, "active");
+    assert_eq!(ask(&control, "query-migrate-parameters", &[])["downtime-limit"], 70);
+    ask(&control, "migrate-set-parameters", &["max-bandwidth=0"]);
+    let output = sending.wait();
+    let summary = json::summary(&output.expect_exit(Exit::Done));
+    assert_eq!(summary["disks"][0]["verified"], "unconfirmed", "{summary}");
+    for words in ["--fresh", "--reconnect 3", "--two-way", "--compress zstd", "--downtime 2000001"]
+    {
+        send(words).output().expect_exit(Exit::Usage);
+    }
 }
 
 #[test]

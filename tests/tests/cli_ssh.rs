@@ -1,12 +1,15 @@
 //! `copy` to and from another host. A stand-in for ssh runs the remote command on this one, in a
 //! directory of its own, through a shell as sshd does.
 
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use bitferry_tests::bitferry::binary;
 use bitferry_tests::image::make;
+use bitferry_tests::process::{PATIENCE, Running};
 use bitferry_tests::{Exit, Peer, Run, Scratch, bitferry, json, qemu, require_all};
+use serde_json::Value;
 
 const MIB: u64 = 1 << 20;
 
@@ -14,7 +17,8 @@ const MIB: u64 = 1 << 20;
 /// which begins in a directory of its own.
 const STAND_IN: &str = r#"#!/bin/sh
 for last; do :; done
-cd "$ELSEWHERE" && exec sh -c "$last"
+[ -z "$SAID" ] || printf '%s\n' "$last" >>"$SAID"
+cd "$ELSEWHERE" && exec setsid sh -c "$last"
 "#;
 
 struct Hosts {
@@ -89,6 +93,149 @@ fn what_stands_at_the_other_end_is_not_replaced_unasked() {
     let output = hosts.copy(&["--force", "a.qcow2", "host:b.qcow2"]).output();
     output.expect_no_crash().expect_exit(Exit::Done);
     same(&hosts.here.path("a.qcow2"), &hosts.there.path("b.qcow2"));
+}
+
+/// Waits until this much has gone over the wire.
+fn wait_until_sent(running: &Running, bytes: u64) {
+    running.wait_for(false, |line| {
+        let event: Value = serde_json::from_str(line).ok()?;
+        let is_there = event["phase"] == "transfer" && event["done"].as_u64()? >= bytes;
+        is_there.then_some(())
+    });
+}
+
+/// Waits until whoever worked at the other end has let go of what it made.
+fn wait_until_left(hosts: &Scratch, name: &str) {
+    let part = hosts.path(&format!(".{name}.bitferry-part"));
+    let begun = Instant::now();
+    loop {
+        let held = std::fs::read_dir("/proc").expect("proc").flatten().any(|process| {
+            let open = std::fs::read_dir(process.path().join("fd"));
+            let mut open = open.into_iter().flatten().flatten();
+            open.any(|fd| std::fs::read_link(fd.path()).is_ok_and(|to| to == part))
+        });
+        if !held {
+            return;
+        }
+        assert!(begun.elapsed() < PATIENCE, "the other end goes on without us");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn a_copy_that_was_killed_goes_on_with_the_same_command() {
+    let Some(hosts) = Hosts::new() else { return };
+    let image = make(&hosts.here, "a.qcow2", 256 * MIB).write(3, 0, 160 * MIB);
+    image.bitmap("nightly", 65536).write(5, 200 * MIB, MIB).done();
+    std::fs::copy(hosts.here.path("a.qcow2"), hosts.there.path("b.qcow2")).expect("copy");
+    for (words, scratch, name) in [
+        (["a.qcow2", "host:up.qcow2"], &hosts.there, "up.qcow2"),
+        (["host:b.qcow2", "down.qcow2"], &hosts.here, "down.qcow2"),
+    ] {
+        let slow = hosts.copy(&["--bandwidth", "64M"]).args(words).spawn();
+        if name == "up.qcow2" {
+            wait_until_sent(&slow, 100 * MIB);
+        } else {
+            let part = scratch.path(&format!(".{name}.bitferry-part"));
+            let begun = Instant::now();
+            while part.metadata().map_or(0, |m| m.blocks() * 512) < 100 * MIB {
+                assert!(begun.elapsed() < PATIENCE, "it does not arrive");
+                std::thread::sleep(Duration::from_millis(10));
+            }
+        }
+        slow.kill();
+        wait_until_left(scratch, name);
+        assert!(!scratch.path(name).exists());
+        let output = hosts.copy(&words).output().expect_no_crash().expect_exit(Exit::Done);
+        let summary = json::summary(&output);
+        assert_eq!(summary["resumed"], true, "{output}");
+        assert!(summary["wire-bytes"].as_u64().expect("number") < 140 * MIB, "{output}");
+        same(&hosts.here.path("a.qcow2"), &scratch.path(name));
+        // Again, and it finds out that it had finished; wished otherwise, it had not.
+        let output = hosts.copy(&words).output().expect_exit(Exit::Done);
+        assert_eq!(json::summary(&output)["status"], "already-complete", "{output}");
+        let output = hosts.copy(&words).arg("--fresh").output().expect_no_crash();
+        assert!(!output.status.success(), "{output}");
+        let output = hosts.copy(&words).args(["--fresh", "--force"]).output();
+        let summary = json::summary(&output.expect_exit(Exit::Done));
+        assert_eq!((&summary["status"], &summary["resumed"]), (&"completed".into(), &false.into()));
+    }
+}
+
+#[test]
+fn wishes_reach_the_other_end() {
+    let Some(hosts) = Hosts::new() else { return };
+    disk(&hosts.here, "a.qcow2");
+    let said = hosts.here.path("said");
+    let copy = |words: &[&str]| hosts.copy(words).env("SAID", &said).output().expect_no_crash();
+    for (words, name) in
+        [(["a.qcow2", "host:b.qcow2"], &hosts.there), (["host:b.qcow2", "c.qcow2"], &hosts.here)]
+            .map(|(words, scratch)| (words, (scratch, words[1].trim_start_matches("host:"))))
+    {
+        let (scratch, name) = name;
+        let rename =
+            format!("--rename-bitmap=any/{}", if name == "b.qcow2" { "nightly=n" } else { "n=m" });
+        let output = copy(&[&rename, "--bandwidth=1G", words[0], words[1]]);
+        let summary = json::summary(&output.expect_exit(Exit::Done));
+        let to = if name == "b.qcow2" { "n" } else { "m" };
+        assert!(qemu::dirty_ranges(&scratch.path(name), to).is_ok(), "{summary}");
+    }
+    let said = std::fs::read_to_string(&said).expect("what ssh was told");
+    assert!(said.lines().last().expect("a line").contains("--bandwidth=1073741824"), "{said}");
+    for (source, to) in [("a.qcow2", "host:n.qcow2"), ("host:b.qcow2", "n.qcow2")] {
+        let summary = json::summary(&copy(&["--dry-run", source, to]).expect_exit(Exit::Done));
+        assert_eq!(summary["event"], "plan", "{summary}");
+        assert_eq!(summary["disks"][0]["virtual-size"], 64 * MIB, "{summary}");
+    }
+    assert!(!hosts.there.path("n.qcow2").exists() && !hosts.here.path("n.qcow2").exists());
+    let lost = copy(&["--dry-run", "--bitmaps=missing", "host:b.qcow2", "n.qcow2"]);
+    assert_ne!(lost.code(), Some(0), "{lost}");
+    // What the destination cannot hold is refused by either end, with one status.
+    std::fs::remove_file(hosts.here.path("c.qcow2")).expect("remove");
+    for words in [["a.qcow2", "host:b.raw"], ["host:b.qcow2", "b.raw"]] {
+        let output = copy(&["-O", "raw", words[0], words[1]]);
+        output.expect_exit(Exit::Refused);
+    }
+    assert!(!hosts.there.path("b.raw").exists() && !hosts.here.path("b.raw").exists());
+}
+
+/// Ends with a status of its own choosing when all is done.
+const ENDS_WITH: &str = r#"#!/bin/sh
+"$REAL" "$@" || exit
+exit "$STATUS"
+"#;
+
+#[test]
+fn what_the_other_end_says_after_publishing_comes_with_the_summary() {
+    let Some(hosts) = Hosts::new() else { return };
+    disk(&hosts.here, "a.qcow2");
+    disk(&hosts.there, "b.qcow2");
+    let wrapper = hosts.here.path("wrapper");
+    std::fs::write(&wrapper, ENDS_WITH).expect("script");
+    std::fs::set_permissions(&wrapper, PermissionsExt::from_mode(0o755)).expect("mode");
+    for (status, up, down) in [
+        (6, (6, "completed"), (6, "completed")),
+        (8, (8, "unknown"), (0, "completed")),
+        (3, (0, "completed"), (0, "completed")),
+    ] {
+        for (words, expected) in
+            [(["a.qcow2", "host:up.qcow2"], up), (["host:b.qcow2", "down.qcow2"], down)]
+        {
+            let words = [&["-f", "qcow2", "-O", "qcow2", "--force"], &words[..]].concat();
+            let run = hosts.copy(&words).env("BITFERRY_REMOTE", &wrapper);
+            let run = run.env("REAL", binary()).env("STATUS", status.to_string());
+            let output = run.output().expect_no_crash();
+            assert_eq!(output.code(), Some(expected.0), "{output}");
+            let summary = json::summary(&output);
+            assert_eq!(summary["status"], expected.1, "{output}");
+            assert_eq!(summary["disks"][0]["bitmaps"][0]["outcome"], "preserved", "{output}");
+            let error = summary["error"].as_str().unwrap_or_default();
+            assert!(error.contains(&format!("exit status: {status}")), "{output}");
+        }
+        for (scratch, name) in [(&hosts.there, "up.qcow2"), (&hosts.here, "down.qcow2")] {
+            std::fs::remove_file(scratch.path(name)).expect("published");
+        }
+    }
 }
 
 #[test]

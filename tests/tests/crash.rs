@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use bitferry_tests::image::make;
 use bitferry_tests::qemu::{check, dirty_ranges, qemu_img, qemu_io, same_content};
 use bitferry_tests::random::{Random, seed};
-use bitferry_tests::{Exit, Output, Peer, Run, Scratch, bitferry, require_all};
+use bitferry_tests::{Exit, Output, Peer, Run, Scratch, bitferry, json, require_all};
 
 const MIB: u64 = 1 << 20;
 
@@ -120,6 +120,41 @@ fn a_copy_killed_at_any_system_call_is_absent_or_whole() {
         assert!(is_absent_or_whole(&source, &copy, &output));
         assert_eq!(scratch.names(), ["copy", "source"]);
         std::fs::remove_file(&copy).expect("remove");
+    }
+}
+
+#[test]
+fn a_copy_killed_between_its_renames_is_finished_by_the_same_command_alone() {
+    if !require_all(PEERS) || !require_all(&[Peer::Strace]) {
+        return;
+    }
+    let scratch = Scratch::new();
+    let (source, copy) = (source(&scratch, 4 * MIB), scratch.path("copy"));
+    let (from, to) = (text(&source), text(&copy));
+    let command = ["copy", "--json", "-o", "data_file=copy.raw,data_file_raw=on", &from, &to];
+    let others: [&[&str]; 4] = [
+        &["--bitmaps=b0"],
+        &["--bitmaps=none"],
+        &["--rename-bitmap=b0=b9"],
+        &["--skip-broken-bitmaps"],
+    ];
+    for wish in others.into_iter().chain([&[] as &[&str]]) {
+        let renames = "rename,renameat,renameat2";
+        let killed = with_fault(&command, renames, "signal=SIGKILL:when=2").output();
+        assert!(is_killed(&killed), "{killed}");
+        let again = bitferry().args(command).args(wish).output().expect_no_crash();
+        if wish.is_empty() {
+            let summary = json::summary(&again.expect_exit(Exit::Done));
+            assert_eq!(summary["status"], "already-complete");
+        } else {
+            // What the other command began is there now, and this one would replace it.
+            let said = again.expect_exit(Exit::Device).complaint();
+            assert!(said.contains("exists"), "{said}");
+        }
+        for name in ["copy", "copy.raw"] {
+            std::fs::remove_file(scratch.path(name)).expect("published");
+        }
+        assert_eq!(scratch.names(), ["source"]);
     }
 }
 

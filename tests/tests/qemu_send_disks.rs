@@ -11,7 +11,7 @@ use bitferry::qemu::outgoing::{self, Options, SourceDisk};
 use bitferry::report::{BitmapOutcome, Report, Status, Verified};
 use bitferry::{Error, Silent, exit_status};
 use bitferry_tests::bitferry::bitferry as program;
-use bitferry_tests::destination::{Destination, connection, connection_with};
+use bitferry_tests::destination::{Destination, connection};
 use bitferry_tests::image::make;
 use bitferry_tests::incoming::{Receiver, places};
 use bitferry_tests::qmp::Qemu;
@@ -358,58 +358,6 @@ fn the_destinations_own_words_are_repeated() {
     assert!(said.contains("load") || said.contains("already exists"), "{said}");
 }
 
-/// A peer of our own that takes everything and then answers `answer`, or says nothing and stays.
-fn answering(answer: Option<&'static [u8]>, patience: Duration) -> Connection {
-    let (ours, mut theirs) = UnixStream::pair().unwrap();
-    std::thread::spawn(move || {
-        let mut bytes = [0; 4096];
-        let mut seen = Vec::new();
-        // The description ends the stream.
-        while !seen.ends_with(b"\x06\0\0\0\x02{}") {
-            match theirs.read(&mut bytes) {
-                Ok(len @ 1..) => seen.extend_from_slice(&bytes[..len]),
-                _ => return,
-            }
-        }
-        match answer {
-            Some(answer) => theirs.write_all(answer).unwrap(),
-            None => std::thread::sleep(Duration::from_secs(30)),
-        }
-    });
-    connection_with(ours, patience)
-}
-
-#[test]
-fn every_answer_has_its_meaning() {
-    if !require_all(&[Peer::QemuImg]) {
-        return;
-    }
-    let scratch = Scratch::new();
-    let source = make(&scratch, "s.qcow2", 2 * MIB).bitmap("b", 65536).done();
-    let options = bitmaps_of(&[("d", &source)]);
-    let patience = Duration::from_secs(20);
-    let run = |answer, patience| outgoing::run(answering(answer, patience), &options, &Silent);
-    let shut = b"\0\x01\0\x04\0\0\0\0";
-    for answer in [&shut[..], b"\0\x02\0\x04\0\0\0\x07\0\x07\0\0\0\x01\0\x04\0\0\0\0"] {
-        let report = run(Some(answer), patience).unwrap();
-        assert_eq!(report.status, Status::Completed);
-    }
-    for (answer, status) in [
-        (&b"\0\x01\0\x04\0\0\0\x01"[..], 4),
-        (b"", 4),
-        (b"\0\x01\0", 4),
-        (b"\0\x09\0\0", 5),
-        (b"\0\x01\xff\xff", 5),
-        (b"\0\x04\0\x0c\0\0\0\0\0\0\0\0\0\0\x10\0", 5),
-        (b"\0\x03\0\x11\0\0\0\0\0\0\0\0\0\0\x10\0\x04pc.r", 4),
-    ] {
-        let error = run(Some(answer), patience).expect_err("it fails");
-        assert_eq!(error.exit_status(), status, "{answer:?}: {error}");
-    }
-    let report = run(None, Duration::from_millis(200)).unwrap();
-    assert_eq!((report.status, exit_status(&report)), (Status::Unknown, 8));
-}
-
 #[test]
 fn a_stream_without_a_way_back_is_the_same_to_qemu() {
     if !peers() {
@@ -443,43 +391,6 @@ fn a_stream_without_a_way_back_is_the_same_to_qemu() {
         oracle.open("d", &source, false).unwrap();
         assert_eq!(destination.qemu.bitmap_hash("d", "b"), oracle.bitmap_hash("d", "b"));
     }
-}
-
-/// Kills the destination once it has said how the migration ended.
-struct LastWord<F> {
-    reader: Box<dyn Read + Send>,
-    then: Option<F>,
-}
-
-impl<F: FnOnce()> Read for LastWord<F> {
-    fn read(&mut self, bytes: &mut [u8]) -> std::io::Result<usize> {
-        let len = self.reader.read(bytes)?;
-        if let Some(then) = self.then.take() {
-            then();
-        }
-        Ok(len)
-    }
-}
-
-#[test]
-fn a_monitor_that_is_gone_leaves_the_outcome_unknown() {
-    if !peers() {
-        return;
-    }
-    let scratch = Scratch::new();
-    let source = make(&scratch, "s.qcow2", 2 * MIB).bitmap("b", 65536).done();
-    let target = make(&scratch, "t.qcow2", 2 * MIB).done();
-    let mut destination = Destination::of_bitmaps(Peer::Qemu10, &[("d", &target)]);
-    let mut options = bitmaps_of(&[("d", &source)]);
-    options.peer_qmp = Some(destination.monitor());
-    let connection = destination.connect();
-    let prepared = outgoing::prepare(&options, &Silent).unwrap();
-    let then = Some(move || drop(destination.qemu.kill()));
-    let reader = Box::new(LastWord { reader: connection.reader, then });
-    let report = prepared.send(Connection { reader, ..connection }, &Silent).unwrap();
-    assert_eq!((report.status, exit_status(&report)), (Status::Unknown, 8));
-    assert_eq!(report.disks[0].bitmaps[0].outcome, BitmapOutcome::Sent);
-    assert!(report.error.unwrap().contains("monitor"));
 }
 
 #[test]

@@ -1,12 +1,13 @@
 //! `receive` where something is already: what an earlier run left or published, what others use,
 //! and what was asked for that makes no sense here.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use bitferry_tests::image::make;
 use bitferry_tests::process::Running;
-use bitferry_tests::qemu::{Nbd, check_is_clean, same_content};
+use bitferry_tests::qemu::{Nbd, check_is_clean, dirty_ranges, same_content};
 use bitferry_tests::{Exit, Output, Peer, Run, Scratch, bitferry, json, require_all};
 use serde_json::Value;
 
@@ -94,18 +95,9 @@ fn what_is_gone_on_with_is_read_again_before_the_users_eyes() {
     }
     let scratch = Scratch::new();
     let image = make(&scratch, "a.qcow2", 64 * MIB).write(5, 0, 48 * MIB).done();
-    let receiver = run(&scratch, "receive --disk vda=out unix:socket").spawn();
-    receiver.wait_for(false, |line| line.contains("listening").then_some(()));
+    let both = ("--disk vda=a.qcow2", "--disk vda=out unix:socket");
+    cut(&scratch, both, ".out.bitferry-part", 8 * MIB);
     let send = "--disk vda=a.qcow2 unix:socket";
-    let sender = run(&scratch, &format!("send --bandwidth 16M {send}")).spawn();
-    let begun = Instant::now();
-    let arrived = || std::fs::metadata(scratch.path(".out.bitferry-part")).map_or(0, |m| m.len());
-    while arrived() < 8 * MIB {
-        assert!(begun.elapsed() < Duration::from_secs(60), "nothing arrives");
-        std::thread::sleep(Duration::from_millis(5));
-    }
-    sender.kill();
-    receiver.wait().expect_exit(Exit::Transport);
     let receiver = run(&scratch, "receive --json --disk vda=out unix:socket").spawn();
     address(&receiver);
     run(&scratch, &format!("send --json {send}")).output().expect_exit(Exit::Done);
@@ -119,6 +111,66 @@ fn what_is_gone_on_with_is_read_again_before_the_users_eyes() {
     assert!(positions.iter().all(Option::is_some) && positions.is_sorted(), "{phases:?}");
     assert_eq!(events.last().expect("a summary")["resumed"], true);
     same_content((&image, "qcow2"), (&scratch.path("out"), "qcow2"));
+}
+
+/// Both commands, the source killed when so many bytes of content lie at `place`.
+fn cut(scratch: &Scratch, (send, receive): (&str, &str), place: &str, bytes: u64) {
+    let receiver = run(scratch, &format!("receive {receive}")).spawn();
+    receiver.wait_for(false, |line| line.contains("listening").then_some(()));
+    let sender = run(scratch, &format!("send --bandwidth 16M {send} unix:socket")).spawn();
+    let begun = Instant::now();
+    let arrived = || std::fs::metadata(scratch.path(place)).map_or(0, |m| m.blocks() * 512);
+    while arrived() < bytes {
+        assert!(begun.elapsed() < Duration::from_secs(60), "nothing arrives");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    sender.kill();
+    receiver.wait().expect_exit(Exit::Transport);
+}
+
+#[test]
+fn what_was_written_in_place_is_gone_on_with() {
+    if !has_peers() {
+        return;
+    }
+    for format in ["qcow2", "raw"] {
+        let scratch = Scratch::new();
+        let image = make(&scratch, "a.qcow2", 64 * MIB).write(5, 0, 48 * MIB);
+        let image = image.bitmap("b0", 65536).write(6, 50 * MIB, MIB).done();
+        let out = make(&scratch, "out", 64 * MIB).format(format).done();
+        let bitmaps = if format == "raw" { "--bitmaps none" } else { "" };
+        let send = format!("--disk vda=a.qcow2 {bitmaps}");
+        let receive = format!("--in-place --disk vda=out,format={format} unix:socket");
+        // Whatever the image was, and was told of it, before.
+        for other in [false, true] {
+            if other {
+                make(&scratch, "b.qcow2", 64 * MIB).write(9, 0, 32 * MIB).done();
+                run(&scratch, &format!("copy --in-place -O {format} b.qcow2 out")).ok();
+                assert!(!scratch.path(".out.bitferry-receipt").exists());
+            }
+            if !other {
+                cut(&scratch, (&send, &receive), "out", 16 * MIB);
+                assert!(scratch.path(".out.bitferry-journal").exists());
+            }
+            let (sent, received) = migrate(&scratch, &send, &receive);
+            let sent = json::summary(&sent.expect_exit(Exit::Done));
+            let received = json::summary(&received.expect_exit(Exit::Done));
+            assert!([&sent, &received].iter().all(|one| one["status"] == "completed"), "{sent}");
+            if !other {
+                assert_eq!(received["resumed"], true);
+                assert!(sent["wire-bytes"].as_u64() < Some(40 * MIB), "{sent}");
+            }
+            same_content((&image, "qcow2"), (&out, format));
+            if format == "qcow2" {
+                check_is_clean(&out);
+                let ranges = |image| dirty_ranges(image, "b0").expect("b0");
+                assert_eq!(ranges(&image), ranges(&out));
+            }
+            let (sent, received) = migrate(&scratch, &send, &receive);
+            assert_eq!((status(sent), status(received)).1, "already-complete");
+            assert!(!scratch.path(".out.bitferry-journal").exists());
+        }
+    }
 }
 
 #[test]

@@ -103,7 +103,11 @@ impl SaveHandler for SaveLive {
     }
 
     fn iterate(&mut self, out: &Outlet<'_>, budget: u64) -> Result<Pass> {
-        self.advance(out, budget)
+        let pass = self.advance(out, budget)?;
+        if pass == Pass::Done && self.hashes {
+            self.senders.iter_mut().try_for_each(Sender::hash)?;
+        }
+        Ok(pass)
     }
 
     fn pending(&self) -> Pending {

@@ -17,6 +17,9 @@ use super::LiveBitmaps;
 use super::one::Life;
 use crate::running_digest::RunningDigest;
 
+/// Bitmaps that are hashed sooner than another thread is started for them.
+const LEAST_SHARE: usize = 8;
+
 /// Decides of each bitmap that exists or appears whether it goes along, and under which name.
 pub type Carry = Box<dyn Fn(&BitmapInfo) -> Option<String> + Send>;
 
@@ -148,11 +151,7 @@ impl Sender {
             let before = packed.len();
             match told.next_piece(self.at.1, packed) {
                 Some(next) => self.at.1 = next,
-                None => {
-                    // Hashed while the guest runs, so that sealing has little left to do.
-                    told.hash().map_err(unhashable)?;
-                    self.at = (self.at.0 + 1, 0);
-                }
+                None => self.at = (self.at.0 + 1, 0),
             }
             self.counts.pieces += u64::from(packed.len() > before);
             if packed.len() > begin && packed.len() - begin > room {
@@ -161,6 +160,24 @@ impl Sender {
         }
         self.counts.bytes += (packed.len() - begin) as u64;
         Ok(())
+    }
+
+    /// Hashes what the pass took, while the guest runs, so that [`seal`](Self::seal) has little
+    /// left to do.
+    pub fn hash(&mut self) -> Result<()> {
+        let mut stale: Vec<_> =
+            self.told.iter_mut().filter(|told| told.digest.is_stale()).collect();
+        let hash = |some: &mut [&mut Told]| some.iter_mut().try_for_each(|told| told.hash());
+        let workers = std::thread::available_parallelism().map_or(1, usize::from);
+        let share = stale.len().div_ceil(workers).max(LEAST_SHARE);
+        let mut shares = stale.chunks_mut(share);
+        let first = shares.next().unwrap_or_default();
+        std::thread::scope(|scope| {
+            let others: Vec<_> = shares.map(|some| scope.spawn(move || hash(some))).collect();
+            let mine = hash(first);
+            others.into_iter().map(joined).fold(mine, Result::and)
+        })
+        .map_err(unhashable)
     }
 
     /// Bytes of pieces that are to be sent.
@@ -191,14 +208,12 @@ impl Sender {
         emit: &mut dyn FnMut(&BlockRecord<'_>) -> Result<()>,
     ) -> Result<Vec<(BitmapVersion, BitmapDigest)>> {
         let mut sealed = Vec::new();
-        for told in self.told.iter_mut().filter(|told| told.life.is_some()) {
+        if hashes {
+            self.hash()?;
+        }
+        for told in self.told.iter().filter(|told| told.life.is_some()) {
             let version = told.version;
-            let digest = if hashes {
-                told.hash().map_err(unhashable)?;
-                Some(told.digest.digest())
-            } else {
-                None
-            };
+            let digest = hashes.then(|| told.digest.digest());
             emit(&BlockRecord::BitmapSeal(BitmapSeal { version, digest }))?;
             sealed.extend(digest.map(|digest| (version, digest)));
         }
@@ -212,7 +227,10 @@ impl Sender {
         let mut slots = self.bitmaps.write();
         let mut news = Vec::new();
         for told in &mut self.told {
-            let is_there = |life: &Arc<Life>| slots.iter().any(|s| Arc::ptr_eq(&s.life, life));
+            // One that has become inconsistent is worth nothing at the destination either.
+            let is_there = |life: &Arc<Life>| {
+                slots.iter().any(|s| Arc::ptr_eq(&s.life, life) && !s.life.info().is_inconsistent)
+            };
             if told.life.as_ref().is_some_and(|life| !is_there(life)) {
                 told.life = None;
                 news.push(News::Removed(told.version));
@@ -220,6 +238,9 @@ impl Sender {
         }
         for slot in slots.iter_mut().filter(|slot| slot.successor.is_none()) {
             let info = slot.life.info();
+            if info.is_inconsistent {
+                continue;
+            }
             let known = self.told.iter().position(|told| {
                 told.life.as_ref().is_some_and(|life| Arc::ptr_eq(life, &slot.life))
             });
@@ -255,6 +276,10 @@ impl Sender {
         }
         Ok(news)
     }
+}
+
+fn joined<T>(thread: std::thread::ScopedJoinHandle<'_, T>) -> T {
+    thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }
 
 fn unhashable(error: HashError) -> Error {

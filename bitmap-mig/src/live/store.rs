@@ -16,6 +16,7 @@ use crate::running_digest::read_chunk;
 impl LiveBitmaps {
     /// Replaces whether a bitmap records writes, loading or not, as its source says.
     pub fn update(&self, name: &str, is_enabled: bool) -> Result<()> {
+        let _job = self.job().map_err(failed("update", name))?;
         let slot = self.find(name).map_err(failed("update", name))?;
         slot.life.is_enabled.store(is_enabled, Ordering::Release);
         Ok(())
@@ -77,11 +78,16 @@ impl BitmapStore for LiveBitmaps {
     }
 
     fn put_bits(&self, name: &str, offset: u64, bits: &[u8]) -> Result<()> {
-        let slot = self.loading("load", name)?;
         if !offset.is_multiple_of(8) || !bits.len().is_multiple_of(8) {
             return Err(refused("load", name, "bits come in whole words"));
         }
-        slot.life.bits.write_bytes(offset, bits);
+        // Held until they are written: once it is sealed, the guest's own bits are among them.
+        let slots = self.read();
+        let slot = slots.iter().find(|slot| slot.life.name == name);
+        match slot.filter(|slot| slot.successor.is_some()) {
+            Some(slot) => slot.life.bits.write_bytes(offset, bits),
+            None => return self.loading("load", name).map(drop),
+        };
         Ok(())
     }
 
@@ -103,6 +109,7 @@ impl BitmapStore for LiveBitmaps {
     }
 
     fn invalidate(&self, name: &str) -> Result<()> {
+        let _job = self.job().map_err(failed("invalidate", name))?;
         let slot = self.find(name).map_err(failed("invalidate", name))?;
         slot.life.is_inconsistent.store(true, Ordering::Release);
         match &self.keeper {
@@ -114,6 +121,7 @@ impl BitmapStore for LiveBitmaps {
     }
 
     fn remove(&self, name: &str) -> Result<()> {
+        let _job = self.job().map_err(failed("remove", name))?;
         self.find(name).map_err(failed("remove", name))?;
         self.take_out(name);
         Ok(())

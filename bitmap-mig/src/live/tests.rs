@@ -126,6 +126,7 @@ fn pass(sender: &mut Sender, mirror: &mut Mirror, is_lost: bool) -> usize {
     } else {
         sender.acknowledged()
     }
+    sender.hash().unwrap();
     total
 }
 
@@ -287,6 +288,22 @@ fn guests_and_jobs_at_full_speed_lose_nothing() {
     hand_over(sender, &source, &mut mirror);
     let kept: BTreeSet<u64> = mirror.store.snapshot("kept").unwrap().runs().flatten().collect();
     assert_eq!(kept, written.into_inner().unwrap());
+}
+
+#[test]
+fn a_bitmap_that_becomes_inconsistent_is_taken_back() {
+    let source = Arc::new(LiveBitmaps::new(SIZE));
+    for name in ["good", "bad"] {
+        source.add(&info(name, 65536)).unwrap();
+    }
+    let mut mirror = Mirror::new(SIZE);
+    let mut sender = sender(&source);
+    pass(&mut sender, &mut mirror, false);
+    assert_eq!(mirror.store.all().len(), 2);
+    source.invalidate("bad").unwrap();
+    pass(&mut sender, &mut mirror, false);
+    let names: Vec<_> = mirror.store.all().into_iter().map(|info| info.name).collect();
+    assert_eq!(names, ["good"]);
 }
 
 #[test]

@@ -5,7 +5,7 @@ use mig_core::block::{BlockSink, BlockSource, Extent, ExtentKind};
 use qcow2_file::edit::{Editor, ZeroMode};
 use qcow2_file::{GuestOffset, LayerKind};
 
-use super::failed;
+use super::{failed, layer_extent};
 use crate::recheck::ReadBack;
 
 /// An image that is open for writing. Whoever owns it closes it.
@@ -78,6 +78,15 @@ impl BlockSink for EditorSink<'_> {
 impl ReadBack for EditorSink<'_> {
     fn read_back(&self, buf: &mut [u8], offset: u64) -> Result<()> {
         self.editor.read_at(buf, GuestOffset(offset)).map_err(failed("read back", offset))
+    }
+
+    fn placed(&self, offset: u64, max_len: u64) -> Result<Extent> {
+        let found = self.editor.extent(GuestOffset(offset), max_len);
+        let found = layer_extent(found.map_err(failed("look up", offset))?);
+        // What a backing file decides has its place elsewhere.
+        let is_elsewhere = self.has_backing && found.kind == ExtentKind::Hole;
+        let kind = if is_elsewhere { ExtentKind::Data } else { found.kind };
+        Ok(Extent { kind, ..found })
     }
 }
 

@@ -8,8 +8,9 @@ mod start;
 
 use format_spec::Blame;
 use mig_core::Error;
-use mig_core::block::Compression;
+use mig_core::block::{Compression, Extent, ExtentKind};
 use qcow2_file::layout::header::CompressionType;
+use qcow2_file::{LayerExtent, LayerKind};
 
 pub use chain::{AboveSource, ChainBacking, ChainSource};
 pub use editor::{EditorDisk, EditorSink};
@@ -25,6 +26,17 @@ fn failed(operation: &'static str, offset: u64) -> impl Fn(qcow2_file::Error) ->
 /// Names the guest range at which plain storage failed.
 fn storage_failed(operation: &'static str, offset: u64) -> impl Fn(std::io::Error) -> Error {
     move |e| Error::Device { operation, offset, blame: Blame::Device, source: Box::new(e) }
+}
+
+/// A stretch of the only layer of a disk.
+fn layer_extent(found: LayerExtent) -> Extent {
+    let kind = match found.kind {
+        LayerKind::Data => ExtentKind::Data,
+        LayerKind::Compressed => ExtentKind::Compressed,
+        LayerKind::Zero => ExtentKind::Zero,
+        LayerKind::Unallocated => ExtentKind::Hole,
+    };
+    Extent { len: found.len, kind, host: found.host.map(|host| host.0) }
 }
 
 /// QEMU's word for a kind of compression.

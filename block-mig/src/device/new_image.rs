@@ -3,11 +3,11 @@
 use std::ops::Deref;
 
 use mig_core::Result;
-use mig_core::block::{BlockSink, CompressedUnit, Extent, ExtentKind};
+use mig_core::block::{BlockSink, CompressedUnit, Extent};
+use qcow2_file::GuestOffset;
 use qcow2_file::create::NewImage;
-use qcow2_file::{GuestOffset, LayerExtent, LayerKind};
 
-use super::{compression_type, failed};
+use super::{compression_type, failed, layer_extent};
 use crate::recheck::ReadBack;
 
 /// A qcow2 image that is being made, borrowed or shared. Whoever owns it finishes it.
@@ -61,13 +61,6 @@ impl<I: Deref<Target = NewImage> + Send + Sync> ReadBack for NewImageSink<I> {
 
     fn placed(&self, offset: u64, max_len: u64) -> Result<Extent> {
         let found = self.0.placed(GuestOffset(offset), max_len);
-        let LayerExtent { len, kind, host } = found.map_err(failed("look up", offset))?;
-        let kind = match kind {
-            LayerKind::Data => ExtentKind::Data,
-            LayerKind::Compressed => ExtentKind::Compressed,
-            LayerKind::Zero => ExtentKind::Zero,
-            LayerKind::Unallocated => ExtentKind::Hole,
-        };
-        Ok(Extent { len, kind, host: host.map(|host| host.0) })
+        Ok(layer_extent(found.map_err(failed("look up", offset))?))
     }
 }

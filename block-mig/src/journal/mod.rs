@@ -5,6 +5,7 @@
 //! it says, so a journal that is torn, stale or forged costs time and nothing else. Where it stands
 //! and what it is called is the caller's business: it is handed an open file.
 
+mod arriving;
 mod keeper;
 mod replay;
 #[cfg(test)]

@@ -119,6 +119,8 @@ impl Proven {
     /// Reads what has come to rest until [`stop`](Self::stop) is called. What cannot be read is
     /// read in the end, and is an error then.
     pub fn run(&self, disk: &dyn ReadBack) {
+        // Whatever ends this, a panic included, must not leave others waiting.
+        let _ending = Ending(self);
         let mut buffer = Vec::new();
         while let Some(unit) = self.next() {
             let read = self.read(unit, disk, &mut buffer);
@@ -195,6 +197,17 @@ impl Proven {
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Nothing is read any more.
+struct Ending<'a>(&'a Proven);
+
+impl Drop for Ending<'_> {
+    fn drop(&mut self) {
+        let mut state = self.0.lock();
+        (state.is_over, state.reading) = (true, None);
+        self.0.changed.notify_all();
     }
 }
 

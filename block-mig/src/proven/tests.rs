@@ -24,6 +24,8 @@ struct Disk {
     proven: Arc<Proven>,
     /// Whether a unit is written while it is read, in a way that leaves no mark.
     is_disturbed: bool,
+    /// Whether reading ends in a panic.
+    is_broken: bool,
 }
 
 impl Disk {
@@ -31,7 +33,13 @@ impl Disk {
         let writes = Arc::new(Writes::new(16 << 20, 16));
         let file = Arc::new(Watched::new(Arc::new(Memory::new()), writes.clone()));
         let proven = Arc::new(Proven::new(SIZE as u64, writes).unwrap());
-        Self { file, table: Mutex::new(vec![None; UNITS]), proven, is_disturbed: false }
+        Self {
+            file,
+            table: Mutex::new(vec![None; UNITS]),
+            proven,
+            is_disturbed: false,
+            is_broken: false,
+        }
     }
 
     fn len(unit: usize) -> usize {
@@ -69,6 +77,7 @@ impl Disk {
             self.proven.stop();
             reader.join().unwrap();
         });
+        // Another reader may begin.
         self.proven.lock().is_over = false;
     }
 
@@ -99,6 +108,7 @@ impl Disk {
 
 impl ReadBack for Disk {
     fn read_back(&self, buf: &mut [u8], offset: u64) -> mig_core::Result<()> {
+        assert!(!self.is_broken, "it is broken");
         if !self.is_disturbed {
             self.fill(buf, offset);
             return Ok(());
@@ -250,4 +260,19 @@ fn what_is_written_while_it_is_read_does_not_count() {
     disk.zero(2);
     disk.rest();
     assert_eq!(disk.proven.lock().marks.first_unknown().unwrap(), Some(0..UNITS as u64));
+}
+
+#[test]
+fn nobody_waits_for_a_reader_that_is_gone() {
+    let disk = Disk { is_broken: true, ..Disk::new() };
+    disk.write(0, 1);
+    disk.proven.settled();
+    std::thread::scope(|scope| {
+        let reader = scope.spawn(|| disk.proven.run(&disk));
+        disk.proven.wait();
+        disk.proven.stop();
+        assert!(reader.join().is_err());
+    });
+    let disk = Disk { is_broken: false, ..disk };
+    assert_eq!(disk.finish().content, root(&disk.content()));
 }

@@ -67,6 +67,11 @@ impl DirtySet {
         self.in_flight.count().saturating_mul(self.unit_bytes())
     }
 
+    /// The first dirty unit at or behind byte `from`; nothing is taken.
+    pub fn first_dirty(&self, from: u64) -> Option<Range<u64>> {
+        self.dirty.next_run(from.div_ceil(self.unit_bytes()), 1).map(|unit| self.bytes(unit))
+    }
+
     /// Takes the first run of dirty units at or behind byte `from`, at most `max_bytes` long and at
     /// least one unit. It is in flight before it is no longer dirty, so that no moment exists at
     /// which it is neither; its content is to be read after this returns.

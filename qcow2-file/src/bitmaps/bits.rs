@@ -14,10 +14,27 @@ const STRIDE: usize = 8;
 
 /// A fixed number of bits. All methods treat positions beyond [`len`](Self::len) as absent: reading
 /// answers clear, setting does nothing.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, PartialEq, Eq, Default)]
 pub struct Bits {
     len: u64,
     words: Vec<u64>,
+}
+
+/// Words that are copied together: those of one page.
+const PAGE: usize = 512;
+
+impl Clone for Bits {
+    /// Where the original has no bits, the copy takes no memory that was not touched: fresh zeroes
+    /// are the system's until somebody writes to them.
+    fn clone(&self) -> Self {
+        let mut words = vec![0; self.words.len()];
+        for (to, from) in words.chunks_mut(PAGE).zip(self.words.chunks(PAGE)) {
+            if from.iter().any(|word| *word != 0) {
+                to.copy_from_slice(from);
+            }
+        }
+        Self { len: self.len, words }
+    }
 }
 
 impl Bits {

@@ -81,7 +81,7 @@ fn what_is_at_rest_is_not_read_again_in_the_end() {
         let data = written.place.data_file();
         let new: NewDisk<'_> = written.place.new_disk(bytes.len() as u64, data.as_ref()).unwrap();
         let unfinished = Arc::new(Unfinished::open(&new).unwrap());
-        let prover = Prover::start(&unfinished).unwrap();
+        let prover = unfinished.prover().unwrap();
         write(&unfinished, &prover, &mut bytes, &[0, 1, 2, 3, 4, 6, 7, 8, 9], 1);
         prover.settled();
         prover.wait();
@@ -91,7 +91,8 @@ fn what_is_at_rest_is_not_read_again_in_the_end() {
         write(&unfinished, &prover, &mut bytes, &[0, 4], 3);
         prover.stop();
         unfinished.seal(&[]).unwrap();
-        let proof = prover.finish(&written.open(&unfinished), FileOptions::default()).unwrap();
+        let disk = written.open(&unfinished);
+        let proof = prover.finish(&disk.chain, None, &crate::Silent).unwrap();
         assert_eq!(proof.content, root(&bytes), "{:?}", written.place);
         // Units that share a cluster, or a part of the file that is counted, are read with them.
         let read = proof.bytes_read / MIB as u64;

@@ -39,15 +39,21 @@ pub(super) fn run(dial: &dyn Dial, source: &Path, observer: &dyn Observer) -> Re
             .build()
             .and_then(|outgoing| outgoing.run(dial, &mut ()));
         is_over.store(true, Ordering::Release);
+        if let Ok(report) = &report
+            && matches!(report.sent.outcome, Outcome::Unknown(_))
+        {
+            // Nobody knows who has it: a write that waits for the answer would wait for good.
+            image.disk().retire();
+        }
         (report, guest.join())
     });
     let report = report?;
-    guest.map_err(|_| Error::Usage { reason: "the demo's guest panicked".to_owned() })??;
-    let bitmaps = image.bitmaps().all().into_iter().map(|bitmap| bitmap.name).collect();
-    image.close()?;
     if let Outcome::Unknown(error) = report.sent.outcome {
         return Err(error.into());
     }
+    guest.map_err(|_| Error::Usage { reason: "the demo's guest panicked".to_owned() })??;
+    let bitmaps = image.bitmaps().all().into_iter().map(|bitmap| bitmap.name).collect();
+    image.close()?;
     let ready = report.sent.confirmed;
     let proof = ready.and_then(|ready| {
         let content = ready.disks.first()?.1;

@@ -40,7 +40,7 @@ pub(super) fn copy(job: &Job<'_>, observer: &dyn Observer) -> Result<Done> {
     let continued = Continued::begin(job, &sink, observer)?;
     let (is_resumed, repeated) =
         continued.as_ref().map_or((false, 0), |c| (c.is_resumed, c.repeated));
-    let moved = new::move_data(job, &sink, continued.as_ref().map(|c| &c.keeper), observer)?;
+    let moved = new::move_data(job, &sink, continued.as_ref().map(Continued::keeper), observer)?;
     observer.phase(Phase::Seal);
     editor.sync()?;
     let mut proof = prove::prove(job, &own(job), &moved, &[], observer)?;
@@ -64,6 +64,15 @@ pub(super) fn copy(job: &Job<'_>, observer: &dyn Observer) -> Result<Done> {
 /// An editor for the top of a locked chain, which marks the image as unfinished before it writes
 /// guest data. What it stands on is opened where that is allowed.
 pub(crate) fn open_editor(chain: &Chain, allow_named_files: bool) -> Result<Editor> {
+    open_editor_in(chain, chain.top().file().clone(), allow_named_files)
+}
+
+/// [`open_editor`] that reaches the top's own file through `file`.
+pub(crate) fn open_editor_in(
+    chain: &Chain,
+    file: Arc<dyn Storage>,
+    allow_named_files: bool,
+) -> Result<Editor> {
     let own = chain.files().first();
     let data = own.and_then(|f| f.data.clone()).map(|d| d as Arc<dyn Storage>);
     let options = EditorOptions {
@@ -72,7 +81,7 @@ pub(crate) fn open_editor(chain: &Chain, allow_named_files: bool) -> Result<Edit
         is_in_place_copy: true,
         ..EditorOptions::default()
     };
-    Ok(Editor::open(chain.top().file().clone(), options)?)
+    Ok(Editor::open(file, options)?)
 }
 
 /// What the destination stands on, as a disk of its own.

@@ -15,6 +15,7 @@ use super::super::error::{Error, Result, Subject};
 use super::bitmaps::{Holder, Taken};
 use super::options::IncomingOptions;
 use crate::Observer;
+use crate::berth::Kept;
 use crate::copy::{Format, open_editor};
 use crate::disk::{Stored, check_probe};
 use crate::options::DiskOption;
@@ -145,6 +146,8 @@ impl<'o> Disk<'o> {
 
     /// Gets the image ready to be written: enabled bitmaps of its own are marked, and follow.
     fn begin(&self, allow_backing: bool, observer: &dyn Observer) -> crate::Result<Body> {
+        // What a bitferry that wrote here before has noted is not so any more.
+        Kept::begin(&self.place.path, None, true)?;
         let name = self.place.path.display();
         let unmarked = "until the migration is complete it holds neither the old nor the new \
                         content, and nothing in it says so";

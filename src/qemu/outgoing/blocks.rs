@@ -7,8 +7,9 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use block_mig::Monitor;
 use block_mig::load::SharedTree;
 use block_mig::pool::Pool;
-use format_spec::qemu::block::{CHUNK_BYTES, Record};
+use format_spec::qemu::block::{Body, CHUNK_BYTES, Record};
 use mig_core::block::{BlockSource, is_zero};
+use mig_core::meter::Meter;
 
 use super::chunks::{Chunk, placed};
 use super::session::Session;
@@ -33,6 +34,8 @@ pub struct Pass<'a> {
     pub workers: usize,
     /// Told of every byte that was read, and asked whether to stop.
     pub monitor: &'a dyn Monitor,
+    /// What limits the bytes of content that are sent.
+    pub meter: &'a Meter,
     /// Bytes that the monitor is told of before the whole is done, for the destination's progress.
     pub total: u64,
 }
@@ -80,6 +83,9 @@ fn send<W: Write + Send>(
     let work = |buffer: &mut Vec<u8>, chunk: Chunk| {
         let len = chunk.len_on(disk.source.size());
         let record = load(disk, chunk, buffer)?;
+        if let Body::Data { content, .. } = record.body {
+            pass.meter.spend(content.len() as u64, &|| pass.monitor.is_cancelled());
+        }
         let mut shared = lock(&shared);
         let total = pass.total;
         let written = shared.put(&record, len, total);
@@ -140,7 +146,7 @@ fn load<'b>(
 impl<W: Write> Shared<'_, W> {
     fn put(&mut self, record: &Record<'_>, len: u64, total: u64) -> Result<()> {
         match record.body {
-            format_spec::qemu::block::Body::Data { content, .. } => {
+            Body::Data { content, .. } => {
                 self.stream.content(|out| record.encode_head(out), content)?;
                 self.sent.data = self.sent.data.saturating_add(len);
                 self.tell(total)

@@ -3,10 +3,15 @@
 
 use std::time::{Duration, Instant};
 
+use qcow2_file::bitmaps::Bits;
+
 use super::plan::PlannedBitmap;
+use super::report;
+use super::session::{Ending, Session};
+use crate::Observer;
 use crate::qemu::peer::{Inventory, NodeBitmap, Peer};
-use crate::qemu::{Error, Result};
-use crate::{Observer, qemu::Version};
+use crate::qemu::{self, Version, bitmap_sha256, qmp};
+use crate::report::Status;
 
 /// How long a destination may take from the end of the stream to a state that lasts.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -15,16 +20,24 @@ const PAUSE: Duration = Duration::from_millis(20);
 
 /// What left this side of a bitmap.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Fingerprint {
+pub(crate) struct Fingerprint {
     /// Set bits, in bytes of whole granules.
-    pub(super) count: u64,
+    pub(crate) count: u64,
     /// QEMU's hash of the bits.
-    pub(super) sha256: String,
+    pub(crate) sha256: String,
+}
+
+impl Fingerprint {
+    /// Of bits of that many guest bytes each.
+    pub(crate) fn of(bits: &Bits, granularity: u64) -> Self {
+        let count = bits.count().saturating_mul(granularity);
+        Self { count, sha256: bitmap_sha256(bits) }
+    }
 }
 
 /// What became of a bitmap at the destination.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Verdict {
+pub(crate) enum Verdict {
     /// It is there, bit for bit; what is different apart from bits, as `what: old -> new`.
     Preserved(Vec<String>),
     /// It is not there, or is another one: why.
@@ -33,34 +46,121 @@ pub(super) enum Verdict {
     Unsure(String),
 }
 
-/// Waits until the destination's migration has ended. Fails with QEMU's own words where it failed.
-pub(super) fn wait(peer: &mut Peer, observer: &dyn Observer) -> Result<()> {
-    let end = Instant::now() + PATIENCE;
-    loop {
-        let migration = peer.migration()?;
-        match migration.status.as_str() {
-            "completed" => return Ok(()),
-            "failed" | "cancelled" => {
-                let why = migration.error.unwrap_or_else(|| "it does not say why".to_owned());
-                return Err(Error::Peer(why));
-            }
-            _ if observer.is_cancelled() => return Err(Error::Interrupted),
-            status if Instant::now() > end => {
-                let text = format!("its migration is still {status:?} after {PATIENCE:?}");
-                return Err(Error::Peer(text));
-            }
-            _ => std::thread::sleep(PAUSE),
-        }
+/// What is known in the end.
+pub(crate) struct Outcome {
+    pub(crate) status: Status,
+    pub(crate) error: Option<String>,
+    /// Of each bitmap that was sent; or why there are none.
+    pub(crate) verdicts: Result<Vec<Verdict>, String>,
+}
+
+impl Outcome {
+    /// Nobody can tell, for this reason.
+    fn unknown(why: String) -> Self {
+        Self { status: Status::Unknown, error: Some(why.clone()), verdicts: Err(why) }
+    }
+
+    /// It ended well, and this is known of the bitmaps.
+    fn completed(verdicts: Result<Vec<Verdict>, String>) -> Self {
+        Self { status: Status::Completed, error: None, verdicts }
     }
 }
 
+/// Asks the destination's monitor, where there is one, how it ended and what it has. What cannot be
+/// found out is unknown: the destination may run by now, and who takes that for a failure lets the
+/// guest go on twice. An error means that it failed.
+pub(crate) fn conclude(
+    peer: Option<&mut Peer>,
+    (bitmaps, sent): (&[PlannedBitmap], &[Fingerprint]),
+    ending: Ending,
+    observer: &dyn Observer,
+) -> qemu::Result<Outcome> {
+    let Some(peer) = peer else {
+        return Ok(match ending {
+            Ending::Loaded | Ending::Unheard => Outcome::completed(Err(report::unasked())),
+            Ending::Unknown(why) => Outcome::unknown(why),
+        });
+    };
+    match wait(peer, observer) {
+        Standing::Completed => {}
+        Standing::Failed(why) => return Err(qemu::Error::Peer(why)),
+        Standing::Unsure(why) => return Ok(Outcome::unknown(why)),
+    }
+    Ok(match verdicts(peer, bitmaps, sent, observer) {
+        Ok(verdicts) => Outcome::completed(Ok(verdicts)),
+        Err(error) => Outcome::unknown(unanswered(&error)),
+    })
+}
+
+/// What the destination itself says of a failure, where it can still be asked.
+pub(crate) fn explain(
+    peer: Option<&mut Peer>,
+    session: &mut Session,
+    error: qemu::Error,
+) -> qemu::Error {
+    let error = session.reason_of(error);
+    if !matches!(error, qemu::Error::Connection { .. } | qemu::Error::Peer(_)) {
+        return error;
+    }
+    let migration = peer.and_then(|peer| peer.migration().ok());
+    match migration.and_then(|migration| migration.error) {
+        Some(said) => qemu::Error::Peer(said),
+        None => error,
+    }
+}
+
+/// How the destination's migration stands, as its monitor says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Standing {
+    /// It has everything, and may run.
+    Completed,
+    /// It failed, in its own words, and will not run.
+    Failed(String),
+    /// Nobody can tell: why.
+    Unsure(String),
+}
+
+/// Waits until the destination's migration has ended, the user stops waiting, or the time is up.
+fn wait(peer: &mut Peer, observer: &dyn Observer) -> Standing {
+    let end = Instant::now() + PATIENCE;
+    loop {
+        let migration = match peer.migration() {
+            Ok(migration) => migration,
+            Err(error) => return Standing::Unsure(unanswered(&error)),
+        };
+        let status = migration.status.as_str();
+        match status {
+            "completed" => return Standing::Completed,
+            "failed" | "cancelled" => {
+                let why = migration.error.unwrap_or_else(|| "it does not say why".to_owned());
+                return Standing::Failed(why);
+            }
+            _ => {}
+        }
+        let still = || format!("the destination's migration is still {status:?}");
+        if observer.is_cancelled() {
+            return Standing::Unsure(format!("{}, and was not waited for", still()));
+        }
+        if Instant::now() > end {
+            return Standing::Unsure(format!("{} after {PATIENCE:?}", still()));
+        }
+        std::thread::sleep(PAUSE);
+    }
+}
+
+/// What is said of a monitor that does not answer.
+fn unanswered(error: &qmp::Error) -> String {
+    let said = crate::report::error_chain(error);
+    format!("the destination's monitor does not answer any more: {said}")
+}
+
 /// Asks what became of the bitmaps; one verdict for each.
-pub(super) fn verdicts(
+fn verdicts(
     peer: &mut Peer,
     bitmaps: &[PlannedBitmap],
     sent: &[Fingerprint],
     observer: &dyn Observer,
-) -> Result<Vec<Verdict>> {
+) -> qmp::Result<Vec<Verdict>> {
     if bitmaps.is_empty() {
         return Ok(Vec::new());
     }
@@ -86,7 +186,7 @@ fn verdict(
     inventory: &Inventory,
     bitmap: &PlannedBitmap,
     (sent, is_running): (&Fingerprint, bool),
-) -> Result<Verdict> {
+) -> qmp::Result<Verdict> {
     let (node, name) = match inventory.place(&bitmap.wire.device, &bitmap.wire.name) {
         Ok(place) => place,
         Err(why) => return Ok(Verdict::Dropped(why)),

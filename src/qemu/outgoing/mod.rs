@@ -21,6 +21,7 @@ pub mod bitmaps;
 pub mod blocks;
 pub mod chunks;
 mod confirm;
+mod describe;
 mod options;
 mod plan;
 mod preflight;
@@ -31,7 +32,6 @@ mod stream;
 #[cfg(test)]
 mod tests;
 
-use std::io;
 use std::time::Instant;
 
 use block_mig::limits::workers;
@@ -44,12 +44,14 @@ pub use plan::Prepared;
 pub use session::{Ending, Greeting, Session};
 
 use self::blocks::{OutgoingDisk, Pass};
-use self::confirm::{Fingerprint, Verdict};
-use self::plan::PlannedBitmap;
+pub(crate) use self::confirm::{Fingerprint, Outcome, conclude, explain};
+pub(crate) use self::plan::{PlannedBitmap, peer};
+pub(crate) use self::preflight::check as preflight;
 use self::report::DiskDone;
+pub(crate) use self::report::{carried, each};
 use crate::observe::Progress;
-use crate::qemu::{self, bitmap_sha256};
-use crate::report::{Report, Status};
+use crate::qemu;
+use crate::report::Report;
 use crate::{Error, Observer, Phase, Result};
 
 /// Opens the disks and decides what is sent. What would lose a bitmap, kill the destination or make
@@ -64,34 +66,6 @@ pub fn run(connection: Connection, options: &Options, observer: &dyn Observer) -
     prepare(options, observer)?.send(connection, observer)
 }
 
-/// How much is known of the destination's end.
-enum Heard {
-    /// It says that it loaded the stream, or cannot say anything here.
-    Ended,
-    /// It said nothing for as long as one waits: why.
-    Silence(String),
-}
-
-/// What is known in the end.
-struct Outcome {
-    status: Status,
-    error: Option<String>,
-    /// Of each bitmap that was sent; or why there are none.
-    verdicts: Result<Vec<Verdict>, String>,
-}
-
-impl Outcome {
-    /// Nobody can tell, for this reason.
-    fn unknown(why: String) -> Self {
-        Self { status: Status::Unknown, error: Some(why.clone()), verdicts: Err(why) }
-    }
-
-    /// It ended well, and this is known of the bitmaps.
-    fn completed(verdicts: Result<Vec<Verdict>, String>) -> Self {
-        Self { status: Status::Completed, error: None, verdicts }
-    }
-}
-
 impl Prepared<'_> {
     /// Sends everything on a fresh connection and finds out what became of it. An error means that
     /// the destination does not have the disks; a status `unknown` that nobody could tell.
@@ -104,10 +78,13 @@ impl Prepared<'_> {
         };
         let mut session = Session::open(connection, &greeting)?;
         let streamed = self.stream(&mut session, observer);
-        let (disks, sent) = streamed.map_err(|error| self.explain(&mut session, error))?;
+        let peer = &mut self.peer;
+        let mut explained = |session: &mut Session, error| explain(peer.as_mut(), session, error);
+        let (disks, sent) = streamed.map_err(|error| explained(&mut session, error))?;
         observer.phase(Phase::Prove);
-        let heard = self.heard(&mut session)?;
-        let outcome = self.confirm(&sent, heard, observer)?;
+        let ending = session.finish().map_err(|error| explained(&mut session, error))?;
+        let bitmaps = self.bitmaps();
+        let outcome = conclude(self.peer.as_mut(), (&bitmaps, &sent), ending, observer)?;
         Ok(Report {
             status: outcome.status,
             error: outcome.error,
@@ -147,8 +124,7 @@ impl Prepared<'_> {
             session.end_bitmaps(&wire, |index| {
                 let bits = self.load(bitmaps.get(index))?;
                 let granularity = wire.get(index).map_or(0, |bitmap| bitmap.granularity.into());
-                let count = bits.count().saturating_mul(granularity);
-                sent.push(Fingerprint { count, sha256: bitmap_sha256(&bits) });
+                sent.push(Fingerprint::of(&bits, granularity));
                 Ok(bits)
             })?;
         }
@@ -161,17 +137,7 @@ impl Prepared<'_> {
         session: &mut Session,
         observer: &dyn Observer,
     ) -> qemu::Result<Vec<DiskDone>> {
-        let mut totals = Vec::with_capacity(self.disks.len());
-        for disk in &self.disks {
-            let source = disk.blocks();
-            let mut total = 0u64;
-            for chunk in disk.chunks(&*source) {
-                let chunk = chunk.map_err(Error::from)?;
-                let len = if chunk.is_zero { 0 } else { chunk.len_on(disk.size()) };
-                total = total.saturating_add(len);
-            }
-            totals.push(total);
-        }
+        let totals: Vec<_> = self.disks.iter().map(describe::bytes_data).collect::<Result<_>>()?;
         let progress = Progress::begin(observer, Phase::Transfer, totals.iter().sum());
         let mut done = Vec::with_capacity(self.disks.len());
         for (disk, total) in self.disks.iter().zip(totals) {
@@ -180,7 +146,12 @@ impl Prepared<'_> {
             let tree = hashes.then(|| SharedTree::new(disk.size())).transpose();
             let tree = tree.map_err(Error::from)?;
             let outgoing = OutgoingDisk { name: &disk.id, source: &*source, tree: tree.as_ref() };
-            let pass = Pass { workers: workers(self.options.workers), monitor: &progress, total };
+            let pass = Pass {
+                workers: workers(self.options.workers),
+                monitor: &progress,
+                meter: &self.options.meter,
+                total,
+            };
             let sent = session.blocks(&outgoing, disk.chunks(&*source), &pass)?;
             let root = tree.map(|tree| tree.root()).transpose().map_err(Error::from)?;
             done.push(DiskDone {
@@ -202,62 +173,5 @@ impl Prepared<'_> {
             reason: "a bitmap went away while it was sent".to_owned(),
         })?;
         Ok(directory.load(&bitmap.source_name)?)
-    }
-
-    /// Ends the stream and hears what the destination says. Silence is no failure: it may have
-    /// loaded everything.
-    fn heard(&mut self, session: &mut Session) -> Result<Heard> {
-        match session.finish() {
-            Ok(Ending::Loaded | Ending::Unheard) => Ok(Heard::Ended),
-            Err(qemu::Error::Connection { action: "read from", source, .. })
-                if matches!(source.kind(), io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock) =>
-            {
-                Ok(Heard::Silence(
-                    "it did not say how it ended for as long as one waits".to_owned(),
-                ))
-            }
-            Err(error) => Err(self.explain(session, error)),
-        }
-    }
-
-    /// What the destination itself says of a failure, where it can still be asked.
-    fn explain(&mut self, session: &mut Session, error: qemu::Error) -> Error {
-        let error = session.reason_of(error);
-        if !matches!(error, qemu::Error::Connection { .. } | qemu::Error::Peer(_)) {
-            return error.into();
-        }
-        let migration = self.peer.as_mut().and_then(|peer| peer.migration().ok());
-        match migration.and_then(|migration| migration.error) {
-            Some(said) => qemu::Error::Peer(said).into(),
-            None => error.into(),
-        }
-    }
-
-    /// Asks the destination's monitor, where there is one, what it has. What cannot be found out is
-    /// unknown.
-    fn confirm(
-        &mut self,
-        sent: &[Fingerprint],
-        heard: Heard,
-        observer: &dyn Observer,
-    ) -> Result<Outcome> {
-        let bitmaps = self.bitmaps();
-        let Some(peer) = &mut self.peer else {
-            return Ok(match heard {
-                Heard::Ended => Outcome::completed(Err(report::unasked())),
-                Heard::Silence(why) => Outcome::unknown(why),
-            });
-        };
-        let asked = confirm::wait(peer, observer)
-            .and_then(|()| confirm::verdicts(peer, &bitmaps, sent, observer));
-        match asked {
-            Ok(verdicts) => Ok(Outcome::completed(Ok(verdicts))),
-            Err(qemu::Error::Monitor(error)) => {
-                let said = crate::report::error_chain(&error);
-                let why = format!("the destination's monitor does not answer any more: {said}");
-                Ok(Outcome::unknown(why))
-            }
-            Err(error) => Err(error.into()),
-        }
     }
 }

@@ -2,6 +2,9 @@
 
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
+use std::sync::Arc;
+
+use mig_core::meter::Meter;
 
 use crate::copy::{BitmapSelection, Format, Rename};
 use crate::qemu::Version;
@@ -48,6 +51,8 @@ pub struct Options {
     pub is_one_way: bool,
     /// Leave out hashes of what is sent.
     pub no_verify: bool,
+    /// What limits the bytes of content that are sent.
+    pub meter: Arc<Meter>,
     /// Worker threads; by the number of cores where `None`.
     pub workers: Option<NonZeroUsize>,
 }
@@ -70,6 +75,7 @@ impl Default for Options {
             peer_qmp: None,
             is_one_way: false,
             no_verify: false,
+            meter: Arc::default(),
             workers: None,
         }
     }

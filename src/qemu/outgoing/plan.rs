@@ -2,6 +2,7 @@
 //! stands in the way is found, by asking the destination's monitor too where there is one.
 
 use std::collections::BTreeSet;
+use std::path::Path;
 
 use bitmap_mig::{Decision, Fate};
 use block_mig::device::{AboveSource, ChainSource};
@@ -15,6 +16,7 @@ use super::chunks::{CHUNK, Chunk, Chunks};
 use super::options::{Options, SourceDisk};
 use super::preflight;
 use super::selection::{MAX_NAME, check_mentions, select};
+use crate::copy::BitmapSelection;
 use crate::disk::{Disk, Request};
 use crate::qemu::peer::Peer;
 use crate::qemu::{Version, qmp};
@@ -42,12 +44,12 @@ pub(super) struct PlannedDisk {
 
 /// A bitmap that is sent, and where it comes from.
 #[derive(Debug, Clone)]
-pub(super) struct PlannedBitmap {
+pub(crate) struct PlannedBitmap {
     /// Position of its disk.
-    pub(super) disk: usize,
+    pub(crate) disk: usize,
     /// Its name at the source.
-    pub(super) source_name: String,
-    pub(super) wire: OutgoingBitmap,
+    pub(crate) source_name: String,
+    pub(crate) wire: OutgoingBitmap,
 }
 
 impl<'a> Prepared<'a> {
@@ -56,16 +58,8 @@ impl<'a> Prepared<'a> {
     pub(super) fn decide(options: &'a Options, observer: &dyn Observer) -> Result<Self> {
         observer.phase(Phase::Plan);
         check_ids(&options.disks)?;
-        let mut peer = match &options.peer_qmp {
-            Some(path) => Some(Peer::connect(path, qmp::PATIENCE).map_err(monitor)?),
-            None => None,
-        };
-        if options.blocks {
-            let found = peer.as_ref().map(Peer::version);
-            found.unwrap_or(options.version).min(options.version).require_block_section()?;
-            // A new QEMU with an old machine type has no place for contents either.
-            found.map_or(Ok(()), Version::require_block_section)?;
-        }
+        let peer_qmp = options.peer_qmp.as_deref();
+        let mut peer = peer(peer_qmp, options.blocks.then_some(options.version))?;
         let mut refusals = Vec::new();
         let mut disks = Vec::with_capacity(options.disks.len());
         for disk in &options.disks {
@@ -78,7 +72,13 @@ impl<'a> Prepared<'a> {
         }
         let mut prepared = Self { options, disks, peer: None };
         if let Some(peer) = &mut peer {
-            preflight::check(&prepared, peer, observer)?;
+            let disks = prepared.disks.iter().filter(|_| options.blocks);
+            let disks: Vec<_> = disks.map(|disk| (disk.id.as_str(), disk.size())).collect();
+            preflight::check((&disks, &prepared.bitmaps()), peer, observer)?;
+        }
+        // A transfer of nothing is no mistake, and hardly what was meant.
+        if !options.blocks && options.bitmaps == BitmapSelection::None {
+            observer.warning("neither contents nor bitmaps are to be sent");
         }
         prepared.peer = peer;
         Ok(prepared)
@@ -91,8 +91,18 @@ impl<'a> Prepared<'a> {
     }
 }
 
-fn monitor(error: qmp::Error) -> Error {
-    crate::qemu::Error::Monitor(error).into()
+/// The destination's monitor, if there is one. Refuses contents (`blocks`: to which version) that
+/// it has no place for.
+pub(crate) fn peer(path: Option<&Path>, blocks: Option<Version>) -> Result<Option<Peer>> {
+    let connect = |path| Peer::connect(path, qmp::PATIENCE).map_err(crate::qemu::Error::Monitor);
+    let peer = path.map(connect).transpose()?;
+    if let Some(version) = blocks {
+        let found = peer.as_ref().map(Peer::version);
+        found.unwrap_or(version).min(version).require_block_section()?;
+        // A new QEMU with an old machine type has no place for contents either.
+        found.map_or(Ok(()), Version::require_block_section)?;
+    }
+    Ok(peer)
 }
 
 fn check_ids(disks: &[SourceDisk]) -> Result<()> {
@@ -128,8 +138,7 @@ impl PlannedDisk {
         };
         let disk = Disk::open(&request, observer)?;
         let unlistable = disk.bitmaps.unlistable();
-        let is_accepted =
-            options.skip_broken_bitmaps || options.bitmaps == crate::copy::BitmapSelection::None;
+        let is_accepted = options.skip_broken_bitmaps || options.bitmaps == BitmapSelection::None;
         if let Some(reason) = unlistable.as_ref().filter(|_| !is_accepted) {
             refusals.push(Error::WouldLose {
                 reason: format!("disk {:?}: {reason}", wanted.id),

@@ -1,17 +1,17 @@
 //! What the destination would die of, found by asking its monitor first. Pure but for the asking.
 
-use super::options::Options;
-use super::plan::{PlannedBitmap, Prepared};
+use super::plan::PlannedBitmap;
+use crate::Observer;
 use crate::qemu::peer::{Inventory, Peer};
 use crate::qemu::{Error, Result, Subject};
-use crate::{Observer, copy::BitmapSelection};
 
 /// State of a QEMU that waits for a migration.
 const WAITING: &str = "inmigrate";
 
-/// Asks the destination whether it can take what is to be sent.
-pub(super) fn check(
-    prepared: &Prepared<'_>,
+/// Asks the destination whether it can take the contents of `disks`, by name and size, and the
+/// `bitmaps`.
+pub(crate) fn check(
+    (disks, bitmaps): (&[(&str, u64)], &[PlannedBitmap]),
     peer: &mut Peer,
     observer: &dyn Observer,
 ) -> crate::Result<()> {
@@ -24,23 +24,15 @@ pub(super) fn check(
         return Err(crate::Error::Usage { reason });
     }
     let inventory = peer.inventory().map_err(Error::from)?;
-    for disk in prepared.disks.iter().filter(|_| prepared.options.blocks) {
-        check_disk((&disk.id, disk.size()), &inventory)?;
+    for disk in disks {
+        check_disk(*disk, &inventory)?;
     }
-    for bitmap in prepared.bitmaps() {
-        if let Some(warning) = check_bitmap(&bitmap, &inventory)? {
+    for bitmap in bitmaps {
+        if let Some(warning) = check_bitmap(bitmap, &inventory)? {
             observer.warning(&warning);
         }
     }
-    warn_of_nothing(prepared.options, observer);
     Ok(())
-}
-
-/// A transfer of nothing is no mistake, and hardly what was meant.
-fn warn_of_nothing(options: &Options, observer: &dyn Observer) {
-    if !options.blocks && options.bitmaps == BitmapSelection::None {
-        observer.warning("neither contents nor bitmaps are to be sent");
-    }
 }
 
 /// Whether the destination can write the contents of a disk.

@@ -13,6 +13,9 @@ const NAMELESS: &str = "*";
 const UNASKED: &str = "only the destination could confirm it, and its monitor was not asked \
                        (--peer-qmp): QEMU reports success even where it drops a bitmap";
 
+/// What is said of a bitmap that was not to be carried.
+pub(super) const UNWANTED: &str = "it was not asked for";
+
 /// What is known of one disk in the end.
 #[derive(Debug, Clone, Default)]
 pub(super) struct DiskDone {
@@ -22,6 +25,17 @@ pub(super) struct DiskDone {
     pub(super) content_hash: Option<String>,
 }
 
+/// The verdicts of `count` bitmaps in their order, where there may be a reason for having none.
+pub(crate) fn each(
+    verdicts: &Result<Vec<Verdict>, String>,
+    count: usize,
+) -> impl Iterator<Item = Verdict> + use<> {
+    match verdicts {
+        Ok(verdicts) => verdicts.clone().into_iter(),
+        Err(why) => vec![Verdict::Unsure(why.clone()); count].into_iter(),
+    }
+}
+
 /// The reports of all disks. `verdicts` are those of the carried bitmaps, in their order; or why
 /// there are none.
 pub(super) fn disks(
@@ -29,13 +43,7 @@ pub(super) fn disks(
     done: &[DiskDone],
     verdicts: &Result<Vec<Verdict>, String>,
 ) -> Vec<DiskReport> {
-    let mut verdicts = match verdicts {
-        Ok(verdicts) => verdicts.clone().into_iter(),
-        Err(why) => {
-            let count = prepared.bitmaps().len();
-            vec![Verdict::Unsure(why.clone()); count].into_iter()
-        }
-    };
+    let mut verdicts = each(verdicts, prepared.bitmaps().len());
     let disks = prepared.disks.iter().zip(done);
     disks.map(|(disk, done)| report(prepared, disk, done, &mut verdicts)).collect()
 }
@@ -64,7 +72,7 @@ fn report(
         bytes_zero: sent.zero,
         content_hash: done.content_hash.clone(),
         verified: verified(prepared.options.no_verify, done, &bitmaps),
-        not_carried: not_carried(disk, done),
+        not_carried: not_carried(disk, done.sent.is_some()),
         bitmaps,
     }
 }
@@ -86,15 +94,19 @@ fn bitmap(choice: &Choice, verdicts: &mut impl Iterator<Item = Verdict>) -> Bitm
     let name = &choice.bitmap.name;
     let new = match &choice.fate {
         Fate::Unwanted => {
-            let why = "it was not asked for".to_owned();
-            return BitmapReport { is_wanted: false, ..dropped(name, why) };
+            return BitmapReport { is_wanted: false, ..dropped(name, UNWANTED.to_owned()) };
         }
         Fate::Left(reason) => return dropped(name, reason.clone()),
         Fate::Carried(new) => new,
     };
+    carried(name, new, verdicts.next())
+}
+
+/// What is said of a bitmap that was sent as `new`.
+pub(crate) fn carried(name: &str, new: &str, verdict: Option<Verdict>) -> BitmapReport {
     let mut changed: Vec<_> =
         (name != new).then(|| format!("name: {name} -> {new}")).into_iter().collect();
-    let (outcome, reason) = match verdicts.next() {
+    let (outcome, reason) = match verdict {
         Some(Verdict::Preserved(more)) => {
             changed.extend(more);
             (BitmapOutcome::Preserved, None)
@@ -103,10 +115,10 @@ fn bitmap(choice: &Choice, verdicts: &mut impl Iterator<Item = Verdict>) -> Bitm
         Some(Verdict::Unsure(reason)) => (BitmapOutcome::Sent, Some(reason)),
         None => (BitmapOutcome::Sent, Some(unasked())),
     };
-    BitmapReport { name: name.clone(), outcome, changed, reason, is_wanted: true }
+    BitmapReport { name: name.to_owned(), outcome, changed, reason, is_wanted: true }
 }
 
-fn dropped(name: &str, reason: String) -> BitmapReport {
+pub(crate) fn dropped(name: &str, reason: String) -> BitmapReport {
     BitmapReport {
         name: name.to_owned(),
         outcome: BitmapOutcome::Dropped,
@@ -117,8 +129,8 @@ fn dropped(name: &str, reason: String) -> BitmapReport {
 }
 
 /// What the disk has and QEMU's stream does not carry.
-fn not_carried(disk: &PlannedDisk, done: &DiskDone) -> Vec<String> {
+pub(super) fn not_carried(disk: &PlannedDisk, has_blocks: bool) -> Vec<String> {
     let snapshots = disk.disk.image().map_or(0, qcow2_file::Image::snapshot_count);
-    let is_left = done.sent.is_some() && snapshots > 0;
+    let is_left = has_blocks && snapshots > 0;
     is_left.then(|| format!("{snapshots} internal snapshots")).into_iter().collect()
 }

@@ -30,9 +30,11 @@ const BLOCK_ID: u32 = 1;
 const BITMAP_ID: u32 = 2;
 /// A description of no devices. Without one QEMU warns, and succeeds all the same.
 const VMDESCRIPTION: &[u8] = b"{}";
-/// What is said of a destination that is gone.
+/// What is said of a destination that is gone before it has everything.
 const WORDLESS: &str =
     "it closed the connection without a word: it failed or died, and its own messages say why";
+/// What is said of one that is gone afterwards.
+const UNSAID: &str = "it closed the connection without saying how the migration ended";
 
 /// How a stream begins.
 #[derive(Debug, Clone, Default)]
@@ -46,13 +48,25 @@ pub struct Greeting {
 }
 
 /// How a stream ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug)]
 pub enum Ending {
     /// The destination says that it loaded everything, which it also says of bitmaps that it
     /// dropped.
     Loaded,
     /// Nothing comes back on this connection.
     Unheard,
+    /// It may have everything, and did not say how it ended: why. It may run already.
+    Unknown(String),
+}
+
+/// What the destination says in the end.
+enum Word {
+    /// SHUT 0.
+    Loaded,
+    /// SHUT with another status.
+    Failed(String),
+    /// It closed the connection.
+    Gone,
 }
 
 /// A stream that is being written. Dropping it hangs up, and the destination fails.
@@ -169,43 +183,59 @@ impl Session {
     }
 
     /// Ends the stream and waits for what the destination says. It may take its time: it flushes
-    /// its disks first. Fails where it says that it failed, or closes without a word.
+    /// its disks first. An error is definite: the end did not go out, or the destination says that
+    /// it failed. Once the end may have arrived, nothing else than the destination's own word is
+    /// proof that it did not take over.
     pub fn finish(&mut self) -> Result<Ending> {
+        self.stream.flush()?;
+        match self.write_end() {
+            // What a file or a pipe does not take is nowhere.
+            Err(error) if self.is_one_way => return Err(error),
+            Ok(()) if self.is_one_way => return Ok(Ending::Unheard),
+            Ok(()) | Err(_) => {}
+        }
+        match self.hear() {
+            Ok(Word::Loaded) => Ok(Ending::Loaded),
+            Ok(Word::Failed(said)) => Err(Error::Peer(said)),
+            Ok(Word::Gone) => Ok(Ending::Unknown(UNSAID.to_owned())),
+            Err(error) => Ok(Ending::Unknown(crate::report::error_chain(&error))),
+        }
+    }
+
+    /// From the first byte of this the destination may take over.
+    fn write_end(&mut self) -> Result<()> {
         self.stream.write(|out| {
             Element::Eof.encode(out);
             let len = u32::try_from(VMDESCRIPTION.len()).unwrap_or(0);
             Element::VmDescription(len).encode(out);
             out.bytes(VMDESCRIPTION);
         })?;
-        self.stream.flush()?;
-        if self.is_one_way {
-            return Ok(Ending::Unheard);
-        }
-        self.hear().map(|()| Ending::Loaded)
+        self.stream.flush()
     }
 
     /// A connection that broke while it was written to may hold the reason in the other direction.
     pub fn reason_of(&mut self, error: Error) -> Error {
         match error {
             Error::Connection { .. } if !self.is_one_way => match self.hear() {
-                Err(said @ Error::Peer(_)) => said,
-                _ => error,
+                Ok(Word::Failed(said)) => Error::Peer(said),
+                Ok(Word::Gone) => Error::Peer(WORDLESS.to_owned()),
+                Ok(Word::Loaded) | Err(_) => error,
             },
             error => error,
         }
     }
 
     /// Reads the return path up to SHUT.
-    fn hear(&mut self) -> Result<()> {
+    fn hear(&mut self) -> Result<Word> {
         let mut decoder = Decoder::default();
         loop {
             let offset = decoder.offset();
             let len = match decoder.next(self.replies.bytes())? {
                 Step::Item(reply, len) => {
                     match reply {
-                        Reply::Shut(0) => return Ok(()),
+                        Reply::Shut(0) => return Ok(Word::Loaded),
                         Reply::Shut(status) => {
-                            return Err(Error::Peer(format!("it answers SHUT {status}")));
+                            return Ok(Word::Failed(format!("it answers SHUT {status}")));
                         }
                         // Nobody asked, and it does no harm.
                         Reply::Pong(_) | Reply::SwitchoverAck => {}
@@ -213,9 +243,7 @@ impl Session {
                     }
                     len
                 }
-                Step::Need(_) if self.replies.is_whole() => {
-                    return Err(Error::Peer(WORDLESS.to_owned()));
-                }
+                Step::Need(_) if self.replies.is_whole() => return Ok(Word::Gone),
                 Step::Need(needed) => {
                     let failed = |source| Error::Connection { action: "read from", offset, source };
                     self.replies.fill(needed).map_err(failed)?;

@@ -12,6 +12,7 @@ use format_spec::qemu::Step;
 use format_spec::qemu::block::{Body, Record};
 use format_spec::qemu::stream::{Decoder, Item};
 use mig_core::block::{BlockSource, Extent, ExtentKind};
+use mig_core::meter::Meter;
 use mig_core::transport::{Connection, HangUp};
 use qcow2_file::bitmaps::Bits;
 
@@ -87,7 +88,7 @@ fn the_smallest_bitmap_stream() {
         Ok(bits)
     };
     session.end_bitmaps(&bitmaps, send).unwrap();
-    assert_eq!(session.finish().unwrap(), Ending::Unheard);
+    assert!(matches!(session.finish().unwrap(), Ending::Unheard));
     let expected = hex("5145564d 00000003 07 00000000 \
          01 00000002 0c 64697274792d6269746d6170 00000000 00000001 \
          1c 05 6469736b30 02 626d 00010000 01 01 7e 00000002 \
@@ -210,7 +211,7 @@ fn a_disk_arrives_and_what_changed_is_sent_again() {
         let tree = SharedTree::new(size).unwrap();
         let outgoing = OutgoingDisk { name: "d", source: &disk, tree: Some(&tree) };
         let count = Count::default();
-        let pass = Pass { workers, monitor: &count, total: 4 * CHUNK };
+        let pass = Pass { workers, monitor: &count, meter: &Meter::default(), total: 4 * CHUNK };
         let units = Units::new(&disk, Scope::Whole, CHUNK);
         let sent = session.blocks(&outgoing, Chunks::new(units, size), &pass).unwrap();
         assert_eq!(sent.data + sent.zero, size);
@@ -239,7 +240,8 @@ fn what_does_not_fit_a_record_is_an_error() {
     let mut session = tape.session();
     session.start_blocks().unwrap();
     let outgoing = OutgoingDisk { name: "d", source: &disk, tree: None };
-    let pass = Pass { workers: 1, monitor: &block_mig::Unwatched, total: 0 };
+    let pass =
+        Pass { workers: 1, meter: &Meter::default(), monitor: &block_mig::Unwatched, total: 0 };
     let chunk = Chunk { offset: 0, is_zero: false };
     assert!(session.blocks(&outgoing, [Ok(chunk)].into_iter(), &pass).is_err());
     disk.0.lock().unwrap().fill(0);

@@ -1,0 +1,90 @@
+//! The journal of a disk that is written in place.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use block_mig::journal::{Identity, Keeper};
+use block_mig::limits::UNIT_BYTES;
+use block_mig::recheck::{ReadBack, Recheck, recheck};
+use mig_core::block::BlockSource;
+use qcow2_file::Storage;
+
+use super::log::Log;
+use crate::observe::Progress;
+use crate::{Observer, Phase, Result};
+
+/// A journal beside a destination that exists.
+pub(crate) struct Kept {
+    log: Log,
+    pub(crate) keeper: Keeper,
+    /// Whether an earlier try is gone on with.
+    pub(crate) is_resumed: bool,
+}
+
+impl Kept {
+    /// Finds the journal of an earlier try, or starts one. `None` where none is kept: there is no
+    /// identity, or `path` is a device, beside which there is no place for files.
+    ///
+    /// Whoever calls holds the lock of the destination and is about to write to it. What an earlier
+    /// transfer said of it is not so any more, and goes.
+    pub(crate) fn begin(
+        path: &Path,
+        identity: Option<Identity>,
+        is_fresh: bool,
+    ) -> Result<Option<Self>> {
+        let Some(log) = log_of(path)? else { return Ok(None) };
+        log.remove_receipt()?;
+        let Some(identity) = identity else { return log.remove().map(|()| None) };
+        let found = if is_fresh { None } else { log.find(&identity)? };
+        let resumed = found.map_or(Ok(None), |found| log.resume(found))?;
+        let is_resumed = resumed.is_some();
+        let journal = resumed.map_or_else(|| log.start(identity), |journal| Ok(Some(journal)))?;
+        let keeper = journal.map(Keeper::new).transpose()?;
+        Ok(keeper.map(|keeper| Self { log, keeper, is_resumed }))
+    }
+
+    /// Reads again what the journal claims of `disk`, and forgets what is not so; how many bytes
+    /// that are. With a source, what differs from it is forgotten too.
+    pub(crate) fn recheck(
+        &self,
+        disk: &dyn ReadBack,
+        source: Option<&dyn BlockSource>,
+        workers: usize,
+        observer: &dyn Observer,
+    ) -> Result<u64> {
+        let progress = Progress::begin(observer, Phase::Recheck, self.keeper.claimed_bytes());
+        let request = Recheck { disk, source, workers, monitor: &progress };
+        let found = self.keeper.with_claims(|claims| recheck(request, claims))?;
+        progress.end();
+        Ok(found.lost.saturating_mul(UNIT_BYTES))
+    }
+
+    /// Makes what has arrived durable with `sync`, and the journal say so.
+    pub(crate) fn checkpoint(&self, sync: impl FnOnce() -> mig_core::Result<()>) -> Result<()> {
+        self.keeper.checkpoint(|| sync().map_err(block_mig::Error::Sink))?;
+        self.log.compact(&self.keeper)
+    }
+
+    /// Its names.
+    pub(crate) fn log(&self) -> &Log {
+        &self.log
+    }
+
+    /// Nothing is left to be gone on with.
+    pub(crate) fn end(&self) -> Result<()> {
+        self.log.remove()
+    }
+}
+
+/// The names of a journal and a receipt beside `path`, where there is a place for them.
+pub(crate) fn log_of(path: &Path) -> Result<Option<Log>> {
+    let is_file = std::fs::metadata(path).is_ok_and(|found| found.is_file());
+    if is_file { Log::beside(path).map(Some) } else { Ok(None) }
+}
+
+impl Log {
+    /// Writes a journal that has grown too much anew.
+    pub(super) fn compact(&self, keeper: &Keeper) -> Result<()> {
+        keeper.compact(|| Ok(self.anew()? as Arc<dyn Storage>), || self.replace())
+    }
+}

@@ -1,0 +1,148 @@
+//! Places that exist and are written into: `--in-place`.
+//!
+//! A qcow2 image refuses to open elsewhere from its first write until the source has let go (SPEC
+//! 3.3); its own bitmaps follow what is written. A raw file or a device cannot say that it is
+//! unfinished. An attempt that fails is gone on with by the journal beside the image; beside a
+//! device there is no place for one, and it is begun again.
+
+mod sink;
+mod target;
+#[cfg(test)]
+mod tests;
+mod written;
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use format_spec::native::hello::SessionState;
+use mig_core::section::Fate;
+use mig_core::stream;
+
+use self::target::Target;
+use self::written::Written;
+use super::ReceiveOptions;
+use crate::berth::state;
+use crate::incoming::{Destination, Place, SessionId, Wanted};
+use crate::report::BitmapReport;
+use crate::{Error, Observer, Result};
+
+/// Existing images, open and locked.
+pub(super) struct InPlace {
+    targets: Vec<Arc<Target>>,
+    /// Whether journals are kept.
+    keeps: bool,
+    observer: Arc<dyn Observer>,
+    state: Mutex<State>,
+    /// Bitmaps that were there and cannot be trusted, by disk.
+    invalidated: Mutex<Vec<(String, Vec<BitmapReport>)>>,
+}
+
+struct State {
+    session: SessionId,
+    /// Whether what an earlier attempt left is of no use.
+    is_fresh: bool,
+    /// Those whose disk has come.
+    places: Vec<Arc<Written>>,
+}
+
+impl InPlace {
+    /// Opens and locks all images. Nothing is written. `watching` is told what takes long later.
+    pub(super) fn open(
+        options: &ReceiveOptions,
+        observer: &dyn Observer,
+        watching: Arc<dyn Observer>,
+    ) -> Result<Self> {
+        let target = |disk| Ok(Arc::new(Target::open(disk, options, observer)?));
+        let targets = options.disks.iter().map(target).collect::<Result<_>>()?;
+        let state = State { session: [0; 16], is_fresh: options.fresh, places: Vec::new() };
+        Ok(Self {
+            targets,
+            keeps: !options.no_verify,
+            observer: watching,
+            state: Mutex::new(state),
+            invalidated: Mutex::default(),
+        })
+    }
+
+    /// Another attempt follows, which goes on with what this one left.
+    pub(super) fn go_on(&self) {
+        lock(&self.state).is_fresh = false;
+    }
+
+    /// The destination's own bitmaps of a disk that are not valid.
+    pub(super) fn take_invalidated(&self, id: &str) -> Vec<BitmapReport> {
+        let mut found = lock(&self.invalidated);
+        let index = found.iter().position(|(of, _)| of == id);
+        index.map(|index| found.swap_remove(index).1).unwrap_or_default()
+    }
+
+    /// What is known of a session.
+    fn look(&self, session: SessionId) -> Result<SessionState> {
+        let traces = self.targets.iter().map(|target| target.trace(session));
+        Ok(state(&traces.collect::<Result<Vec<_>>>()?, self.keeps))
+    }
+
+    fn begin_disk(&self, wanted: &Wanted<'_>) -> Result<Arc<Written>> {
+        let known = self.targets.iter().find(|target| target.id == wanted.name);
+        let target = known.ok_or_else(|| no_place(wanted.name, &self.targets))?;
+        let mut state = lock(&self.state);
+        // Where content is kept that is not sent, a journal does not say all.
+        let session = (self.keeps && !wanted.keeps_rest).then_some(state.session);
+        let how = (session, state.is_fresh);
+        let place = Arc::new(Written::begin(target.clone(), wanted.size, how, &self.observer)?);
+        state.places.push(Arc::clone(&place));
+        Ok(place)
+    }
+
+    fn finish(&self) -> Result<()> {
+        let places = std::mem::take(&mut lock(&self.state).places);
+        for place in &places {
+            let invalidated = place.finish()?;
+            lock(&self.invalidated).push((place.target.id.clone(), invalidated));
+        }
+        // Until all are finished each of them can be gone on with.
+        places.iter().try_for_each(|place| place.end())
+    }
+}
+
+impl Destination for InPlace {
+    fn begin(&self, session: SessionId) -> stream::Result<SessionState> {
+        let is_fresh = {
+            let mut state = lock(&self.state);
+            state.session = session;
+            state.is_fresh
+        };
+        if is_fresh { Ok(SessionState::Fresh) } else { Ok(self.look(session)?) }
+    }
+
+    fn forget(&self) -> stream::Result<()> {
+        lock(&self.state).is_fresh = true;
+        Ok(())
+    }
+
+    fn place(&self, wanted: &Wanted<'_>) -> stream::Result<Arc<dyn Place>> {
+        Ok(self.begin_disk(wanted)?)
+    }
+
+    fn commit(&self) -> stream::Result<()> {
+        Ok(self.finish()?)
+    }
+
+    fn abort(&self, fate: Fate) {
+        for place in std::mem::take(&mut lock(&self.state).places) {
+            if let Err(error) = place.leave(fate) {
+                tracing::warn!(%error, "what arrived last will be sent again");
+            }
+        }
+    }
+}
+
+fn no_place(name: &str, targets: &[Arc<Target>]) -> Error {
+    let names: Vec<_> = targets.iter().map(|target| target.id.as_str()).collect();
+    let reason =
+        format!("the source sends a disk named {name:?}, and there are places for {names:?}");
+    Error::Usage { reason }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,147 @@
+//! An existing image, before its disk has come.
+
+use std::path::PathBuf;
+
+use block_mig::journal::Replayed;
+use qcow2_file::layout::header::incompatible;
+use qcow2_file::{Access, Chain, HostFile, Opener, Storage as _};
+
+use super::super::ReceiveOptions;
+use crate::berth::{Log, Receipt, Trace, log_of, short_words};
+use crate::copy::Format;
+use crate::disk::{Disk, Request, check_probe};
+use crate::incoming::SessionId;
+use crate::options::DiskOption;
+use crate::renames::{NO_PLACE_IN_RAW, NO_PLACE_IN_VERSION_2, Renames};
+use crate::{Error, Observer, Result, Silent};
+
+/// An existing image, before its disk has come.
+pub(super) struct Target {
+    pub(super) id: String,
+    pub(super) path: PathBuf,
+    pub(super) format: Format,
+    pub(super) allow_backing: bool,
+    pub(super) renames: Renames,
+    /// Holds the locks.
+    pub(super) chain: Chain,
+}
+
+impl Target {
+    pub(super) fn open(
+        disk: &DiskOption,
+        options: &ReceiveOptions,
+        observer: &dyn Observer,
+    ) -> Result<Self> {
+        let path = disk.path.as_path();
+        let is_device = HostFile::open(path, Access::Read)?.is_device();
+        let format = disk.format.or(is_device.then_some(Format::Raw));
+        let chain = Opener::new()
+            .format(format.map(Into::into))
+            .access(Access::ReadWrite)
+            .allow_named_files(options.allow_backing)
+            .accept_unfinished(true)
+            .lock(true)
+            .open(path)?;
+        check_probe(path, &chain, observer)?;
+        let header = chain.top().as_qcow2().map(qcow2_file::Image::header);
+        if header.is_none_or(|header| header.version < 3) {
+            observer.warning(&format!(
+                "{} is written in place: until the migration is complete it holds neither the old \
+                 nor the new content, and nothing in it says so",
+                path.display()
+            ));
+        }
+        Ok(Self {
+            id: disk.id.clone(),
+            path: path.to_owned(),
+            format: chain.top().format().into(),
+            allow_backing: options.allow_backing,
+            renames: Renames::of(&options.renames, &disk.id),
+            chain,
+        })
+    }
+
+    /// Makes a raw file as long as the disk. A device that is longer will do.
+    pub(super) fn fit(&self, file: &HostFile, size: u64) -> Result<()> {
+        let failed = |action| move |source| Error::File { action, path: self.path.clone(), source };
+        let len = file.len().map_err(failed("find the size of"))?;
+        match file.is_device() {
+            true if len < size => Err(self.other_size(len, size)),
+            false if len > size => Err(self.other_size(len, size)),
+            false if len < size => file.set_len(size).map_err(failed("set the length of")),
+            _ => Ok(()),
+        }
+    }
+
+    pub(super) fn other_size(&self, found: u64, wanted: u64) -> Error {
+        let path = self.path.display();
+        let reason = format!("{path} has {found} bytes and the source's disk {wanted}");
+        Error::Usage { reason }
+    }
+
+    /// How it is opened to be read back: as it is, without locks, since we hold them.
+    pub(super) fn reopen(&self) -> Result<Disk> {
+        let request = Request {
+            allow_named: self.allow_backing,
+            accepts_unfinished: true,
+            is_locked_already: true,
+            ..Request::new(&self.path, Some(self.format))
+        };
+        Disk::open(&request, &Silent)
+    }
+
+    /// Why it can hold no bitmaps, if so.
+    pub(super) fn cannot_hold(&self) -> Option<&'static str> {
+        match self.chain.top().as_qcow2() {
+            None => Some(NO_PLACE_IN_RAW),
+            Some(image) => (image.header().version < 3).then_some(NO_PLACE_IN_VERSION_2),
+        }
+    }
+
+    /// Whether all that it reads stands in its own file.
+    pub(super) fn stands_alone(&self) -> bool {
+        let has_data_file =
+            self.chain.top().as_qcow2().is_some_and(|image| image.header().has_data_file());
+        self.chain.layers().len() == 1 && !has_data_file
+    }
+
+    /// log2 of what is written together.
+    pub(super) fn cluster_bits(&self) -> u32 {
+        let image = self.chain.top().as_qcow2();
+        image.map_or(u32::MAX, |image| image.header().cluster_bits)
+    }
+
+    /// What it is to be, as a journal and a receipt say it.
+    pub(super) fn words(&self) -> String {
+        let words = format!("in place {} {}", self.format, self.renames.text());
+        short_words(words.trim_end())
+    }
+
+    /// What an earlier attempt of this session left.
+    pub(super) fn trace(&self, session: SessionId) -> Result<Trace> {
+        let Some(log) = log_of(&self.path)? else { return Ok(Trace::Nothing) };
+        if self.is_published(session, &log)? {
+            return Ok(Trace::Published);
+        }
+        let words = self.words();
+        let is_ours =
+            |found: &Replayed| found.identity.session == session && found.identity.target == words;
+        Ok(if log.peek()?.is_some_and(|found| is_ours(&found)) {
+            Trace::Begun
+        } else {
+            Trace::Nothing
+        })
+    }
+
+    /// Whether a receipt speaks for it, and it does not say of itself that it is unfinished.
+    fn is_published(&self, session: SessionId, log: &Log) -> Result<bool> {
+        let header = self.chain.top().as_qcow2().map(qcow2_file::Image::header);
+        let is_unfinished =
+            header.is_some_and(|h| h.incompatible_features & incompatible::UNFINISHED_COPY != 0);
+        let is_it = |receipt: Receipt| {
+            let size = self.chain.virtual_size();
+            receipt.session == session && receipt.size == size && receipt.target == self.words()
+        };
+        Ok(!is_unfinished && Receipt::read(log)?.is_some_and(is_it))
+    }
+}

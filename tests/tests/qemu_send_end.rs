@@ -1,0 +1,227 @@
+//! How a migration to a QEMU ends, and what is claimed where nobody says so: a destination that may
+//! run by now is no failure, and one that may not is no success.
+#![allow(clippy::unwrap_used)]
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use bitferry::qemu::outgoing::{self, Options, SourceDisk};
+use bitferry::report::{BitmapOutcome, Status};
+use bitferry::{Observer, Silent, exit_status};
+use bitferry_tests::destination::{Destination, connection_with};
+use bitferry_tests::image::make;
+use bitferry_tests::{Peer, Scratch, require_all};
+use mig_core::transport::Connection;
+use serde_json::{Value, json};
+
+const MIB: u64 = 1 << 20;
+
+fn peers() -> bool {
+    require_all(&[Peer::Qemu72, Peer::Qemu10, Peer::QemuImg, Peer::QemuIo, Peer::QemuNbd])
+}
+
+fn bitmaps_of(disks: &[(&str, &Path)]) -> Options {
+    let disk = |(id, path): &(&str, &Path)| SourceDisk {
+        id: (*id).to_owned(),
+        path: (*path).to_owned(),
+        format: None,
+    };
+    Options { disks: disks.iter().map(disk).collect(), ..Options::default() }
+}
+
+/// A peer of our own that takes everything and then answers `answer`, or says nothing and stays.
+fn answering(answer: Option<&'static [u8]>, patience: Duration) -> Connection {
+    let (ours, mut theirs) = UnixStream::pair().unwrap();
+    std::thread::spawn(move || {
+        let mut bytes = [0; 4096];
+        let mut seen = Vec::new();
+        // The description ends the stream.
+        while !seen.ends_with(b"\x06\0\0\0\x02{}") {
+            match theirs.read(&mut bytes) {
+                Ok(len @ 1..) => seen.extend_from_slice(&bytes[..len]),
+                _ => return,
+            }
+        }
+        match answer {
+            Some(answer) => theirs.write_all(answer).unwrap(),
+            None => std::thread::sleep(Duration::from_secs(30)),
+        }
+    });
+    connection_with(ours, patience)
+}
+
+#[test]
+fn every_answer_has_its_meaning() {
+    if !require_all(&[Peer::QemuImg]) {
+        return;
+    }
+    let scratch = Scratch::new();
+    let source = make(&scratch, "s.qcow2", 2 * MIB).bitmap("b", 65536).done();
+    let options = bitmaps_of(&[("d", &source)]);
+    let patience = Duration::from_secs(20);
+    let run = |answer, patience| outgoing::run(answering(answer, patience), &options, &Silent);
+    let shut = b"\0\x01\0\x04\0\0\0\0";
+    for answer in [&shut[..], b"\0\x02\0\x04\0\0\0\x07\0\x07\0\0\0\x01\0\x04\0\0\0\0"] {
+        let report = run(Some(answer), patience).unwrap();
+        assert_eq!(report.status, Status::Completed);
+    }
+    let error = run(Some(b"\0\x01\0\x04\0\0\0\x01"), patience).expect_err("it fails");
+    assert_eq!(error.exit_status(), 4, "{error}");
+    // It has everything, and may run: what says no less than that it failed proves nothing.
+    for answer in [
+        &b""[..],
+        b"\0\x01\0",
+        b"\0\x09\0\0",
+        b"\0\x01\xff\xff",
+        b"\0\x04\0\x0c\0\0\0\0\0\0\0\0\0\0\x10\0",
+        b"\0\x03\0\x11\0\0\0\0\0\0\0\0\0\0\x10\0\x04pc.r",
+    ] {
+        let report = run(Some(answer), patience).unwrap();
+        assert_eq!((report.status, exit_status(&report)), (Status::Unknown, 8), "{answer:?}");
+    }
+    let report = run(None, Duration::from_millis(200)).unwrap();
+    assert_eq!((report.status, exit_status(&report)), (Status::Unknown, 8));
+}
+
+/// Kills the destination once it has said how the migration ended.
+struct LastWord<F> {
+    reader: Box<dyn Read + Send>,
+    then: Option<F>,
+}
+
+impl<F: FnOnce()> Read for LastWord<F> {
+    fn read(&mut self, bytes: &mut [u8]) -> std::io::Result<usize> {
+        let len = self.reader.read(bytes)?;
+        if let Some(then) = self.then.take() {
+            then();
+        }
+        Ok(len)
+    }
+}
+
+#[test]
+fn a_monitor_that_is_gone_leaves_the_outcome_unknown() {
+    if !peers() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let source = make(&scratch, "s.qcow2", 2 * MIB).bitmap("b", 65536).done();
+    let target = make(&scratch, "t.qcow2", 2 * MIB).done();
+    let mut destination = Destination::of_bitmaps(Peer::Qemu10, &[("d", &target)]);
+    let mut options = bitmaps_of(&[("d", &source)]);
+    options.peer_qmp = Some(destination.monitor());
+    let connection = destination.connect();
+    let prepared = outgoing::prepare(&options, &Silent).unwrap();
+    let then = Some(move || drop(destination.qemu.kill()));
+    let reader = Box::new(LastWord { reader: connection.reader, then });
+    let report = prepared.send(Connection { reader, ..connection }, &Silent).unwrap();
+    assert_eq!((report.status, exit_status(&report)), (Status::Unknown, 8));
+    assert_eq!(report.disks[0].bitmaps[0].outcome, BitmapOutcome::Sent);
+    assert!(report.error.unwrap().contains("monitor"));
+}
+
+/// A monitor of our own: a QEMU 10 with one node of 2 MiB, whose migration stands as it is told to.
+fn monitor(scratch: &Scratch, status: &'static str) -> PathBuf {
+    let path = scratch.path(status);
+    let listener = UnixListener::bind(&path).unwrap();
+    std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        let version = json!({ "major": 10, "minor": 0, "micro": 0 });
+        let greeting = json!({ "QMP": { "version": { "qemu": version }, "capabilities": [] } });
+        writeln!(stream, "{greeting}").unwrap();
+        for line in BufReader::new(stream.try_clone().unwrap()).lines() {
+            let Ok(line) = line else { return };
+            let request: Value = serde_json::from_str(&line).unwrap();
+            let answer = match request["execute"].as_str().unwrap() {
+                "query-status" => json!({ "status": "inmigrate" }),
+                "query-migrate" => json!({ "status": status, "error-desc": "said so" }),
+                "query-named-block-nodes" => {
+                    let image = json!({ "virtual-size": 2 * MIB });
+                    json!([{ "node-name": "d", "image": image, "ro": false }])
+                }
+                "query-block" => json!([]),
+                _ => json!({}),
+            };
+            writeln!(stream, "{}", json!({ "return": answer, "id": request["id"] })).unwrap();
+        }
+    });
+    path
+}
+
+/// A user who has no time to wait.
+struct Impatient;
+
+impl Observer for Impatient {
+    fn is_cancelled(&self) -> bool {
+        true
+    }
+}
+
+#[test]
+fn where_the_line_says_nothing_the_monitor_decides() {
+    if !require_all(&[Peer::QemuImg]) {
+        return;
+    }
+    let scratch = Scratch::new();
+    let source = make(&scratch, "s.qcow2", 2 * MIB).bitmap("b", 65536).done();
+    let shut = b"\0\x01\0\x04\0\0\0\0";
+    for answer in [&b""[..], shut] {
+        let run = |status, observer: &dyn Observer| {
+            let mut options = bitmaps_of(&[("d", &source)]);
+            let dir = Scratch::new();
+            options.peer_qmp = Some(monitor(&dir, status));
+            let prepared = outgoing::prepare(&options, &Silent).unwrap();
+            prepared.send(answering(Some(answer), Duration::from_secs(20)), observer)
+        };
+        let report = run("completed", &Impatient).unwrap();
+        // The node of this monitor never has a bitmap.
+        assert_eq!((report.status, exit_status(&report)), (Status::Completed, 6));
+        assert_eq!(report.disks[0].bitmaps[0].outcome, BitmapOutcome::Dropped);
+        let error = run("failed", &Silent).expect_err("it failed");
+        assert!(error.to_string().contains("said so") && error.exit_status() == 4, "{error}");
+        let report = run("active", &Impatient).unwrap();
+        assert_eq!((report.status, exit_status(&report)), (Status::Unknown, 8));
+        assert!(report.error.unwrap().contains("\"active\""));
+    }
+}
+
+/// A connection whose other direction breaks once something has come.
+struct Broken(Box<dyn Read + Send>);
+
+impl Read for Broken {
+    fn read(&mut self, bytes: &mut [u8]) -> std::io::Result<usize> {
+        let _ = self.0.read(bytes)?;
+        Err(std::io::ErrorKind::ConnectionReset.into())
+    }
+}
+
+#[test]
+fn a_qemu_that_took_over_is_no_failure_because_its_answer_was_lost() {
+    if !peers() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let source = make(&scratch, "s.qcow2", 2 * MIB).bitmap("b", 65536).write(1, 0, 512).done();
+    for peer in [Peer::Qemu72, Peer::Qemu10] {
+        for is_asked in [true, false] {
+            let target = make(&scratch, "t.qcow2", 2 * MIB).done();
+            let mut destination = Destination::of_bitmaps(peer, &[("d", &target)]);
+            let mut options = bitmaps_of(&[("d", &source)]);
+            options.peer_qmp = is_asked.then(|| destination.monitor());
+            let prepared = outgoing::prepare(&options, &Silent).unwrap();
+            let connection = destination.connect();
+            let reader = Box::new(Broken(connection.reader));
+            let report = prepared.send(Connection { reader, ..connection }, &Silent).unwrap();
+            let expected = if is_asked {
+                (Status::Completed, 0, BitmapOutcome::Preserved)
+            } else {
+                (Status::Unknown, 8, BitmapOutcome::Sent)
+            };
+            let outcome = report.disks[0].bitmaps[0].outcome;
+            assert_eq!((report.status, exit_status(&report), outcome), expected, "{peer:?}");
+            destination.completes();
+        }
+    }
+}
