@@ -15,6 +15,11 @@ const THROTTLE_STEP: u8 = 10;
 pub const THROTTLE_MAX: u8 = 99;
 /// Passes in a row without progress before something is done about it.
 const STUCK_PASSES: u32 = 3;
+/// Answers that a paused guest waits for: to the barrier behind the final pass, to the one behind
+/// the seals, to PREPARE and to COMMIT.
+const ANSWERS: u32 = 4;
+/// What passes send that says something of the bandwidth: less is gone before it is measured.
+const TELLING_BYTES: u64 = 1 << 20;
 
 /// What the user allows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -136,6 +141,28 @@ pub fn makes_progress(sent: u64, dirtied: u64) -> bool {
     u128::from(dirtied) * 100 < u128::from(sent) * u128::from(PROGRESS_PERCENT)
 }
 
+/// What was measured of that which a handover takes besides sending.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Handover {
+    /// An answer to something for which nothing is to be done.
+    pub round_trip: Duration,
+    /// An answer to a barrier behind a pass that has to be durable before.
+    pub settling: Duration,
+    /// An answer to PREPARE, in an earlier attempt that did not come further.
+    pub prepare: Option<Duration>,
+}
+
+impl Handover {
+    /// How long the guest waits besides for what is sent: for its answers, for PREPARE to make the
+    /// final pass durable, and for COMMIT to do so with what is renamed.
+    pub fn expected(&self) -> Duration {
+        let durable = self.settling.saturating_sub(self.round_trip);
+        let prepare = self.prepare.map(|took| took.saturating_sub(self.round_trip));
+        let prepare = prepare.unwrap_or_default().max(durable);
+        self.round_trip.saturating_mul(ANSWERS).saturating_add(prepare).saturating_add(durable)
+    }
+}
+
 /// What passes taught of the bandwidth: a mean in which half a second of new measurements weighs as
 /// much as all before.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
@@ -144,17 +171,19 @@ pub struct Bandwidth {
 }
 
 impl Bandwidth {
-    /// Adds a measurement. Very short ones say nothing and are left out.
+    /// Adds a measurement. Very short ones say nothing and are left out; so do those of little,
+    /// unless there is nothing better.
     pub fn add(&mut self, bytes: u64, took: Duration) {
         const HALF: f64 = 0.5;
         let seconds = took.as_secs_f64();
-        if bytes == 0 || seconds < 1e-4 {
+        let is_known = self.bytes_per_second > 0.0;
+        if bytes == 0 || seconds < 1e-4 || (is_known && bytes < TELLING_BYTES) {
             return;
         }
         // Exact up to 2^53 bytes: more than a pass sends.
         #[allow(clippy::cast_precision_loss)]
         let measured = bytes as f64 / seconds;
-        let weight = if self.bytes_per_second == 0.0 { 1.0 } else { seconds / (seconds + HALF) };
+        let weight = if is_known { seconds / (seconds + HALF) } else { 1.0 };
         self.bytes_per_second += (measured - self.bytes_per_second) * weight;
     }
 
@@ -274,6 +303,26 @@ mod tests {
     }
 
     #[test]
+    fn a_handover_waits_for_answers_and_for_storage() {
+        let ms = Duration::from_millis;
+        let measured = Handover { round_trip: ms(2), settling: ms(12), prepare: None };
+        assert_eq!(measured.expected(), ms(4 * 2 + 10 + 10));
+        // What an earlier attempt ran into counts, and is never less than what is known now.
+        assert_eq!(Handover { prepare: Some(ms(52)), ..measured }.expected(), ms(8 + 50 + 10));
+        assert_eq!(Handover { prepare: Some(ms(3)), ..measured }.expected(), ms(8 + 10 + 10));
+        assert_eq!(Handover { settling: ms(1), ..measured }.expected(), ms(8));
+        assert_eq!(Handover::default().expected(), Duration::ZERO);
+        let worst = Handover { round_trip: ms(0), settling: Duration::MAX, prepare: None };
+        assert_eq!(worst.expected(), Duration::MAX);
+        // It is part of the pause that is allowed.
+        let limits = Limits { downtime: ms(27), ..Limits::default() };
+        let now = Standing { remaining: 0, overhead: measured.expected(), ..standing() };
+        assert_eq!(decide(&limits, &now), Decision::GoOn);
+        let limits = Limits { downtime: ms(28), ..limits };
+        assert_eq!(decide(&limits, &now), Decision::SwitchOver(ms(28)));
+    }
+
+    #[test]
     fn the_pause_is_sending_and_what_comes_besides() {
         let now = Standing { overhead: Duration::from_millis(50), ..standing() };
         assert_eq!(expected_downtime(&now), Some(Duration::from_millis(1050)));
@@ -285,6 +334,9 @@ mod tests {
         for _ in 0..20 {
             bandwidth.add(50 * MB, Duration::from_millis(500));
         }
+        assert_eq!(bandwidth.bytes_per_second(), 100 * MB);
+        // A few bytes and a sync behind them say nothing of the bandwidth.
+        bandwidth.add(1000, Duration::from_secs(1));
         assert_eq!(bandwidth.bytes_per_second(), 100 * MB);
         (0..8).for_each(|_| bandwidth.add(10 * MB, Duration::from_secs(1)));
         assert!((10 * MB..11 * MB).contains(&bandwidth.bytes_per_second()));

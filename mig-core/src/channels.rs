@@ -1,6 +1,6 @@
 //! The source's connections: lanes on which records of any section go out (SPEC 4.2 and 8).
 
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 
 use format_spec::native::control::{self, Control};
@@ -23,6 +23,7 @@ pub struct Channels {
     breaker: Arc<Breaker>,
     /// Where the search for a free lane begins.
     next: AtomicUsize,
+    is_unmetered: AtomicBool,
 }
 
 struct Lane {
@@ -48,7 +49,8 @@ impl Channels {
             state: Mutex::new(LaneState { writer, open: None }),
         };
         let lanes = writers.into_iter().map(lane).collect();
-        Self { lanes, meter, breaker, next: AtomicUsize::new(0) }
+        let (next, is_unmetered) = (AtomicUsize::new(0), AtomicBool::new(false));
+        Self { lanes, meter, breaker, next, is_unmetered }
     }
 
     /// How many there are.
@@ -62,14 +64,15 @@ impl Channels {
         self.lanes.iter().map(written).fold(0, u64::saturating_add)
     }
 
-    /// The limit on what all of them send together.
-    pub fn meter(&self) -> &Meter {
-        &self.meter
+    /// Waits until so many bytes may be sent on all of them together.
+    pub fn spend(&self, bytes: u64) {
+        let is_free = || self.breaker.is_broken() || self.is_unmetered.load(Ordering::Acquire);
+        self.meter.spend(bytes, &is_free);
     }
 
-    /// Whether the session has failed: nothing that is sent now matters.
-    pub fn is_broken(&self) -> bool {
-        self.breaker.is_broken()
+    /// Nobody waits for bandwidth any more: the migration is about to stop.
+    pub fn unmeter(&self) {
+        self.is_unmetered.store(true, Ordering::Release);
     }
 
     /// Content is compressed from now on, on all lanes.
@@ -243,7 +246,7 @@ impl<'c> Outlet<'c> {
     /// chosen, as soon as the bandwidth allows it.
     pub fn content(&self, kind: u16, head: &[u8], content: &[u8]) -> Result<()> {
         let len = head.len().saturating_add(content.len()) as u64;
-        self.channels.meter.spend(len, &|| self.channels.is_broken());
+        self.channels.spend(len);
         self.channels.breaker_check()?;
         let Some(mut lane) = self.channels.any() else {
             return Err(crate::stream::Error::Ended);

@@ -54,7 +54,9 @@ impl Gate {
         state.enter(barrier)?;
         if state.waiting.iter().all(|waits| *waits) {
             drop(state);
+            let closing = CloseOnPanic(self);
             let applied = apply();
+            drop(closing);
             let mut state = self.lock();
             state.passed = barrier.number;
             state.waiting.fill(false);
@@ -82,6 +84,17 @@ impl Gate {
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Whatever ends the one who applies must not leave the others waiting.
+struct CloseOnPanic<'a>(&'a Gate);
+
+impl Drop for CloseOnPanic<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.close();
+        }
     }
 }
 
@@ -139,6 +152,20 @@ mod tests {
                     }
                 });
             }
+        });
+    }
+
+    #[test]
+    fn a_panic_while_it_is_applied_frees_the_others() {
+        let gate = Gate::new(2);
+        std::thread::scope(|scope| {
+            let waiter = scope.spawn(|| gate.arrive(barrier(1, 1), || Ok(())));
+            while gate.lock().waiting != [false, true] {
+                std::thread::yield_now();
+            }
+            let applies = scope.spawn(|| gate.arrive(barrier(1, 0), || panic!("a handler's own")));
+            assert!(applies.join().is_err());
+            assert!(matches!(waiter.join().unwrap(), Err(Error::Ended)));
         });
     }
 

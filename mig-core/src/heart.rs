@@ -35,8 +35,23 @@ impl Heart {
         self.stopped.notify_all();
     }
 
+    /// Stops it when what this returns is dropped, also by a panic.
+    pub fn stop_on_drop(&self) -> Stopping<'_> {
+        Stopping(self)
+    }
+
     fn lock(&self) -> MutexGuard<'_, bool> {
         self.is_stopped.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Stops a heart when it is dropped.
+#[derive(Debug)]
+pub struct Stopping<'a>(&'a Heart);
+
+impl Drop for Stopping<'_> {
+    fn drop(&mut self) {
+        self.0.stop();
     }
 }
 
@@ -49,13 +64,12 @@ pub fn within<T>(
 ) -> T {
     let heart = Heart::new();
     std::thread::scope(|scope| {
+        let _stopping = heart.stop_on_drop();
         scope.spawn(|| {
             if !heart.wait(limit) {
                 line.hang_up();
             }
         });
-        let result = body();
-        heart.stop();
-        result
+        body()
     })
 }

@@ -35,6 +35,7 @@ mod tests;
 
 use std::time::Duration;
 
+use crate::incoming::SessionId;
 use crate::outgoing::Sent;
 
 pub use builder::{Builder, Outgoing};
@@ -47,6 +48,9 @@ pub struct Report {
     /// How it ended, and what the destination said. With
     /// [`Unknown`](crate::outgoing::Outcome::Unknown) the guest stays paused.
     pub sent: Sent,
+    /// The session to ask for again. Not the one that was given where a connection was lost when
+    /// the destination may have been ready, since the guest has gone on after that.
+    pub session: SessionId,
     /// How long the guest was paused, from the call to pause it until the destination had answered
     /// that it has taken over.
     pub downtime: Duration,

@@ -9,6 +9,7 @@ use block_mig::limits::UNIT_BYTES;
 use block_mig::plan::{Scope, survey};
 use block_mig::save::SaveCounts;
 use block_mig::{SaveBlocks, SaveDisk, SaveOptions};
+use format_spec::Blame;
 use format_spec::native::block::DiskId;
 use mig_core::guest::Guest;
 use mig_core::heart::Heart;
@@ -21,6 +22,7 @@ use super::builder::{LiveDisk, Outgoing};
 use super::paused::Whole;
 use super::steering::{Eye, Steering, millis};
 use super::{DiskReport, Report};
+use crate::incoming::SessionId;
 use crate::observe::Progress;
 use crate::outgoing::{Outcome, OutgoingOptions, Sent, send};
 use crate::policy::Reason;
@@ -45,24 +47,30 @@ impl Outgoing<'_> {
         let mut whole = Whole { guest, disks: &self.disks, migration, since: None };
         let mut steering = Steering::new(migration, self.limits);
         let mut counts = Vec::new();
-        let mut reconnects = 0;
-        let mut lost: Option<Instant> = None;
+        let mut session = self.session;
+        let mut losses = Losses::default();
         let result = loop {
-            let error = match self.attempt(dial, &mut whole, &mut steering, &mut counts) {
+            let error = match self.attempt(dial, session, &mut whole, &mut steering, &mut counts) {
                 Err(error) if self.may_go_on(&error) => error,
                 ended => break ended,
             };
-            // Only a connection that was made begins the wait anew.
-            let is_new = !matches!(error, stream::Error::Connect(_)) || lost.is_none();
-            let since = *lost.insert(lost.filter(|_| !is_new).unwrap_or_else(Instant::now));
+            let is_connected = !matches!(error, stream::Error::Connect(_));
+            let since = losses.note(is_connected, self.sent_bytes());
             if since.elapsed() >= self.reconnect {
                 break Err(error);
             }
             tracing::warn!(%error, "the connection was lost; trying again");
-            reconnects += u32::from(is_new);
+            if steering.take_prepared() {
+                // The destination may be ready with what the guest has changed since.
+                match crate::random_id() {
+                    Ok(other) => session = other,
+                    Err(source) => break Err(stream::Error::handler(Blame::Device, source)),
+                }
+            }
             steering.restart();
             std::thread::sleep(RETRY_PAUSE.min(self.reconnect));
         };
+        let reconnects = losses.made;
         self.disks.iter().for_each(|disk| disk.disk.stop_tracking());
         migration.set_throttle(0);
         let downtime = whole.since.map(|since| since.elapsed()).unwrap_or_default();
@@ -75,7 +83,8 @@ impl Outgoing<'_> {
                 self.note_end(&sent, downtime);
                 let disks = self.disks.iter().zip(&counts);
                 let disks = disks.map(|(disk, counts)| report(&disk.name, counts)).collect();
-                Ok(Report { sent, downtime, passes: steering.passes, reconnects, disks })
+                let passes = steering.passes;
+                Ok(Report { sent, session, downtime, passes, reconnects, disks })
             }
             Err(error) => Err(self.note_failure(error, steering.reason)),
         }
@@ -85,6 +94,7 @@ impl Outgoing<'_> {
     fn attempt(
         &self,
         dial: &dyn Dial,
+        session: SessionId,
         whole: &mut Whole<'_>,
         steering: &mut Steering<'_>,
         counts: &mut Vec<Arc<SaveCounts>>,
@@ -115,7 +125,7 @@ impl Outgoing<'_> {
             vec![Box::new(blocks), Box::new(bitmaps)];
         handlers.extend(self.states.iter().map(|make| make()));
         let options = OutgoingOptions {
-            session: self.session,
+            session,
             channels: self.channels,
             compression: self.compression,
             resumes: !self.reconnect.is_zero(),
@@ -128,10 +138,14 @@ impl Outgoing<'_> {
         std::thread::scope(|scope| {
             // Whoever waits for bandwidth learns of a new limit, and of a call to stop.
             scope.spawn(|| watch.run(LOOK_INTERVAL, || eye.steer_meter()));
-            let result = send(dial, handlers, whole, steering, &options);
-            watch.stop();
-            result
+            let _stopping = watch.stop_on_drop();
+            send(dial, handlers, whole, steering, &options)
         })
+    }
+
+    /// Bytes that were sent of all disks in all attempts.
+    fn sent_bytes(&self) -> u64 {
+        self.migration.info().disk.map_or(0, |disk| disk.normal_bytes)
     }
 
     /// Bytes of content to be sent at least, as the disks say.
@@ -180,6 +194,25 @@ impl Outgoing<'_> {
             info.status = if is_cancelled { Status::Cancelled } else { Status::Failed };
         });
         error
+    }
+}
+
+/// Connections that were lost.
+#[derive(Debug, Default)]
+struct Losses {
+    /// How many of them had been made.
+    made: u32,
+    /// Since when nothing comes of it, and what had been sent by then.
+    since: Option<(Instant, u64)>,
+}
+
+impl Losses {
+    /// Notes one, and answers since when nothing comes of it: a peer that takes connections and
+    /// drops them is waited for no longer than one that takes none.
+    fn note(&mut self, is_made: bool, sent_bytes: u64) -> Instant {
+        self.made += u32::from(is_made || self.since.is_none());
+        let vain = self.since.filter(|(_, before)| *before == sent_bytes);
+        self.since.insert(vain.unwrap_or_else(|| (Instant::now(), sent_bytes))).0
     }
 }
 

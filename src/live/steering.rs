@@ -1,5 +1,6 @@
 //! Between two rounds: what the measurements say, what is decided, what others get to see.
 
+use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use block_mig::Monitor;
@@ -8,8 +9,13 @@ use mig_core::meter::Meter;
 use crate::Observer;
 use crate::observe::Progress;
 use crate::outgoing::{Next, Policy, Round};
-use crate::policy::{self, Bandwidth, Decision, Limits, Reason, Standing};
+use crate::policy::{self, Bandwidth, Decision, Handover, Limits, Reason, Standing};
 use crate::status::{Migration, Status};
+
+/// Rounds whose wait for storage is remembered.
+const SETTLED_ROUNDS: usize = 3;
+/// Shortest time from the begin of one round to that of the next, while the guest runs.
+const MIN_ROUND: Duration = Duration::from_millis(10);
 
 /// What is learnt over all attempts of one migration.
 #[derive(Debug)]
@@ -22,6 +28,11 @@ pub(super) struct Steering<'a> {
     stuck_passes: u32,
     /// What was left after the round before: what this round had to send.
     left_before: Option<u64>,
+    /// What the last rounds waited for storage, the newest last.
+    settled: VecDeque<Duration>,
+    handover: Handover,
+    /// Whether an attempt came as far as PREPARE: the destination may be ready with it.
+    has_prepared: bool,
     /// Why it gave up, if it did.
     pub(super) reason: Option<Reason>,
 }
@@ -36,6 +47,9 @@ impl<'a> Steering<'a> {
             passes: 0,
             stuck_passes: 0,
             left_before: None,
+            settled: VecDeque::new(),
+            handover: Handover::default(),
+            has_prepared: false,
             reason: None,
         }
     }
@@ -44,6 +58,23 @@ impl<'a> Steering<'a> {
     pub(super) fn restart(&mut self) {
         self.stuck_passes = 0;
         self.left_before = None;
+    }
+
+    /// Whether the attempt before came as far as PREPARE.
+    pub(super) fn take_prepared(&mut self) -> bool {
+        std::mem::take(&mut self.has_prepared)
+    }
+
+    /// What the handover takes besides sending. Storage is judged by the best of the last rounds: a
+    /// round in which others kept it busy says little of the pause.
+    fn overhead(&mut self, round: &Round) -> Duration {
+        self.settled.push_back(round.settling);
+        if self.settled.len() > SETTLED_ROUNDS {
+            self.settled.pop_front();
+        }
+        self.handover.settling = self.settled.iter().min().copied().unwrap_or_default();
+        self.handover.round_trip = round.round_trip;
+        self.handover.expected()
     }
 
     /// When the time is up, if it is limited.
@@ -61,12 +92,13 @@ impl<'a> Steering<'a> {
         self.stuck_passes = if is_stuck { self.stuck_passes.saturating_add(1) } else { 0 };
         let micros = round.took.as_micros().max(1);
         let dirty_rate = u128::from(remaining) * 1_000_000 / micros;
+        let overhead = self.overhead(round);
         Standing {
             remaining,
             has_bulk: round.pending.has_bulk,
             bandwidth: self.bandwidth.bytes_per_second(),
             dirty_rate: u64::try_from(dirty_rate).unwrap_or(u64::MAX),
-            overhead: Duration::ZERO,
+            overhead,
             elapsed: self.begun.elapsed(),
             passes: self.passes,
             stuck_passes: self.stuck_passes,
@@ -100,7 +132,11 @@ impl Policy for Steering<'_> {
         let decision = policy::decide(&Limits { downtime, ..self.limits }, &now);
         tracing::debug!(?now, ?decision, "decided");
         match decision {
-            Decision::GoOn => Next::Round,
+            Decision::GoOn => {
+                // Many small rounds would keep the destination's storage busy with syncs.
+                std::thread::sleep(MIN_ROUND.saturating_sub(round.took));
+                Next::Round
+            }
             Decision::SwitchOver(_) => Next::Complete,
             Decision::Throttle(percent) => {
                 self.migration.set_throttle(percent);
@@ -112,6 +148,18 @@ impl Policy for Steering<'_> {
                 Next::GiveUp
             }
         }
+    }
+
+    fn measures(&self) -> bool {
+        true
+    }
+
+    fn preparing(&mut self) {
+        self.has_prepared = true;
+    }
+
+    fn prepared(&mut self, took: Duration) {
+        self.handover.prepare = Some(took);
     }
 }
 

@@ -31,6 +31,8 @@ struct State {
     has_committed: bool,
     /// Whether HAVE is awaited.
     is_told: bool,
+    /// Whether this side has given up: what is told is forgotten.
+    is_deaf: bool,
     have: VecDeque<(DiskId, Option<Have>)>,
     ready: Option<Ready>,
     is_committed: bool,
@@ -106,17 +108,43 @@ impl Answers {
         arrival: &Arrival,
         breaker: &Breaker,
     ) -> Result<()> {
-        if !state.is_told {
-            return Err(arrival.protocol("it tells what it has, and nobody asked"));
-        }
         let mut state = state;
-        while state.have.len() >= HAVE_QUEUE {
+        loop {
+            if state.is_deaf {
+                return Ok(());
+            }
+            if !state.is_told {
+                return Err(arrival.protocol("it tells what it has, and nobody asked"));
+            }
+            if state.have.len() < HAVE_QUEUE {
+                break;
+            }
             breaker.check()?;
             let waited = self.changed.wait_timeout(state, LOOK_INTERVAL);
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
         state.have.push_back(have);
+        self.changed.notify_all();
         Ok(())
+    }
+
+    /// All that was asked for was told. More of it would keep acknowledgements from being read.
+    pub(super) fn told_all(&self) -> Result<()> {
+        let mut state = self.lock();
+        state.is_told = false;
+        self.changed.notify_all();
+        if state.have.is_empty() {
+            return Ok(());
+        }
+        Err(Error::protocol(0, 0, "it tells more of what it has than was asked for"))
+    }
+
+    /// This side gives up, and listens only for the end.
+    pub(super) fn stop_listening(&self) {
+        let mut state = self.lock();
+        state.is_deaf = true;
+        state.have.clear();
+        self.changed.notify_all();
     }
 
     /// A barrier is about to be written.

@@ -1,6 +1,6 @@
 //! The phases of the source, one after another.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use format_spec::Blame;
 use format_spec::native::answer::Ready;
@@ -19,6 +19,8 @@ use super::{Outcome, OutgoingOptions, RollBack, Sent};
 /// Bytes that a handler sends before the others have their turn, and before a barrier makes durable
 /// what arrived: about what is sent again after a cut.
 const TURN_BYTES: u64 = 256 << 20;
+/// How often it is looked whether all is to stop.
+const LOOK_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Drives one migration over connections that are made.
 pub(super) fn drive(
@@ -42,7 +44,8 @@ pub(super) fn drive(
     let heart = Heart::new();
     let is_one_way = reader.is_none();
     let result = std::thread::scope(|scope| {
-        scope.spawn(|| heart.run(options.timing.keepalive, || beat(&channels)));
+        let _ending = Ending { heart: &heart, answers: &answers, breaker: &breaker };
+        scope.spawn(|| tend(&heart, &channels, options));
         if let Some(reader) = reader {
             scope.spawn(|| answers.read(reader, &breaker));
         }
@@ -56,11 +59,11 @@ pub(super) fn drive(
             barriers: 0,
             options,
         };
-        let result = driver.run(rollback, policy);
-        let result = result.map_err(|error| driver.give_up(error));
-        heart.stop();
-        breaker.hang_up();
-        result
+        driver.run(rollback, policy).map_err(|error| {
+            // Nobody was told to take over: the guest need not wait until the farewells are said.
+            rollback.roll_back();
+            driver.give_up(error)
+        })
     });
     let (outcome, confirmed) = result?;
     sent.wire_bytes = channels.written();
@@ -68,11 +71,39 @@ pub(super) fn drive(
     Ok(sent)
 }
 
-/// A lane that fails is seen by whoever writes to it next.
-fn beat(channels: &Channels) {
-    if let Err(error) = channels.keepalive() {
-        tracing::debug!(%error, "cannot say that this side is alive");
+/// However driving ends, a panic included, the threads beside it end too.
+struct Ending<'a> {
+    heart: &'a Heart,
+    answers: &'a Answers,
+    breaker: &'a Breaker,
+}
+
+impl Drop for Ending<'_> {
+    fn drop(&mut self) {
+        self.heart.stop();
+        self.answers.stop_listening();
+        self.breaker.hang_up();
     }
+}
+
+/// Says now and then that this side lives, and lets go of those who wait for bandwidth when all is
+/// to stop.
+fn tend(heart: &Heart, channels: &Channels, options: &OutgoingOptions<'_>) {
+    let mut silence = Duration::ZERO;
+    let step = LOOK_INTERVAL.min(options.timing.keepalive);
+    heart.run(step, || {
+        if options.monitor.is_cancelled() {
+            channels.unmeter();
+        }
+        silence = silence.saturating_add(step);
+        if silence >= options.timing.keepalive {
+            silence = Duration::ZERO;
+            // A lane that fails is seen by whoever writes to it next.
+            if let Err(error) = channels.keepalive() {
+                tracing::debug!(%error, "cannot say that this side is alive");
+            }
+        }
+    });
 }
 
 /// The token of the handover: whoever holds it has let go of the guest. What fails from here on is
@@ -104,7 +135,7 @@ impl Driver<'_> {
         self.rounds(&mut rollback.handlers, policy)?;
         rollback.pause()?;
         self.complete(&mut rollback.handlers)?;
-        let (token, ready) = self.prepare(&rollback.handlers)?;
+        let (token, ready) = self.prepare(&rollback.handlers, policy)?;
         Ok((self.commit(token), ready))
     }
 
@@ -139,7 +170,7 @@ impl Driver<'_> {
             };
             handler.begin(&mut start, &outlet)?;
         }
-        Ok(())
+        self.answers.map_or(Ok(()), Answers::told_all)
     }
 
     /// Rounds while the guest runs, until all was sent once and the policy is content.
@@ -156,12 +187,16 @@ impl Driver<'_> {
                 }
             }
             // Durable, so that the pause that may follow covers the final pass alone.
-            let barrier = self.barrier(handlers, true)?;
-            self.wait_ack(barrier, handlers)?;
+            let settling = self.pass_barrier(handlers, true)?;
+            let took = begun.elapsed();
+            let wire_bytes = self.channels.written().saturating_sub(written);
+            let round_trip = match policy.measures() {
+                true => self.pass_barrier(handlers, false)?,
+                false => Duration::ZERO,
+            };
             let pending =
                 handlers.iter().map(|h| h.pending()).fold(Pending::default(), |a, b| a + b);
-            let wire_bytes = self.channels.written().saturating_sub(written);
-            let round = Round { number, took: begun.elapsed(), wire_bytes, pending };
+            let round = Round { number, took, wire_bytes, settling, round_trip, pending };
             tracing::debug!(?round, "round done");
             if pending.has_bulk {
                 continue;
@@ -195,8 +230,7 @@ impl Driver<'_> {
                 self.go_on()?;
                 handler.complete(stage, &self.outlet(&**handler))?;
             }
-            let barrier = self.barrier(handlers, false)?;
-            self.wait_ack(barrier, handlers)?;
+            self.pass_barrier(handlers, false)?;
         }
         Ok(())
     }
@@ -206,6 +240,7 @@ impl Driver<'_> {
     fn prepare(
         &mut self,
         handlers: &[Box<dyn SaveHandler + '_>],
+        policy: &mut dyn Policy,
     ) -> Result<(Token, Option<Ready>)> {
         let session = self.options.session;
         let Some(answers) = self.answers else {
@@ -213,14 +248,20 @@ impl Driver<'_> {
             return Ok((Token(()), None));
         };
         answers.expect_ready();
+        policy.preparing();
+        let begun = Instant::now();
         self.channels.control(&Control::Prepare(session))?;
         let ready = answers.wait_ready(self.options.monitor)?;
+        policy.prepared(begun.elapsed());
         let mut expected = Ready { session, disks: Vec::new(), bitmaps: Vec::new() };
         handlers.iter().for_each(|handler| handler.expect(&mut expected));
         if ready != expected {
             return Err(Error::Mismatch { reason: difference(&expected, &ready) });
         }
         self.go_on()?;
+        // It may have failed since: as long as COMMIT has not begun, that is no reason to stay
+        // paused.
+        self.breaker.check()?;
         Ok((Token(()), Some(ready)))
     }
 
@@ -251,6 +292,7 @@ impl Driver<'_> {
 
     /// Tells the destination why this side gives up, if it is there to hear it.
     fn give_up(&self, error: Error) -> Error {
+        self.answers.inspect(|answers| answers.stop_listening());
         let error = self.last_word(error);
         if !matches!(error, Error::Peer { .. } | Error::Connection { .. } | Error::Ended) {
             let text = crate::report::error_chain(&error);
@@ -291,13 +333,20 @@ impl Driver<'_> {
         Ok(self.barriers)
     }
 
-    /// Waits until everything before a barrier has been applied: only now does it count as sent.
-    fn wait_ack(&self, barrier: u64, handlers: &mut [Box<dyn SaveHandler + '_>]) -> Result<()> {
+    /// Places a barrier and waits until everything before it has been applied: only then does it
+    /// count as sent. Answers how long that took.
+    fn pass_barrier(
+        &mut self,
+        handlers: &mut [Box<dyn SaveHandler + '_>],
+        is_durable: bool,
+    ) -> Result<Duration> {
+        let begun = Instant::now();
+        let barrier = self.barrier(handlers, is_durable)?;
         if let Some(answers) = self.answers {
             answers.wait_ack(barrier, self.options.monitor)?;
             handlers.iter_mut().for_each(|handler| handler.acknowledged());
         }
-        Ok(())
+        Ok(begun.elapsed())
     }
 
     fn go_on(&self) -> Result<()> {

@@ -116,7 +116,7 @@ pub fn send<'a>(
     options: &OutgoingOptions<'_>,
 ) -> Result<Sent> {
     let breaker = Arc::new(Breaker::new());
-    let mut rollback = RollBack { handlers, guest, is_paused: false };
+    let mut rollback = RollBack { handlers, guest, is_paused: false, is_done: false };
     let result = connect::connect(dial, options, &breaker)
         .and_then(|connected| drive::drive(connected, &mut rollback, policy, options));
     let result = result.map_err(|error| breaker.explain(error));
@@ -132,6 +132,7 @@ struct RollBack<'g, 'a> {
     handlers: Vec<Box<dyn SaveHandler + 'a>>,
     guest: &'g mut dyn Guest,
     is_paused: bool,
+    is_done: bool,
 }
 
 impl RollBack<'_, '_> {
@@ -142,8 +143,11 @@ impl RollBack<'_, '_> {
         Ok(())
     }
 
-    /// Gives back what was not acknowledged, in reverse order, and lets the guest go on.
+    /// Gives back what was not acknowledged, in reverse order, and lets the guest go on. Once.
     fn roll_back(&mut self) {
+        if std::mem::replace(&mut self.is_done, true) {
+            return;
+        }
         self.handlers.iter_mut().rev().for_each(|handler| handler.abort());
         if self.is_paused
             && let Err(error) = self.guest.resume()

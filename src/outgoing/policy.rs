@@ -13,6 +13,11 @@ pub struct Round {
     pub took: Duration,
     /// Bytes that it wrote to the connections.
     pub wire_bytes: u64,
+    /// How long the barrier behind it, which is durable, was waited for.
+    pub settling: Duration,
+    /// What an answer takes where nothing is left to be done for it; zero where nobody asked, or
+    /// nobody answers.
+    pub round_trip: Duration,
     /// What is left, guest running.
     pub pending: Pending,
 }
@@ -32,6 +37,17 @@ pub enum Next {
 pub trait Policy: Send {
     /// What comes next after a round.
     fn next(&mut self, round: &Round) -> Next;
+
+    /// Whether round trips are to be measured: that costs one for each round.
+    fn measures(&self) -> bool {
+        false
+    }
+
+    /// PREPARE is about to be written.
+    fn preparing(&mut self) {}
+
+    /// READY has come, so long after PREPARE.
+    fn prepared(&mut self, _took: Duration) {}
 }
 
 /// Nothing changes: one round is enough.

@@ -81,7 +81,7 @@ impl SaveLive {
             let pieces = pieces.map_err(|error| Error::handler(Blame::Caller, error))?;
             let disk = sender.disk();
             let channels = out.channels();
-            channels.meter().spend(packed.len() as u64, &|| channels.is_broken());
+            channels.spend(packed.len() as u64);
             emit(&BlockRecord::Run(Run { disk, content: Content::None, pieces }), out)?;
             left = left.saturating_sub(packed.len() as u64);
         }

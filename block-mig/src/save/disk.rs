@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use format_spec::content_hash::{ContentHash, LEAF_BYTES, LEDGER_HEIGHT, Node, subtree};
 use format_spec::native::block::{DiskId, RUN, Run};
-use mig_core::block::{BlockSource, is_zero};
+use mig_core::block::{BlockSource, is_zero, on_page};
 use mig_core::channels::Outlet;
 use mig_core::dirty::{AtomicBits, DirtySet};
 
@@ -53,8 +53,10 @@ pub(super) struct Saved<'a> {
     pub(super) counts: Arc<SaveCounts>,
     /// Nodes of all units as they were last sent, where hashes are wanted.
     ledger: Option<Mutex<Ledger>>,
-    /// Units that the destination has as they are here.
+    /// Units that the destination has as they were here when it told so, content that was read.
     pub(super) equal: Option<AtomicBits>,
+    /// Units that the destination has as zeroes.
+    pub(super) zero: Option<AtomicBits>,
     /// Units that the destination has, and that are different.
     pub(super) differs: Option<AtomicBits>,
     /// Whether content goes to the wire at all, or is only hashed.
@@ -66,7 +68,8 @@ impl<'a> Saved<'a> {
         let size = disk.source.size();
         let ledger = if hashes { Some(Mutex::new(Ledger::new(size)?)) } else { None };
         let counts = Arc::default();
-        Ok(Self { disk, counts, ledger, equal: None, differs: None, sends: true })
+        let (equal, zero, differs) = (None, None, None);
+        Ok(Self { disk, counts, ledger, equal, zero, differs, sends: true })
     }
 
     pub(super) fn size(&self) -> u64 {
@@ -163,8 +166,9 @@ impl<'a> Saved<'a> {
         }
         let mut at = units.start;
         while at < units.end {
-            let equal = self.equal.as_ref().and_then(|equal| equal.next_run(at, u64::MAX));
-            let stop = equal.as_ref().map_or(units.end, |run| run.start.min(units.end));
+            // Not what was equal: the guest may have made it zero since.
+            let known = self.zero.as_ref().and_then(|zero| zero.next_run(at, u64::MAX));
+            let stop = known.as_ref().map_or(units.end, |run| run.start.min(units.end));
             if stop > at {
                 let (start, end) = (at * UNIT_BYTES, (stop * UNIT_BYTES).min(range.end));
                 let mut head = Vec::new();
@@ -172,7 +176,7 @@ impl<'a> Saved<'a> {
                 out.content(RUN, &head, &[])?;
                 add(&self.counts.zero, end - start);
             }
-            at = equal.map_or(units.end, |run| run.end.max(stop));
+            at = known.map_or(units.end, |run| run.end.max(stop));
         }
         Ok(())
     }
@@ -228,10 +232,7 @@ fn read<'b>(
     buffer: &'b mut Vec<u8>,
 ) -> Result<&'b [u8]> {
     let len = usize::try_from(range.end.saturating_sub(range.start)).unwrap_or(usize::MAX);
-    if buffer.len() < len {
-        buffer.resize(len, 0);
-    }
-    let bytes = buffer.get_mut(..len).unwrap_or_default();
+    let bytes = on_page(buffer, len);
     source.read_at(bytes, range.start).map_err(Error::Source)?;
     Ok(bytes)
 }

@@ -101,9 +101,10 @@ impl<'a> SaveBlocks<'a> {
         for saved in disks {
             let units = saved.size().div_ceil(UNIT_BYTES);
             saved.equal = Some(AtomicBits::new(units));
+            saved.zero = Some(AtomicBits::new(units));
             saved.differs = Some(AtomicBits::new(units));
             let saved = &*saved;
-            let told = Told { have, saved, run: None, units };
+            let told = Told { have, saved, run: None, next: 0, units };
             pool.run(told, Vec::new, |buffer: &mut Vec<u8>, (unit, node)| {
                 saved.compare(unit, &node, buffer)
             })?;
@@ -237,6 +238,8 @@ struct Told<'t, 'a> {
     have: &'t mut dyn HaveReader,
     saved: &'t Saved<'a>,
     run: Option<(u64, std::vec::IntoIter<Node>)>,
+    /// What was told so far is below this: each unit is looked at once, whatever the peer says.
+    next: u64,
     units: u64,
 }
 
@@ -247,14 +250,40 @@ impl Told<'_, '_> {
                 if let Some(node) = nodes.next() {
                     let at = *unit;
                     *unit = at.saturating_add(1);
-                    return Ok((at < self.units).then_some((at, node)));
+                    return Ok(Some((at, node)));
                 }
                 self.run = None;
             }
             match self.have.next(self.saved.disk.id)? {
                 None => return Ok(None),
-                Some(Have::Units(first, nodes)) => self.run = Some((first, nodes.into_iter())),
-                Some(Have::Zeroes(first, count)) => self.zeroes(first, count)?,
+                Some(Have::Units(first, nodes)) => {
+                    self.rises(first, nodes.len() as u64)?;
+                    self.run = Some((first, nodes.into_iter()));
+                }
+                Some(Have::Zeroes(first, count)) => {
+                    self.rises(first, count)?;
+                    self.zeroes(first, count)?;
+                }
+            }
+        }
+    }
+
+    /// Units are told in rising order, and are those of the disk.
+    fn rises(&mut self, first: u64, count: u64) -> Result<()> {
+        let end = first.checked_add(count).filter(|end| *end <= self.units);
+        match end {
+            Some(end) if first >= self.next => {
+                self.next = end;
+                Ok(())
+            }
+            _ => {
+                let (disk, units) = (self.saved.disk.id.0, self.units);
+                let reason = format!(
+                    "it has {count} units of disk {disk} from {first} on, which has {units}, \
+                     behind those up to {}",
+                    self.next
+                );
+                Err(stream::Error::protocol(0, 0, reason).into())
             }
         }
     }
@@ -272,8 +301,8 @@ impl Told<'_, '_> {
             if extent.kind.reads_as_zero() {
                 let last = if extent_end == size { self.units } else { extent_end / UNIT_BYTES };
                 let units = at.div_ceil(UNIT_BYTES)..last;
-                if let (Some(equal), true) = (&self.saved.equal, units.start < units.end) {
-                    equal.set_range(units);
+                if let (Some(zero), true) = (&self.saved.zero, units.start < units.end) {
+                    zero.set_range(units);
                 }
             }
             at = extent_end;

@@ -1,6 +1,7 @@
 //! A source and a destination in one process, over socket pairs that can be cut.
 
 mod cuts;
+mod guest;
 mod lies;
 mod whole;
 
