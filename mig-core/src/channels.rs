@@ -144,12 +144,17 @@ impl Channels {
         Ok(())
     }
 
-    fn main<T>(&self, write: impl FnOnce(&mut LaneState) -> Result<T>) -> Result<T> {
+    /// Takes main for a last word. Nothing was written when this fails, and nothing but the system
+    /// can keep the word back when it does not.
+    pub fn hold_main(&self) -> Result<Main<'_>> {
+        let lane = self.lanes.first().ok_or(crate::stream::Error::Ended)?;
+        let main = lane.lock();
         self.breaker_check()?;
-        match self.lanes.first() {
-            Some(lane) => write(&mut lane.lock()),
-            None => Err(crate::stream::Error::Ended),
-        }
+        Ok(Main(main))
+    }
+
+    fn main<T>(&self, write: impl FnOnce(&mut LaneState) -> Result<T>) -> Result<T> {
+        write(&mut self.hold_main()?.0)
     }
 
     fn breaker_check(&self) -> Result<()> {
@@ -162,6 +167,22 @@ impl Channels {
         let lane = |n: usize| self.lanes.get(first.wrapping_add(n) % self.lanes.len().max(1));
         let free = (0..self.lanes.len()).find_map(|n| lane(n)?.try_lock());
         free.or_else(|| Some(lane(0)?.lock()))
+    }
+}
+
+/// The first lane, held: nobody else writes to it.
+pub struct Main<'c>(MutexGuard<'c, LaneState>);
+
+impl Main<'_> {
+    /// Writes a record of the section that drives the others, at once.
+    pub fn control(mut self, control: &Control) -> Result<()> {
+        self.0.control(control)
+    }
+}
+
+impl std::fmt::Debug for Main<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Main")
     }
 }
 

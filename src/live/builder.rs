@@ -1,6 +1,6 @@
 //! What is to be migrated, and how.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bitmap_mig::LiveBitmaps;
@@ -9,6 +9,7 @@ use mig_core::bitmap::BitmapInfo;
 use mig_core::section::SaveHandler;
 use mig_core::stream::Compression;
 
+use super::run::Unsettled;
 use crate::incoming::SessionId;
 use crate::policy::Limits;
 use crate::status::Migration;
@@ -45,6 +46,8 @@ pub struct Outgoing<'a> {
     pub(super) workers: usize,
     pub(super) timing: Timing,
     pub(super) observer: &'a dyn Observer,
+    /// What an earlier run left in the dark. Held while one runs.
+    pub(super) unsettled: Mutex<Option<Unsettled>>,
 }
 
 /// Puts an [`Outgoing`] together.
@@ -67,6 +70,7 @@ impl<'a> Outgoing<'a> {
             workers: block_mig::limits::workers(None),
             timing: Timing::default(),
             observer: &Silent,
+            unsettled: Mutex::default(),
         })
     }
 }

@@ -27,7 +27,11 @@ impl Whole<'_> {
 }
 
 impl Guest for Whole<'_> {
+    /// Once: it is paused already where an earlier run has let go of it.
     fn pause(&mut self) -> Result<(), GuestError> {
+        if self.since.is_some() {
+            return Ok(());
+        }
         let since = Instant::now();
         self.guest.pause()?;
         self.disks.iter().for_each(|disk| disk.disk.pause());

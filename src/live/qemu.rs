@@ -8,7 +8,7 @@
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bitmap_mig::live::JobError;
 use block_mig::Monitor as _;
@@ -121,7 +121,6 @@ impl Outgoing<'_> {
         let wire_bytes = session.wire_bytes();
         // An unfinished stream is a failure at the other end, before anything goes on here.
         drop(session);
-        self.disks.iter().for_each(|disk| disk.disk.stop_tracking());
         self.migration.set_throttle(0);
         match ended {
             Ok((outcome, sent)) => {
@@ -207,6 +206,8 @@ impl Outgoing<'_> {
         let progress = Progress::begin(self.observer, Phase::Transfer, total);
         let watched = (self.observer, &progress);
         let eye = Eye::new(&self.migration, &meter, steering.deadline(), watched);
+        let dirty = self.disks.iter().map(|live| live.disk.start_tracking());
+        let dirty = dirty.collect::<mig_core::Result<Vec<_>>>().map_err(Error::from)?;
         let mut moving = Moving {
             disks: &self.disks,
             workers: self.workers,
@@ -214,7 +215,7 @@ impl Outgoing<'_> {
             bitmaps,
             meter: &meter,
             eye: &eye,
-            dirty: self.disks.iter().map(|live| live.disk.start_tracking()).collect(),
+            dirty,
             sent: vec![Sent::default(); self.disks.len()],
         };
         self.migration.enter(Status::Active);
@@ -325,6 +326,9 @@ impl Moving<'_> {
                 number,
                 took: begun.elapsed(),
                 wire_bytes: session.wire_bytes().saturating_sub(written),
+                // QEMU does not say when it has taken something.
+                settling: Duration::ZERO,
+                round_trip: Duration::ZERO,
                 pending: Pending { must_precopy: self.left(), ..Pending::default() },
             };
             match steering.next(&round) {

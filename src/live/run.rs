@@ -1,7 +1,7 @@
 //! One migration: attempts until one succeeds or nothing can be hoped for.
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, TryLockError};
 use std::time::{Duration, Instant};
 
 use bitmap_mig::live::{Numbers, SaveLive, Sender};
@@ -37,17 +37,33 @@ const RETRY_PAUSE: Duration = Duration::from_millis(200);
 impl Outgoing<'_> {
     /// Migrates `guest`, which runs, to the destination that `dial` reaches. An error means that it
     /// goes on here. After success its disks are [retired](block_mig::TrackedDisk::retire).
+    ///
+    /// After [`Unknown`](Outcome::Unknown) the guest is paused, and calling this again asks the
+    /// destination what became of it: it stays paused, and unknown, as long as there is no answer.
     pub fn run(&self, dial: &dyn Dial, guest: &mut dyn Guest) -> Result<Report> {
+        if dial.nature().is_one_way {
+            let reason = "nobody answers on a one-way stream, and a guest is not let go unheard";
+            return Err(Error::Usage { reason: reason.to_owned() });
+        }
         let migration = &*self.migration;
         migration.update(|info| {
             info.status = Status::Setup;
             let total = self.disks.iter().map(|disk| disk.disk.size()).sum();
             info.disk = Some(Amounts { total, remaining: total, ..Amounts::default() });
         });
-        let mut whole = Whole { guest, disks: &self.disks, migration, since: None };
+        let mut unsettled = match self.unsettled.try_lock() {
+            Ok(unsettled) => unsettled,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => {
+                return Err(Error::Usage { reason: "this migration runs already".to_owned() });
+            }
+        };
+        let before = unsettled.take();
+        let since = before.map(|before| before.since);
+        let mut whole = Whole { guest, disks: &self.disks, migration, since };
         let mut steering = Steering::new(migration, self.limits);
         let mut counts = Vec::new();
-        let mut session = self.session;
+        let mut session = before.map_or(self.session, |before| before.session);
         let mut losses = Losses::default();
         let result = loop {
             let error = match self.attempt(dial, session, &mut whole, &mut steering, &mut counts) {
@@ -71,14 +87,28 @@ impl Outgoing<'_> {
             std::thread::sleep(RETRY_PAUSE.min(self.reconnect));
         };
         let reconnects = losses.made;
-        self.disks.iter().for_each(|disk| disk.disk.stop_tracking());
         migration.set_throttle(0);
         let downtime = whole.since.map(|since| since.elapsed()).unwrap_or_default();
+        let result = match (before, whole.since) {
+            // It was let go of in an earlier run, and nobody has said anything else since.
+            (Some(_), Some(_)) => result.or_else(|error| Ok(Sent::unknown(error))),
+            _ => result,
+        };
         match result {
             Ok(sent) => {
-                // Where nobody knows whether it has taken over, the guest only stays paused.
-                if !matches!(sent.outcome, Outcome::Unknown(_)) {
-                    whole.retire();
+                match (&sent.outcome, whole.since) {
+                    // Where nobody knows whether it has taken over, the guest only stays paused.
+                    (Outcome::Unknown(_), since) => {
+                        *unsettled = since.map(|since| Unsettled { session, since });
+                    }
+                    (_, Some(_)) => whole.retire(),
+                    // It has taken over in an earlier process: the guest must not go on here.
+                    (_, None) => {
+                        tracing::warn!("the destination had taken over already");
+                        let paused = whole.pause();
+                        paused.map_err(|source| stream::Error::handler(Blame::Device, source))?;
+                        whole.retire();
+                    }
                 }
                 self.note_end(&sent, downtime);
                 let disks = self.disks.iter().zip(&counts);
@@ -105,14 +135,13 @@ impl Outgoing<'_> {
         let eye =
             Eye::new(&self.migration, &meter, steering.deadline(), (self.observer, &progress));
         let ids = || (0..).map(DiskId);
-        let disks = ids().zip(&self.disks).map(|(id, live)| SaveDisk {
-            id,
-            name: live.name.clone(),
-            source: &*live.disk,
-            dirty: Some(live.disk.start_tracking()),
+        let disks = ids().zip(&self.disks).map(|(id, live)| {
+            let dirty = Some(live.disk.start_tracking()?);
+            Ok(SaveDisk { id, name: live.name.clone(), source: &*live.disk, dirty })
         });
+        let disks = disks.collect::<mig_core::Result<Vec<_>>>().map_err(Error::from)?;
         let options = SaveOptions { hashes: self.hashes, workers: self.workers, monitor: &eye };
-        let blocks = SaveBlocks::new(disks.collect(), options).map_err(Error::from)?;
+        let blocks = SaveBlocks::new(disks, options).map_err(Error::from)?;
         *counts = blocks.counts();
         let numbers = Arc::new(Numbers::default());
         let senders = ids().zip(&self.disks).map(|(id, live)| {
@@ -195,6 +224,14 @@ impl Outgoing<'_> {
         });
         error
     }
+}
+
+/// A session that may have been handed over.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Unsettled {
+    session: SessionId,
+    /// Since when the guest is paused.
+    since: Instant,
 }
 
 /// Connections that were lost.

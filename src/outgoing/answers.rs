@@ -3,7 +3,7 @@
 
 use std::collections::VecDeque;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use block_mig::Monitor;
 use format_spec::native::answer::{Answer, Ready};
@@ -14,6 +14,9 @@ use mig_core::stream::{Arrival, Breaker, Buffers, Error, Result, StreamReader};
 
 /// How often whoever waits looks whether the user wants to stop.
 const LOOK_INTERVAL: Duration = Duration::from_millis(100);
+
+/// Whoever can be interrupted does not linger.
+const NOW: Duration = Duration::ZERO;
 
 /// What the destination has answered so far.
 #[derive(Debug)]
@@ -28,7 +31,8 @@ struct State {
     /// What was asked: answers that nobody asked for are errors.
     placed: u64,
     has_prepared: bool,
-    has_committed: bool,
+    /// The session that was told to COMMIT.
+    asked_to_commit: Option<[u8; 16]>,
     /// Whether HAVE is awaited.
     is_told: bool,
     /// Whether this side has given up: what is told is forgotten.
@@ -91,7 +95,9 @@ impl Answers {
             Some(Answer::Ready(ready)) if state.has_prepared && state.ready.is_none() => {
                 state.ready = Some(ready);
             }
-            Some(Answer::Committed(_)) if state.has_committed => state.is_committed = true,
+            Some(Answer::Committed(session)) if state.asked_to_commit == Some(session) => {
+                state.is_committed = true;
+            }
             Some(Answer::Ready(_) | Answer::Committed(_)) => {
                 return Err(arrival.protocol("it answers what was not asked"));
             }
@@ -160,23 +166,24 @@ impl Answers {
     }
 
     /// COMMIT is about to be written.
-    pub(super) fn expect_committed(&self) {
-        self.lock().has_committed = true;
+    pub(super) fn expect_committed(&self, session: [u8; 16]) {
+        self.lock().asked_to_commit = Some(session);
     }
 
     /// Waits until this barrier is acknowledged.
     pub(super) fn wait_ack(&self, number: u64, monitor: &dyn Monitor) -> Result<()> {
-        self.wait(Some(monitor), |state| (state.acknowledged >= number).then_some(()))
+        self.wait(monitor, NOW, |state| (state.acknowledged >= number).then_some(()))
     }
 
     /// Waits for READY.
     pub(super) fn wait_ready(&self, monitor: &dyn Monitor) -> Result<Ready> {
-        self.wait(Some(monitor), |state| state.ready.clone())
+        self.wait(monitor, NOW, |state| state.ready.clone())
     }
 
-    /// Waits for COMMITTED. Cannot be interrupted: there is nothing that could be taken back.
-    pub(super) fn wait_committed(&self) -> Result<()> {
-        self.wait(None, |state| state.is_committed.then_some(()))
+    /// Waits for COMMITTED. Nothing can be taken back any more: a user who does not want to wait
+    /// gets what is on its way within `linger`, and does not know otherwise.
+    pub(super) fn wait_committed(&self, monitor: &dyn Monitor, linger: Duration) -> Result<()> {
+        self.wait(monitor, linger, |state| state.is_committed.then_some(()))
     }
 
     /// Waits until the destination has said its last word, but not for long.
@@ -186,11 +193,14 @@ impl Answers {
         drop(waited.unwrap_or_else(PoisonError::into_inner));
     }
 
+    /// Waits for what `look` finds, until `linger` after the user has called it off.
     fn wait<T>(
         &self,
-        monitor: Option<&dyn Monitor>,
+        monitor: &dyn Monitor,
+        linger: Duration,
         mut look: impl FnMut(&mut State) -> Option<T>,
     ) -> Result<T> {
+        let mut cancelled: Option<Instant> = None;
         let mut state = self.lock();
         loop {
             if let Some(found) = look(&mut state) {
@@ -200,7 +210,9 @@ impl Answers {
             if state.is_over {
                 return Err(Error::Ended);
             }
-            if monitor.is_some_and(|monitor| monitor.is_cancelled()) {
+            if monitor.is_cancelled()
+                && cancelled.get_or_insert_with(Instant::now).elapsed() >= linger
+            {
                 return Err(Error::Interrupted);
             }
             let waited = self.changed.wait_timeout(state, LOOK_INTERVAL);
@@ -221,7 +233,7 @@ pub(super) struct Told<'a> {
 
 impl HaveReader for Told<'_> {
     fn next(&mut self, disk: DiskId) -> Result<Option<Have>> {
-        let (told, have) = self.answers.wait(Some(self.monitor), |state| state.have.pop_front())?;
+        let (told, have) = self.answers.wait(self.monitor, NOW, |state| state.have.pop_front())?;
         if told == disk {
             return Ok(have);
         }

@@ -6,7 +6,7 @@ use format_spec::Blame;
 use format_spec::native::answer::Ready;
 use format_spec::native::control::Control;
 use format_spec::native::hello::{RESUME, SessionState};
-use mig_core::channels::{CONTROL, CONTROL_ID, Channels, Outlet};
+use mig_core::channels::{CONTROL, CONTROL_ID, Channels, Main, Outlet};
 use mig_core::heart::Heart;
 use mig_core::section::{Pass, Pending, SaveHandler, SectionKey, Stage, Start};
 use mig_core::stream::{Breaker, Error, Result};
@@ -106,9 +106,10 @@ fn tend(heart: &Heart, channels: &Channels, options: &OutgoingOptions<'_>) {
     });
 }
 
-/// The token of the handover: whoever holds it has let go of the guest. What fails from here on is
-/// no reason to resume it at the source, since the destination may have taken over.
-struct Token(());
+/// The token of the handover, with which COMMIT is written: whoever holds it has let go of the
+/// guest. What fails from here on is no reason to resume it at the source, since the destination
+/// may have taken over.
+struct Token<'d>(Main<'d>);
 
 struct Driver<'d> {
     channels: &'d Channels,
@@ -135,7 +136,8 @@ impl Driver<'_> {
         self.rounds(&mut rollback.handlers, policy)?;
         rollback.pause()?;
         self.complete(&mut rollback.handlers)?;
-        let (token, ready) = self.prepare(&rollback.handlers, policy)?;
+        let ready = self.prepare(&rollback.handlers, policy)?;
+        let token = Token(self.channels.hold_main()?);
         Ok((self.commit(token), ready))
     }
 
@@ -181,7 +183,8 @@ impl Driver<'_> {
     ) -> Result<()> {
         for number in 1.. {
             let (begun, written) = (Instant::now(), self.channels.written());
-            while self.turn(handlers)? == Pass::Open {
+            let mut passes: Vec<_> = handlers.iter().map(|_| Pass::Open).collect();
+            while self.turn(handlers, &mut passes)? == Pass::Open {
                 if self.keeps {
                     self.barrier(handlers, true)?;
                 }
@@ -210,16 +213,20 @@ impl Driver<'_> {
         Ok(())
     }
 
-    /// Every handler sends its share.
-    fn turn(&mut self, handlers: &mut [Box<dyn SaveHandler + '_>]) -> Result<Pass> {
-        let mut pass = Pass::Done;
-        for handler in handlers {
-            self.go_on()?;
-            if handler.iterate(&self.outlet(&**handler), TURN_BYTES)? == Pass::Open {
-                pass = Pass::Open;
+    /// Every handler whose pass is open sends its share. One that is done waits for the others:
+    /// what gets dirty meanwhile belongs to the next round.
+    fn turn(
+        &mut self,
+        handlers: &mut [Box<dyn SaveHandler + '_>],
+        passes: &mut [Pass],
+    ) -> Result<Pass> {
+        for (handler, pass) in handlers.iter_mut().zip(&mut *passes) {
+            if *pass == Pass::Open {
+                self.go_on()?;
+                *pass = handler.iterate(&self.outlet(&**handler), TURN_BYTES)?;
             }
         }
-        Ok(pass)
+        Ok(if passes.contains(&Pass::Open) { Pass::Open } else { Pass::Done })
     }
 
     /// The final pass, and what it all hashes to. Seals rely on what other connections carried, so
@@ -236,16 +243,16 @@ impl Driver<'_> {
     }
 
     /// Asks the destination to make everything durable and to read it back, and holds what it says
-    /// against what was sent. Nobody answers on a one-way stream: there the token is taken unseen.
+    /// against what was sent. Nobody answers on a one-way stream.
     fn prepare(
         &mut self,
         handlers: &[Box<dyn SaveHandler + '_>],
         policy: &mut dyn Policy,
-    ) -> Result<(Token, Option<Ready>)> {
+    ) -> Result<Option<Ready>> {
         let session = self.options.session;
         let Some(answers) = self.answers else {
             self.channels.control(&Control::Prepare(session))?;
-            return Ok((Token(()), None));
+            return Ok(None);
         };
         answers.expect_ready();
         policy.preparing();
@@ -259,22 +266,20 @@ impl Driver<'_> {
             return Err(Error::Mismatch { reason: difference(&expected, &ready) });
         }
         self.go_on()?;
-        // It may have failed since: as long as COMMIT has not begun, that is no reason to stay
-        // paused.
-        self.breaker.check()?;
-        Ok((Token(()), Some(ready)))
+        Ok(Some(ready))
     }
 
     /// Lets the destination publish. From here on nothing is rolled back.
-    fn commit(&mut self, token: Token) -> Outcome {
-        let Token(()) = token;
+    fn commit(&self, Token(main): Token<'_>) -> Outcome {
         let commit = Control::Commit(self.options.session);
         let Some(answers) = self.answers else {
-            let written = self.channels.control(&commit).and_then(|()| self.end());
+            let written = main.control(&commit).and_then(|()| self.end());
             return written.map_or_else(Outcome::Unknown, |()| Outcome::Unconfirmed);
         };
-        answers.expect_committed();
-        let committed = self.channels.control(&commit).and_then(|()| answers.wait_committed());
+        answers.expect_committed(self.options.session);
+        let (monitor, linger) = (self.options.monitor, self.options.timing.linger);
+        let committed =
+            main.control(&commit).and_then(|()| answers.wait_committed(monitor, linger));
         if let Err(error) = committed {
             return Outcome::Unknown(self.last_word(error));
         }

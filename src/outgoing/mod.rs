@@ -106,6 +106,14 @@ pub struct Sent {
     pub confirmed: Option<Ready>,
 }
 
+impl Sent {
+    /// Nothing new was heard of a session that may have been handed over.
+    pub(crate) fn unknown(error: Error) -> Self {
+        let outcome = Outcome::Unknown(error);
+        Self { outcome, peer: String::new(), wire_bytes: 0, resumed: false, confirmed: None }
+    }
+}
+
 /// Sends all that `handlers` have to one destination. `guest` is paused for the final pass, and
 /// goes on if that fails before the handover.
 pub fn send<'a>(

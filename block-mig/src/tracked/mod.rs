@@ -5,7 +5,7 @@ mod gate;
 mod tests;
 
 use std::ops::Range;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, PoisonError, RwLock, Weak};
 
 use format_spec::Blame;
 use mig_core::block::{BlockSink, BlockSource, CompressedUnit, Extent, SECTOR_BYTES};
@@ -32,13 +32,14 @@ pub struct TrackedDisk<D> {
     disk: D,
     recorder: Arc<dyn Recorder>,
     gate: Gate,
-    dirty: RwLock<Option<Arc<DirtySet>>>,
+    /// The migration's, as long as that holds it.
+    dirty: RwLock<Weak<DirtySet>>,
 }
 
 impl<D: BlockSource + BlockSink> TrackedDisk<D> {
     /// A tracked `disk` whose changes `recorder` is told of; `Arc::new(())` where nobody is.
     pub fn new(disk: D, recorder: Arc<dyn Recorder>) -> Self {
-        Self { disk, recorder, gate: Gate::new(), dirty: RwLock::new(None) }
+        Self { disk, recorder, gate: Gate::new(), dirty: RwLock::default() }
     }
 
     /// The disk below. Who writes to it directly is not seen by anybody.
@@ -105,17 +106,18 @@ impl<D: BlockSource + BlockSink> TrackedDisk<D> {
         self.gate.is_shut()
     }
 
-    /// Begins to mark changes for a migration, in a new set with nothing in it. Every change that
-    /// is not complete yet is in the set once it is; every earlier one is in the disk's content.
-    pub fn start_tracking(&self) -> Arc<DirtySet> {
+    /// Begins to mark changes for a migration, in a new set with nothing in it, until that is
+    /// dropped. Every change that is not complete yet is in the set once it is; every earlier one
+    /// is in the disk's content. Fails while another migration has its set: a second one would take
+    /// the marks away from it.
+    pub fn start_tracking(&self) -> Result<Arc<DirtySet>> {
+        let mut dirty = self.dirty.write().unwrap_or_else(PoisonError::into_inner);
+        if dirty.strong_count() > 0 {
+            return Err(refused("migrate", 0, "the disk is being migrated already".into()));
+        }
         let set = Arc::new(DirtySet::new(self.size(), UNIT_BITS));
-        *self.dirty.write().unwrap_or_else(PoisonError::into_inner) = Some(set.clone());
-        set
-    }
-
-    /// The migration is over.
-    pub fn stop_tracking(&self) {
-        *self.dirty.write().unwrap_or_else(PoisonError::into_inner) = None;
+        *dirty = Arc::downgrade(&set);
+        Ok(set)
     }
 
     fn change(
@@ -148,7 +150,7 @@ impl<D: BlockSource + BlockSink> TrackedDisk<D> {
         }
         self.recorder.record_write(range.clone());
         // Looked up only now: a migration that began meanwhile must learn of this change.
-        if let Some(set) = &*self.dirty.read().unwrap_or_else(PoisonError::into_inner) {
+        if let Some(set) = self.dirty.read().unwrap_or_else(PoisonError::into_inner).upgrade() {
             set.mark(range);
         }
     }
@@ -157,9 +159,7 @@ impl<D: BlockSource + BlockSink> TrackedDisk<D> {
 /// A disk that can be migrated while a guest writes to it, whatever it keeps its bytes in.
 pub trait LiveSource: BlockSource {
     /// See [`TrackedDisk::start_tracking`].
-    fn start_tracking(&self) -> Arc<DirtySet>;
-    /// See [`TrackedDisk::stop_tracking`].
-    fn stop_tracking(&self);
+    fn start_tracking(&self) -> Result<Arc<DirtySet>>;
     /// See [`TrackedDisk::pause`].
     fn pause(&self);
     /// See [`TrackedDisk::resume`].
@@ -169,12 +169,8 @@ pub trait LiveSource: BlockSource {
 }
 
 impl<D: BlockSource + BlockSink> LiveSource for TrackedDisk<D> {
-    fn start_tracking(&self) -> Arc<DirtySet> {
+    fn start_tracking(&self) -> Result<Arc<DirtySet>> {
         TrackedDisk::start_tracking(self)
-    }
-
-    fn stop_tracking(&self) {
-        TrackedDisk::stop_tracking(self);
     }
 
     fn pause(&self) {

@@ -24,7 +24,7 @@ fn every_change_is_marked_and_failed_ones_too() {
     memory.bad = Some(3 << 20);
     let disk = TrackedDisk::new(memory, told.clone());
     disk.write(&[1; 512], 0).unwrap();
-    let set = disk.start_tracking();
+    let set = disk.start_tracking().unwrap();
     disk.write(&[1; 1024], 65536 - 512).unwrap();
     disk.write_zeroes(1 << 20, 65536).unwrap();
     disk.discard(2 << 20, 512).unwrap();
@@ -43,9 +43,10 @@ fn every_change_is_marked_and_failed_ones_too() {
     let at = |at: u64, units: u64| at..at + units * unit;
     assert_eq!(taken, [at(0, 2), at(1 << 20, 1), at(2 << 20, 1), at(3 << 20, 1)]);
     assert_eq!(told.0.lock().unwrap().len(), 5);
-    disk.stop_tracking();
+    assert!(disk.start_tracking().is_err(), "a second migration would take its marks away");
+    drop(set);
     disk.write(&[1; 512], 0).unwrap();
-    assert_eq!(set.dirty_bytes(), 0);
+    assert_eq!(disk.start_tracking().unwrap().dirty_bytes(), 0);
 }
 
 #[test]
