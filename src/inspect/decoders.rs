@@ -5,12 +5,15 @@ use format_spec::qemu::stream::{Decoder, Item};
 use format_spec::qemu::{Step, multifd, ram, reply};
 
 use super::Kind;
+use super::native::{Native, Sections};
 
 /// A record of any stream.
 #[derive(Debug)]
 pub(super) enum Seen<'a> {
     /// Of a main connection.
     Main(Item<'a>),
+    /// Of a connection between two of ours.
+    Native(Native<'a>),
     /// Of a multifd channel.
     Channel(multifd::Item<'a>),
     /// Of a preempt channel.
@@ -36,7 +39,7 @@ impl<'a> Seen<'a> {
 /// A decoder for one kind of stream.
 #[derive(Debug)]
 pub(super) enum Decoders {
-    Main(Box<Decoder>),
+    Main(Box<Decoder>, Sections),
     Channel(multifd::Decoder),
     Preempt(ram::Decoder, u64),
     Reply(reply::Decoder),
@@ -48,9 +51,9 @@ impl Decoders {
         match kind {
             // Neither magic nor configuration: it goes on after a cut.
             Kind::Main if first.starts_with(&[8]) => {
-                Self::Main(Box::new(Decoder::new().recovered()))
+                Self::Main(Box::new(Decoder::new().recovered()), Sections::default())
             }
-            Kind::Main => Self::Main(Box::default()),
+            Kind::Main => Self::Main(Box::default(), Sections::default()),
             Kind::Channel => Self::Channel(multifd::Decoder::default()),
             Kind::Preempt => Self::Preempt(ram::Decoder::default(), 0),
             Kind::ReturnPath => Self::Reply(reply::Decoder::default()),
@@ -60,7 +63,7 @@ impl Decoders {
     /// Bytes taken so far.
     pub(super) fn offset(&self) -> u64 {
         match self {
-            Self::Main(decoder) => decoder.offset(),
+            Self::Main(decoder, _) => decoder.offset(),
             Self::Channel(decoder) => decoder.offset(),
             Self::Preempt(_, offset) => *offset,
             Self::Reply(decoder) => decoder.offset(),
@@ -70,7 +73,7 @@ impl Decoders {
     /// Whether the stream may end here.
     pub(super) fn may_end(&self) -> bool {
         match self {
-            Self::Main(decoder) => decoder.may_end(),
+            Self::Main(decoder, _) => decoder.may_end(),
             Self::Channel(decoder) => decoder.may_end(),
             Self::Preempt(..) => true,
             Self::Reply(decoder) => decoder.may_end(),
@@ -84,7 +87,15 @@ impl Decoders {
         is_whole: bool,
     ) -> Result<Step<Seen<'a>>, Malformed> {
         Ok(match self {
-            Self::Main(decoder) => wrap(decoder.next(input, is_whole)?, Seen::Main),
+            Self::Main(decoder, sections) => match decoder.next(input, is_whole)? {
+                Step::Item(Item::Native(record), len) => {
+                    Step::Item(Seen::Native(sections.read(record)?), len)
+                }
+                step => wrap(step, |item| {
+                    sections.follow(&item);
+                    Seen::Main(item)
+                }),
+            },
             Self::Channel(decoder) => wrap(decoder.next(input)?, Seen::Channel),
             Self::Preempt(decoder, offset) => {
                 let step = wrap(decoder.next(input, *offset)?, Seen::Preempt);

@@ -2,7 +2,6 @@
 
 use std::io::{self, Write};
 
-use format_spec::native::frame;
 use format_spec::qemu::command::Command;
 use format_spec::qemu::configuration::{Configuration, Subsection};
 use format_spec::qemu::container::{Element, Section, SectionKind};
@@ -12,6 +11,7 @@ use format_spec::qemu::{block, dirty_bitmap, multifd, ram};
 use serde_json::{Value, json};
 
 use super::decoders::Seen;
+use super::native::{Native, hex};
 use super::{Inspection, Kind, Stop, View};
 
 /// Shows records to programs.
@@ -61,6 +61,7 @@ impl View for Json<'_> {
 fn value(seen: &Seen<'_>) -> Value {
     match seen {
         Seen::Main(item) => main(item),
+        Seen::Native(native) => native.value(),
         Seen::Channel(item) => channel(item),
         Seen::Preempt(record) => ram_record(record),
         Seen::Reply(reply) => reply_value(reply),
@@ -78,14 +79,10 @@ fn main(item: &Item<'_>) -> Value {
         Item::Ram(record) => ram_record(record),
         Item::Block(record) => block_record(record),
         Item::DirtyBitmap(record) => dirty_bitmap_record(record),
-        Item::Native(record) => native(record),
+        // Told apart by the decoders.
+        Item::Native(record) => Native::Other(*record).value(),
         Item::Bytes(bytes) => json!({ "type": "bytes", "length": bytes.len() }),
     }
-}
-
-fn native(record: &frame::Record<'_>) -> Value {
-    let (kind, len) = (record.header.kind, record.body.len());
-    json!({ "type": "native", "record": kind, "length": len, "eos": record.header.is_end() })
 }
 
 fn element_value(element: &Element<'_>) -> Value {
@@ -155,10 +152,6 @@ fn configuration_value(configuration: &Configuration<'_>) -> Value {
         }
     }
     value
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 fn ram_record(record: &ram::Record<'_>) -> Value {

@@ -5,6 +5,7 @@
 
 mod decoders;
 mod json;
+mod native;
 mod text;
 
 use std::io::{self, Read, Write};

@@ -4,11 +4,13 @@
 use std::fmt::Write as _;
 use std::io::{self, Write};
 
+use format_spec::native::block::BlockRecord;
 use format_spec::qemu::container::{Element, SectionKind};
 use format_spec::qemu::stream::Item;
 use format_spec::qemu::{block, dirty_bitmap, ram};
 
 use super::decoders::Seen;
+use super::native::{self, Native};
 use super::{Inspection, Kind, Stop, View};
 
 /// Shows records to people.
@@ -208,6 +210,7 @@ fn role(seen: &Seen<'_>) -> Role {
             Role::Part
         }
         Seen::Main(Item::Footer(_)) => Role::Footer,
+        Seen::Native(native) if native.is_end() => Role::Nothing,
         Seen::Main(Item::Ram(ram::Record::End)) => Role::Nothing,
         Seen::Main(Item::Block(block::Record { body: block::Body::None, .. })) => Role::Nothing,
         Seen::Main(Item::DirtyBitmap(record)) => match record.body {
@@ -251,7 +254,16 @@ fn alike<'a>(seen: &Seen<'a>) -> Option<Alike<'a>> {
             let owner = if is_same { None } else { Some("") };
             Some(Alike { what: "ranges of sectors", owner, sort, place: first_sector })
         }
-        Seen::Main(Item::Native(record)) if !record.header.is_end() => {
+        Seen::Native(Native::Block(BlockRecord::Run(run))) => {
+            let (place, _) = run.content.range();
+            let sort = match native::sort(run) {
+                "data" => "with content",
+                "zeroes" => "of zeroes",
+                _ => "of bitmaps",
+            };
+            Some(Alike { what: "runs", owner: None, sort, place })
+        }
+        Seen::Native(Native::Other(record)) if !record.header.is_end() => {
             let place = u64::from(record.header.kind);
             Some(Alike { what: "native records", owner: None, sort: "of any type", place })
         }
@@ -263,6 +275,7 @@ fn alike<'a>(seen: &Seen<'a>) -> Option<Alike<'a>> {
 fn words(seen: &Seen<'_>) -> String {
     match seen {
         Seen::Main(item) => item.to_string(),
+        Seen::Native(native) => native.to_string(),
         Seen::Channel(item) => item.to_string(),
         Seen::Preempt(record) => record.to_string(),
         Seen::Reply(reply) => reply.to_string(),

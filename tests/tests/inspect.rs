@@ -4,7 +4,8 @@
 use std::path::PathBuf;
 
 use bitferry_tests::bitferry::workspace;
-use bitferry_tests::{Exit, Output, Run, Scratch, bitferry, json};
+use bitferry_tests::image::make;
+use bitferry_tests::{Exit, Output, Peer, Run, Scratch, bitferry, json, require_all};
 
 /// Captures, and the lines of text each takes.
 const CAPTURES: &[&str] = &[
@@ -114,6 +115,47 @@ fn records_say_what_they_hold() {
     let channel = records("q72-multifd-nocomp.ch0.bin.gz");
     let stale = |r: &&serde_json::Value| r["length"] == 0 && r["next-packet-size"] == 208_896;
     assert!(channel.iter().any(|r| stale(&r)), "{channel:?}");
+}
+
+/// What `send` writes is shown as what it says, not as bytes.
+#[test]
+fn streams_of_our_own_say_what_they_hold() {
+    if !require_all(&[Peer::QemuImg, Peer::QemuIo]) {
+        return;
+    }
+    let scratch = Scratch::new();
+    make(&scratch, "a.qcow2", 8 << 20).bitmap("nightly", 65536).write(3, 1 << 20, 128 << 10).done();
+    let send = bitferry().words("send --disk vda=a.qcow2 file:stream").dir(scratch.dir());
+    send.output().expect_exit(Exit::Done);
+    let bytes = std::fs::read(scratch.path("stream")).unwrap();
+    let text = inspect(&bytes, &[]).expect_exit(Exit::Done).text();
+    for said in [
+        "OFFER of \"bitferry",
+        "nobody answers",
+        "disk 0 \"vda\" of 0x800000 bytes",
+        "bitmap 0 \"nightly\" of disk 0, generation 1, granularity 65536, 128 bits, enabled",
+        "run of disk 0",
+        "BARRIER 1",
+        "disk 0 sealed: bf1:",
+        "bitmap 0 sealed: bf1b:",
+        "PREPARE",
+        "COMMIT",
+    ] {
+        assert!(text.contains(said), "{said:?} is missing in {text}");
+    }
+    let document = json::document(&inspect(&bytes, &["--json"]).expect_exit(Exit::Done).text());
+    let records = document["records"].as_array().unwrap();
+    let of = |kind: &str| records.iter().filter(|r| r["type"] == kind).collect::<Vec<_>>();
+    assert_eq!((of("offer").len(), of("disk").len(), of("commit").len()), (1, 1, 1));
+    let data: u64 = of("run").iter().filter(|r| r["content"] == "data").map(length).sum();
+    let zeroes: u64 = of("run").iter().filter(|r| r["content"] == "zeroes").map(length).sum();
+    assert_eq!((data, data + zeroes), (128 << 10, 8 << 20));
+    let damaged = [&bytes[..bytes.len() - 700], &[0; 700][..]].concat();
+    inspect(&damaged, &[]).expect_exit(Exit::Malformed);
+}
+
+fn length(record: &&serde_json::Value) -> u64 {
+    record["length"].as_u64().unwrap()
 }
 
 #[test]

@@ -147,9 +147,13 @@ pub fn decode_prefix(bytes: &[u8; PREFIX_BYTES]) -> Result<Header, Malformed> {
 impl Hello {
     /// Decodes the body that follows a prefix: [`Header::rest_len`] bytes.
     pub fn decode(header: Header, rest: &[u8]) -> Result<Self, Malformed> {
-        let record = Record::from_parts(header, rest, PREFIX_BYTES as u64)?;
+        Self::of_record(&Record::from_parts(header, rest, PREFIX_BYTES as u64)?)
+    }
+
+    /// Decodes the record that a hello is behind its magic and version.
+    pub fn of_record(record: &Record<'_>) -> Result<Self, Malformed> {
         let mut body = record.plain_body()?;
-        match header.kind {
+        match record.header.kind {
             OFFER => Offer::decode(&mut body).map(Self::Offer),
             CHOICE => Choice::decode(&mut body).map(Self::Choice),
             REFUSAL => Refusal::decode(&mut body).map(Self::Refusal),
