@@ -326,6 +326,7 @@ impl Moving<'_> {
                 took: begun.elapsed(),
                 wire_bytes: session.wire_bytes().saturating_sub(written),
                 pending: Pending { must_precopy: self.left(), ..Pending::default() },
+                ..Round::default()
             };
             match steering.next(&round) {
                 Next::Round => {}
