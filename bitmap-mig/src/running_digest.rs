@@ -1,56 +1,61 @@
-//! The digest of a bitmap that changes, kept up to date leaf by leaf.
+//! The digest of a bitmap that changes, kept up to date piece by piece.
 
-use format_spec::content_hash::{BitmapDigest, DigestBuilder, HashError};
+use format_spec::content_hash::{BitmapDigest, HashError, PATCH_BYTES, PatchedDigest};
 use format_spec::native::block::{BitmapShape, PIECE_BYTES};
 use mig_core::dirty::{AtomicBits, CHUNK_BYTES};
 
-/// Pieces of a bitmap in one leaf of its digest.
+/// Pieces of a bitmap in one leaf of its digest: as many as a word has bits.
 const PIECES_PER_LEAF: u64 = CHUNK_BYTES / PIECE_BYTES as u64;
+const _: () = assert!(PIECES_PER_LEAF == 64 && PIECE_BYTES == PATCH_BYTES);
 
 /// A digest that costs only what changed since it was last asked for.
 #[derive(Debug)]
 pub(crate) struct RunningDigest {
-    builder: DigestBuilder,
-    /// Leaves that changed since they were hashed.
+    digest: PatchedDigest,
+    /// Pieces that changed since they were hashed.
     stale: AtomicBits,
 }
 
 impl RunningDigest {
     /// Of a bitmap without bits.
     pub(crate) fn new(shape: BitmapShape) -> Result<Self, HashError> {
-        Ok(Self {
-            builder: DigestBuilder::replaceable(shape.granularity.into(), shape.bits)?,
-            stale: AtomicBits::new(shape.piece_count().div_ceil(PIECES_PER_LEAF)),
-        })
+        let digest = PatchedDigest::new(shape.granularity.into(), shape.bits)?;
+        Ok(Self { digest, stale: AtomicBits::new(shape.piece_count()) })
     }
 
     /// A piece has changed.
     pub(crate) fn touch(&self, piece: u64) {
-        let leaf = piece / PIECES_PER_LEAF;
-        self.stale.set_range(leaf..leaf.saturating_add(1));
+        self.stale.set_range(piece..piece.saturating_add(1));
     }
 
     /// Whether something was touched and not hashed.
     pub(crate) fn is_stale(&self) -> bool {
-        self.stale.next_run(0, 1).is_some()
+        self.stale.count() > 0
     }
 
     /// Hashes what was touched. What changes meanwhile is to be touched again.
     pub(crate) fn hash(&mut self, bits: &AtomicBits) -> Result<(), HashError> {
-        let mut bytes = Vec::new();
-        let mut from = 0;
-        while let Some(leaf) = self.stale.take_run(from, 1) {
-            from = leaf.end;
-            let offset = leaf.start.saturating_mul(CHUNK_BYTES);
-            read_chunk(bits, offset, &mut bytes);
-            self.builder.put(offset, &bytes)?;
+        if !self.is_stale() {
+            return Ok(());
         }
+        let mut from = 0;
+        while let Some(piece) = self.stale.next_run(from, 1) {
+            let leaf = piece.start / PIECES_PER_LEAF;
+            let (first, mut chunks) = (leaf * PIECES_PER_LEAF, [0; 8]);
+            from = first + PIECES_PER_LEAF;
+            self.stale.read_bytes(first / 8, &mut chunks);
+            self.stale.clear_range(first..from);
+            self.digest.patch(leaf, u64::from_le_bytes(chunks), |offset, bytes| {
+                bits.read_bytes(offset, bytes);
+            })?;
+        }
+        self.digest.digest();
         Ok(())
     }
 
     /// The digest of what was hashed.
-    pub(crate) fn digest(&self) -> BitmapDigest {
-        self.builder.digest()
+    pub(crate) fn digest(&mut self) -> BitmapDigest {
+        self.digest.digest()
     }
 }
 

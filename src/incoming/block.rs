@@ -7,8 +7,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use bitmap_mig::{ArrivedBitmap, Bitmap, LoadBitmaps};
 use block_mig::Landing;
 use block_mig::arrive::{Known, LoadBlocks};
+use format_spec::content_hash::BitmapDigest;
 use format_spec::native::answer::Ready;
-use format_spec::native::block::{BlockRecord, Disk, DiskId};
+use format_spec::native::block::{BitmapVersion, BlockRecord, Disk, DiskId};
 use mig_core::section::{Fate, LoadContext, LoadHandler};
 use mig_core::stream::{Arrival, Error, Result};
 
@@ -23,6 +24,13 @@ pub(super) struct BlockSection {
     places: Mutex<BTreeMap<DiskId, Arc<dyn Place>>>,
     /// What became of each disk, once it was prepared.
     prepared: Mutex<Vec<Prepared>>,
+}
+
+/// What the source says of a bitmap.
+struct Said {
+    version: BitmapVersion,
+    digest: Option<BitmapDigest>,
+    name: String,
 }
 
 struct Prepared {
@@ -76,22 +84,23 @@ impl BlockSection {
         place.map_or_else(|| Ok(sent.to_owned()), |place| place.bitmap_name(sent))
     }
 
-    /// Bitmaps of a disk, by the names under which they are stored.
-    fn renamed(&self, disk: DiskId, arrived: &[ArrivedBitmap]) -> Result<Vec<Bitmap>> {
-        let renamed = |arrived: &ArrivedBitmap| {
-            let name = self.name_of(disk, &arrived.bitmap.name)?;
-            Ok(Bitmap { name, ..arrived.bitmap.clone() })
+    /// Bitmaps of a disk, by the names under which they are stored, and what the source says of
+    /// them. They are moved: large ones are not held twice while a guest is paused.
+    fn renamed(
+        &self,
+        disk: DiskId,
+        arrived: Vec<ArrivedBitmap>,
+    ) -> Result<(Vec<Bitmap>, Vec<Said>)> {
+        let renamed = |ArrivedBitmap { version, digest, mut bitmap }: ArrivedBitmap| {
+            let stored = self.name_of(disk, &bitmap.name)?;
+            let name = std::mem::replace(&mut bitmap.name, stored);
+            Ok((bitmap, Said { version, digest, name }))
         };
-        arrived.iter().map(renamed).collect()
+        arrived.into_iter().map(renamed).collect()
     }
 
     /// One disk: its place stores the bitmaps, and says how everything reads.
-    fn prepare_disk(
-        &self,
-        sealed: Sealed,
-        of: DiskId,
-        arrived: &[ArrivedBitmap],
-    ) -> Result<Prepared> {
+    fn prepare_disk(&self, sealed: Sealed, of: DiskId, arrived: &[Said]) -> Result<Prepared> {
         let place = lock(&self.places).get(&of).cloned().ok_or(Error::Ended)?;
         let proof = place.prepare(&sealed)?;
         if let (Some(said), Some(read)) = (sealed.content, proof.as_ref().map(|p| p.content))
@@ -103,13 +112,13 @@ impl BlockSection {
         let digests = proof.iter().flat_map(|proof| &proof.bitmaps);
         for (bitmap, read) in arrived.iter().zip(digests) {
             if bitmap.digest.is_some_and(|said| said != *read) {
-                let name = &bitmap.bitmap.name;
+                let name = &bitmap.name;
                 let reason =
                     format!("bitmap {name:?} reads as {read}, not as the source sealed it");
                 return Err(Error::Mismatch { reason });
             }
         }
-        let bitmaps = arrived.iter().map(|b| b.bitmap.name.clone()).collect();
+        let bitmaps = arrived.iter().map(|b| b.name.clone()).collect();
         Ok(Prepared { proof, bitmaps })
     }
 }
@@ -171,7 +180,7 @@ impl LoadHandler for BlockSection {
                 let reason = "a seal has no hash, and nobody else could notice a difference";
                 return Err(Error::protocol(0, 0, reason));
             }
-            let bitmaps = self.renamed(disk, &arrived)?;
+            let (bitmaps, arrived) = self.renamed(disk, arrived)?;
             let done = self.prepare_disk(Sealed { content, bitmaps }, disk, &arrived)?;
             if let (Some(_), Some(proof)) = (content, &done.proof) {
                 ready.disks.push((disk, proof.content));

@@ -5,7 +5,7 @@ use std::time::Duration;
 use mig_core::section::Pending;
 
 /// What happened in one round, and what is left.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Round {
     /// Counts from 1.
     pub number: u32,

@@ -120,15 +120,14 @@ impl Slot {
         }
     }
 
-    /// Begins to note changed pieces; those that hold bits have changed since nothing was sent.
-    /// Nobody may be marking meanwhile.
+    /// Begins to note changed pieces; those that may hold bits have changed since nothing was sent.
+    /// Nobody may be marking meanwhile, so that no bit is looked at: a piece that turns out to be
+    /// zero is not sent.
     pub(super) fn track(&mut self) -> Arc<AtomicBits> {
         let changed = Arc::new(AtomicBits::new(self.life.shape().piece_count()));
-        let mut from = 0;
-        while let Some(run) = self.life.bits.next_run(from, u64::MAX) {
-            let pieces = pieces(run);
-            from = pieces.end * PIECE_BITS;
-            changed.set_range(pieces);
+        for chunk in self.life.bits.chunks() {
+            let first = chunk * CHUNK_BYTES / PIECE_BYTES as u64;
+            changed.set_range(first..first + CHUNK_BYTES / PIECE_BYTES as u64);
         }
         self.changed = Some(changed.clone());
         changed

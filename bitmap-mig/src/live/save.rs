@@ -22,6 +22,8 @@ pub struct SaveLive {
     place: Place,
     is_bulk_done: bool,
     sealed: Vec<(BitmapVersion, BitmapDigest)>,
+    /// What went wrong where nobody could be told.
+    failed: Option<Error>,
 }
 
 /// Where the pass stands.
@@ -40,7 +42,7 @@ impl SaveLive {
     /// the bitmaps hash to.
     pub fn new(senders: Vec<Sender>, hashes: bool) -> Self {
         let (place, sealed) = (Place::Start, Vec::new());
-        Self { senders, hashes, place, is_bulk_done: false, sealed }
+        Self { senders, hashes, place, is_bulk_done: false, sealed, failed: None }
     }
 
     /// The senders, for reports.
@@ -57,6 +59,9 @@ impl SaveLive {
 
     /// Sends about `budget` bytes of the pass.
     fn advance(&mut self, out: &Outlet<'_>, budget: u64) -> Result<Pass> {
+        if let Some(error) = self.failed.take() {
+            return Err(error);
+        }
         if self.place == Place::Start {
             self.announce(out)?;
         }
@@ -103,11 +108,7 @@ impl SaveHandler for SaveLive {
     }
 
     fn iterate(&mut self, out: &Outlet<'_>, budget: u64) -> Result<Pass> {
-        let pass = self.advance(out, budget)?;
-        if pass == Pass::Done && self.hashes {
-            self.senders.iter_mut().try_for_each(Sender::hash)?;
-        }
-        Ok(pass)
+        self.advance(out, budget)
     }
 
     fn pending(&self) -> Pending {
@@ -120,6 +121,9 @@ impl SaveHandler for SaveLive {
         match stage {
             Stage::Content => self.advance(out, u64::MAX).map(|_| ()),
             Stage::Seal => {
+                if let Some(error) = self.failed.take() {
+                    return Err(error);
+                }
                 let hashes = self.hashes;
                 let mut emit = |record: &BlockRecord<'_>| emit(record, out);
                 self.sealed.clear();
@@ -136,9 +140,13 @@ impl SaveHandler for SaveLive {
         ready.bitmaps.sort_by_key(|(version, _)| *version);
     }
 
+    /// Hashes what was sent while the destination does the same: the guest may be paused.
     fn barrier(&mut self) {
         if self.place == Place::Done {
             self.place = Place::Start;
+        }
+        if self.hashes {
+            self.failed = self.senders.iter_mut().try_for_each(Sender::hash).err();
         }
     }
 

@@ -162,8 +162,8 @@ impl Sender {
         Ok(())
     }
 
-    /// Hashes what the pass took, while the guest runs, so that [`seal`](Self::seal) has little
-    /// left to do.
+    /// Hashes what the pass took, so that [`seal`](Self::seal) has little left to do. Best done
+    /// while the destination, which does the same, is waited for.
     pub fn hash(&mut self) -> Result<()> {
         let mut stale: Vec<_> =
             self.told.iter_mut().filter(|told| told.digest.is_stale()).collect();
@@ -189,7 +189,7 @@ impl Sender {
 
     /// What was sent has arrived: a barrier behind the pass was acknowledged.
     pub fn acknowledged(&mut self) {
-        for told in &self.told {
+        for told in self.told.iter().filter(|told| told.in_flight.count() > 0) {
             told.in_flight.clear_range(0..u64::MAX);
         }
     }
@@ -211,7 +211,7 @@ impl Sender {
         if hashes {
             self.hash()?;
         }
-        for told in self.told.iter().filter(|told| told.life.is_some()) {
+        for told in self.told.iter_mut().filter(|told| told.life.is_some()) {
             let version = told.version;
             let digest = hashes.then(|| told.digest.digest());
             emit(&BlockRecord::BitmapSeal(BitmapSeal { version, digest }))?;

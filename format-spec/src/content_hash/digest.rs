@@ -21,22 +21,15 @@ impl DigestBuilder {
         Ok(Self { granularity, bits, tree: Tree::new(bytes)? })
     }
 
-    /// Like [`new`](Self::new), but leaves may be put again when they change. Costs about 64 bytes
-    /// per leaf that is not zero.
-    pub fn replaceable(granularity: u64, bits: u64) -> Result<Self, HashError> {
-        let builder = Self::new(granularity, bits)?;
-        Ok(Self { tree: Tree::keeping(builder.byte_len(), 0)?, ..builder })
-    }
-
     /// Bytes of the bitmap: whole 64-bit words.
     pub fn byte_len(&self) -> u64 {
         self.tree.size()
     }
 
     /// Puts bytes that stand at byte `offset`, a multiple of [`LEAF_BYTES`]: whole leaves, or up to
-    /// the end. Each leaf is put once, unless the
-    /// builder is [`replaceable`](Self::replaceable). Bits beyond the last granule are taken as
-    /// zero, whatever they are.
+    /// the end. Each leaf is put once; for bitmaps that change there is
+    /// [`PatchedDigest`](super::PatchedDigest). Bits beyond the last granule are taken as zero,
+    /// whatever they are.
     pub fn put(&mut self, offset: u64, bytes: &[u8]) -> Result<(), HashError> {
         let leaf = offset.checked_div(LEAF_BYTES as u64).unwrap_or_default();
         let end = offset.saturating_add(bytes.len() as u64);

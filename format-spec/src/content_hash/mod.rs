@@ -6,12 +6,14 @@
 
 mod digest;
 mod name;
+mod patched;
 mod tree;
 
 use std::sync::LazyLock;
 
 pub use digest::{DigestBuilder, bitmap_digest};
 pub use name::{BitmapDigest, ContentHash, NameError};
+pub use patched::{PATCH_BYTES, PatchedDigest};
 pub use tree::{HashError, MAX_FRAGMENTS, Missing, Tree};
 
 /// Bytes of guest content below one leaf.

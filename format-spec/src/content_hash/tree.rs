@@ -249,7 +249,7 @@ impl Tree {
 }
 
 /// The node above two nodes of `height`; zeroes by constant.
-fn join(height: u8, left: &Node, right: &Node) -> Node {
+pub(super) fn join(height: u8, left: &Node, right: &Node) -> Node {
     let zero = zero_node(height);
     if *left == zero && *right == zero {
         zero_node(height.saturating_add(1))

@@ -30,7 +30,12 @@ pub struct DirtySet {
     unit_bits: u32,
     dirty: AtomicBits,
     in_flight: AtomicBits,
+    /// Groups of units some of which are in flight, so that to acknowledge a few costs little.
+    groups: AtomicBits,
 }
+
+/// Units of one group: as many as are cleared in no time.
+const GROUP_UNITS: u64 = 4096;
 
 impl DirtySet {
     /// Nothing of `size` bytes is dirty yet. Units are of `1 << unit_bits` bytes; the last one may
@@ -39,7 +44,8 @@ impl DirtySet {
         let unit_bits = u32::from(unit_bits).min(63);
         let units = size.div_ceil(1 << unit_bits);
         let (dirty, in_flight) = (AtomicBits::new(units), AtomicBits::new(units));
-        Self { size, unit_bits, dirty, in_flight }
+        let groups = AtomicBits::new(units.div_ceil(GROUP_UNITS));
+        Self { size, unit_bits, dirty, in_flight, groups }
     }
 
     /// Bytes covered.
@@ -80,7 +86,7 @@ impl DirtySet {
         let mut from = from.div_ceil(self.unit_bytes());
         loop {
             let found = self.dirty.next_run(from, max)?;
-            self.in_flight.set_range(found.clone());
+            self.fly(found.clone());
             if let Some(run) = self.dirty.take_run(found.start, found.end - found.start) {
                 // What others took of it meanwhile is in flight as well: nothing is to be undone.
                 return Some(self.bytes(run));
@@ -92,19 +98,31 @@ impl DirtySet {
     /// Takes the units of `range` whether they are dirty or not, for a sweep over everything.
     pub fn take_range(&self, range: Range<u64>) {
         let units = self.touched(range);
-        self.in_flight.set_range(units.clone());
+        self.fly(units.clone());
         self.dirty.clear_range(units);
     }
 
     /// All that was taken so far has arrived: a barrier behind it was acknowledged, and nothing was
     /// taken since that barrier.
     pub fn acknowledged(&self) {
-        self.in_flight.clear_range(0..u64::MAX);
+        let mut from = 0;
+        while let Some(groups) = self.groups.take_run(from, u64::MAX) {
+            from = groups.end;
+            let unit = |group: u64| group.saturating_mul(GROUP_UNITS);
+            self.in_flight.clear_range(unit(groups.start)..unit(groups.end));
+        }
     }
 
     /// All that is in flight is dirty again. Not to be called while others take.
     pub fn give_back(&self) {
         self.in_flight.move_to(&self.dirty);
+    }
+
+    fn fly(&self, units: Range<u64>) {
+        self.in_flight.set_range(units.clone());
+        if !units.is_empty() {
+            self.groups.set_range(units.start / GROUP_UNITS..(units.end - 1) / GROUP_UNITS + 1);
+        }
     }
 
     fn touched(&self, range: Range<u64>) -> Range<u64> {
@@ -149,5 +167,19 @@ mod tests {
         assert_eq!((set.dirty_bytes(), set.in_flight_bytes()), (0, 11 << 16));
         set.give_back();
         assert_eq!(set.take(0, u64::MAX), Some(0..(10 << 16) + 512));
+    }
+
+    #[test]
+    fn what_is_in_flight_anywhere_is_acknowledged() {
+        let unit = 1 << 16;
+        let set = DirtySet::new(unit * 5 * GROUP_UNITS, 16);
+        set.take_range(unit * (GROUP_UNITS - 1)..unit * (2 * GROUP_UNITS + 1));
+        set.mark(unit * (5 * GROUP_UNITS - 1)..unit * 5 * GROUP_UNITS);
+        assert!(set.take(0, unit).is_some());
+        assert_eq!(set.in_flight_bytes(), unit * (GROUP_UNITS + 3));
+        set.acknowledged();
+        assert_eq!(set.in_flight_bytes(), 0);
+        set.give_back();
+        assert_eq!(set.dirty_bytes(), 0);
     }
 }

@@ -1,0 +1,285 @@
+//! The digest of a bitmap that changes: it costs what changed since it was last made.
+//!
+//! A leaf is hashed by BLAKE3, which cuts it into chunks of 1 KiB and joins their chaining values
+//! two by two. Where a few chunks of a leaf change at a time those values are kept, so that a leaf
+//! costs the chunks that changed and the path above them, not its 64 KiB. The same holds for the
+//! leaves below the top.
+
+use std::collections::BTreeMap;
+use std::sync::LazyLock;
+
+use blake3::hazmat::{HasherExt as _, Mode, merge_subtrees_non_root, merge_subtrees_root};
+
+use super::tree::join;
+use super::{
+    BitmapDigest, DIGEST_KEY, HashError, LEAF_BYTES, LEAF_KEY, MAX_SIZE, Node, TREE_HEIGHT, leaf,
+    leaf_count, zero_node,
+};
+
+/// Bytes whose chaining value is kept: a chunk of BLAKE3, and a piece of a bitmap on the wire.
+pub const PATCH_BYTES: usize = blake3::CHUNK_LEN;
+/// Chunks of a leaf.
+const CHUNKS: usize = LEAF_BYTES / PATCH_BYTES;
+/// So many changed chunks are hashed one by one; more are hashed with the whole leaf, side by side.
+const FEW_CHUNKS: u32 = 16;
+
+/// The digest of a bitmap of which parts are put again and again. SPEC 2.
+#[derive(Debug)]
+pub struct PatchedDigest {
+    granularity: u64,
+    bits: u64,
+    leaves: u64,
+    /// Height of the node above all leaves.
+    height: u8,
+    /// Nodes that are not those of zeroes, by height and index.
+    nodes: BTreeMap<(u8, u64), Node>,
+    /// Of leaves that changed little at a time.
+    inner: BTreeMap<u64, Box<Inner>>,
+    /// Leaves that changed since the nodes above them were made.
+    changed: Vec<u64>,
+    digest: Option<BitmapDigest>,
+}
+
+impl PatchedDigest {
+    /// Of a bitmap of `bits` granules of `granularity` bytes, none of which is set.
+    pub fn new(granularity: u64, bits: u64) -> Result<Self, HashError> {
+        let size = bits.div_ceil(64).saturating_mul(8);
+        if size > MAX_SIZE {
+            return Err(HashError::TooLarge { size });
+        }
+        let leaves = leaf_count(size);
+        let height = leaves.max(1).next_power_of_two().trailing_zeros();
+        Ok(Self {
+            granularity,
+            bits,
+            leaves,
+            height: u8::try_from(height).unwrap_or(TREE_HEIGHT),
+            nodes: BTreeMap::new(),
+            inner: BTreeMap::new(),
+            changed: Vec::new(),
+            digest: None,
+        })
+    }
+
+    /// Chunks of a leaf have changed, those whose bits are set in `chunks`: chunk `n` is the
+    /// [`PATCH_BYTES`] at `n × PATCH_BYTES` of it. `read` fills a buffer with the bitmap's bytes
+    /// from an offset on, zeroes behind the end; bits behind the last granule are clear.
+    pub fn patch(
+        &mut self,
+        leaf_index: u64,
+        chunks: u64,
+        mut read: impl FnMut(u64, &mut [u8]),
+    ) -> Result<(), HashError> {
+        if leaf_index >= self.leaves {
+            return Err(HashError::Outside { height: 0, leaf: leaf_index, leaves: self.leaves });
+        }
+        let start = leaf_index.saturating_mul(LEAF_BYTES as u64);
+        // What has no node was never anything but zero.
+        let is_known =
+            !self.nodes.contains_key(&(0, leaf_index)) || self.inner.contains_key(&leaf_index);
+        let node = if is_known && chunks.count_ones() <= FEW_CHUNKS {
+            let inner = self.inner.entry(leaf_index).or_default();
+            let mut left = chunks;
+            while left != 0 {
+                let chunk = usize::try_from(left.trailing_zeros()).unwrap_or(CHUNKS);
+                left &= left.wrapping_sub(1);
+                let mut bytes = [0; PATCH_BYTES];
+                let at = chunk.saturating_mul(PATCH_BYTES);
+                read(start.saturating_add(at as u64), &mut bytes);
+                inner.set(chunk, value(at as u64, &bytes));
+            }
+            inner.node()
+        } else {
+            self.inner.remove(&leaf_index);
+            let mut bytes = vec![0; LEAF_BYTES];
+            read(start, &mut bytes);
+            leaf(&bytes)
+        };
+        self.put(0, leaf_index, node);
+        self.changed.push(leaf_index);
+        self.digest = None;
+        Ok(())
+    }
+
+    /// The digest as of the last patch.
+    pub fn digest(&mut self) -> BitmapDigest {
+        if let Some(digest) = self.digest {
+            return digest;
+        }
+        let mut at = std::mem::take(&mut self.changed);
+        at.sort_unstable();
+        for height in 0..self.height {
+            at.iter_mut().for_each(|index| *index = index.checked_shr(1).unwrap_or(0));
+            at.dedup();
+            for index in &at {
+                let left = self.get(height, index.saturating_mul(2));
+                let right = self.get(height, index.saturating_mul(2).saturating_add(1));
+                self.put(height.saturating_add(1), *index, join(height, &left, &right));
+            }
+        }
+        let heights = self.height..TREE_HEIGHT;
+        let start = self.get(self.height, 0);
+        let top = heights.fold(start, |node, height| join(height, &node, &zero_node(height)));
+        let mut hasher = blake3::Hasher::new_keyed(DIGEST_KEY);
+        hasher.update(&self.granularity.to_le_bytes()).update(&self.bits.to_le_bytes());
+        let digest = BitmapDigest(*hasher.update(&top).finalize().as_bytes());
+        self.digest = Some(digest);
+        digest
+    }
+
+    fn get(&self, height: u8, index: u64) -> Node {
+        self.nodes.get(&(height, index)).copied().unwrap_or_else(|| zero_node(height))
+    }
+
+    fn put(&mut self, height: u8, index: u64, node: Node) {
+        if node == zero_node(height) {
+            self.nodes.remove(&(height, index));
+        } else {
+            self.nodes.insert((height, index), node);
+        }
+    }
+}
+
+/// The chaining values inside of one leaf: those of its chunks, then those above, level by level,
+/// up to the two that its node is made of.
+#[derive(Debug, Clone)]
+struct Inner([Node; 2 * CHUNKS - 2]);
+
+static ZEROES: LazyLock<Inner> = LazyLock::new(|| {
+    let mut inner = Inner([Node::default(); 2 * CHUNKS - 2]);
+    let zeroes = [0; PATCH_BYTES];
+    for chunk in 0..CHUNKS {
+        inner.set(chunk, value(chunk.saturating_mul(PATCH_BYTES) as u64, &zeroes));
+    }
+    inner
+});
+
+impl Default for Inner {
+    /// Of a leaf of zeroes.
+    fn default() -> Self {
+        ZEROES.clone()
+    }
+}
+
+impl Inner {
+    fn set(&mut self, chunk: usize, mut value: Node) {
+        let (mut at, mut rest, mut width) = (chunk, self.0.as_mut_slice(), CHUNKS);
+        while let Some((level, above)) = rest.split_at_mut_checked(width) {
+            if let Some(place) = level.get_mut(at) {
+                *place = value;
+            }
+            if above.is_empty() {
+                return;
+            }
+            let sibling = level.get(at ^ 1).copied().unwrap_or_default();
+            let (left, right) = if at & 1 == 0 { (&value, &sibling) } else { (&sibling, &value) };
+            value = merge_subtrees_non_root(left, right, Mode::KeyedHash(LEAF_KEY));
+            (at, rest, width) = (at / 2, above, width / 2);
+        }
+    }
+
+    fn node(&self) -> Node {
+        match self.0.last_chunk::<2>() {
+            Some([left, right]) => {
+                *merge_subtrees_root(left, right, Mode::KeyedHash(LEAF_KEY)).as_bytes()
+            }
+            None => Node::default(),
+        }
+    }
+}
+
+/// The chaining value of a chunk at a byte of its leaf.
+fn value(at: u64, bytes: &[u8; PATCH_BYTES]) -> Node {
+    let mut hasher = blake3::Hasher::new_keyed(LEAF_KEY);
+    hasher.set_input_offset(at).update(bytes);
+    hasher.finalize_non_root()
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::super::bitmap_digest;
+    use super::*;
+
+    /// A bitmap in words, and its patched digest.
+    struct Both {
+        words: Vec<u64>,
+        patched: PatchedDigest,
+    }
+
+    impl Both {
+        fn new(bits: u64) -> Self {
+            let words = vec![0; usize::try_from(bits.div_ceil(64)).unwrap()];
+            Self { words, patched: PatchedDigest::new(512, bits).unwrap() }
+        }
+
+        fn change(&mut self, at: usize, word: u64) {
+            self.words[at] = word;
+        }
+
+        fn patch(&mut self, leaf: u64, chunks: u64) {
+            let words = &self.words;
+            self.patched
+                .patch(leaf, chunks, |offset, bytes| {
+                    let first = usize::try_from(offset / 8).unwrap();
+                    for (bytes, at) in bytes.chunks_mut(8).zip(first..) {
+                        bytes.copy_from_slice(&words.get(at).unwrap_or(&0).to_le_bytes());
+                    }
+                })
+                .unwrap();
+        }
+
+        fn check(&mut self) {
+            let expected = bitmap_digest(512, self.patched.bits, &self.words).unwrap();
+            assert_eq!(self.patched.digest(), expected);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn it_is_the_digest_of_what_is_there(
+            words in 1u64..40_000,
+            passes in proptest::collection::vec(
+                (proptest::collection::vec((0usize..40_000, any::<bool>()), 0..40), any::<bool>()),
+                1..6,
+            ),
+        ) {
+            let mut both = Both::new(words * 64);
+            both.check();
+            for (changes, is_dense) in passes {
+                let mut stale = BTreeMap::<u64, u64>::new();
+                for (at, is_set) in changes {
+                    let at = at % both.words.len();
+                    // Dense: neighbours, so that many chunks of a leaf change.
+                    let last = if is_dense { at + 5000 } else { at + 1 };
+                    for at in at..last.min(both.words.len()) {
+                        both.change(at, if is_set { at as u64 | 1 } else { 0 });
+                        *stale.entry(at as u64 / 8192).or_default() |= 1 << (at / 128 % 64);
+                    }
+                }
+                for (leaf, chunks) in stale {
+                    both.patch(leaf, chunks);
+                }
+                both.check();
+            }
+        }
+    }
+
+    #[test]
+    fn what_was_cleared_is_zero_again_and_what_is_outside_is_refused() {
+        let mut both = Both::new(1 << 20);
+        let empty = both.patched.digest();
+        both.change(9000, 5);
+        both.patch(1, 1 << 6);
+        assert_ne!(both.patched.digest(), empty);
+        both.change(9000, 0);
+        both.patch(1, 1 << 6);
+        assert_eq!(both.patched.digest(), empty);
+        assert!(both.patched.nodes.is_empty());
+        assert!(both.patched.patch(2, 1, |_, _| {}).is_err());
+        let empty = PatchedDigest::new(512, 0).unwrap().digest();
+        assert_eq!(empty, bitmap_digest(512, 0, &[]).unwrap());
+        assert!(matches!(PatchedDigest::new(512, u64::MAX), Ok(_)));
+    }
+}
