@@ -1,4 +1,4 @@
-//! How long does the guest stand still? A disk that is written to all the time is moved while it is,
+//! How long does the guest stand still? A disk that is written to all the time is moved meanwhile,
 //! by `bitferry` and by two generations of QEMU with the means that each has: version 10 mirrors it
 //! over NBD and migrates the bitmaps, version 7.2 migrates it with `blk` and without them.
 //!
@@ -107,8 +107,8 @@ fn run(options: &Options) -> Result<()> {
     let scratch = tempfile::Builder::new().prefix("compare_live-").tempdir_in(&options.dir)?;
     let (source, target) = (scratch.path().join("source"), scratch.path().join("target"));
     println!(
-        "{} MiB in a qcow2 image with three bitmaps over TCP, 64 KiB written 256 times a second, {} \
-         rounds\n",
+        "{} MiB in a qcow2 image with three bitmaps over TCP, 64 KiB written 256 times a second, \
+         {} rounds\n",
         options.mib, options.rounds
     );
     println!("{:48} {:>10} {:>10} {:>10} {:>8}", "", "pause ms", "longest", "total ms", "writes");

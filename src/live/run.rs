@@ -45,12 +45,6 @@ impl Outgoing<'_> {
             let reason = "nobody answers on a one-way stream, and a guest is not let go unheard";
             return Err(Error::Usage { reason: reason.to_owned() });
         }
-        let migration = &*self.migration;
-        migration.update(|info| {
-            info.status = Status::Setup;
-            let total = self.disks.iter().map(|disk| disk.disk.size()).sum();
-            info.disk = Some(Amounts { total, remaining: total, ..Amounts::default() });
-        });
         let mut unsettled = match self.unsettled.try_lock() {
             Ok(unsettled) => unsettled,
             Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
@@ -58,65 +52,64 @@ impl Outgoing<'_> {
                 return Err(Error::Usage { reason: "this migration runs already".to_owned() });
             }
         };
+        let migration = &*self.migration;
+        migration.update(|info| {
+            info.status = Status::Setup;
+            let total = self.disks.iter().map(|disk| disk.disk.size()).sum();
+            info.disk = Some(Amounts { total, remaining: total, ..Amounts::default() });
+        });
         let before = unsettled.take();
         let since = before.map(|before| before.since);
         let mut whole = Whole { guest, disks: &self.disks, migration, since };
         let mut steering = Steering::new(migration, self.limits);
-        let mut counts = Vec::new();
-        let mut session = before.map_or(self.session, |before| before.session);
-        let mut losses = Losses::default();
-        let result = loop {
-            let error = match self.attempt(dial, session, &mut whole, &mut steering, &mut counts) {
+        let session = before.map_or(self.session, |before| before.session);
+        let mut tries = Tries { session, counts: Vec::new(), losses: Losses::default() };
+        let result = self.attempts(dial, &mut whole, &mut steering, &mut tries);
+        migration.set_throttle(0);
+        let downtime = whole.since.map(|since| since.elapsed()).unwrap_or_default();
+        let sent = match (result, before, whole.since) {
+            (Ok(sent), ..) => sent,
+            // It was let go of in an earlier run, and nobody has said anything else since.
+            (Err(error), Some(_), Some(_)) => Sent::unknown(error),
+            (Err(error), ..) => return Err(self.note_failure(error, steering.reason)),
+        };
+        let Tries { session, counts, losses } = tries;
+        *unsettled = settle(&sent, &mut whole)?.map(|since| Unsettled { session, since });
+        self.note_end(&sent, downtime);
+        let disks = self.disks.iter().zip(&counts);
+        let disks = disks.map(|(disk, counts)| report(&disk.name, counts)).collect();
+        let (passes, reconnects) = (steering.passes, losses.made);
+        Ok(Report { sent, session, downtime, passes, reconnects, disks })
+    }
+
+    /// Attempts until one ends otherwise than by a connection that may be made again.
+    fn attempts(
+        &self,
+        dial: &dyn Dial,
+        whole: &mut Whole<'_>,
+        steering: &mut Steering<'_>,
+        tries: &mut Tries,
+    ) -> Result<Sent, stream::Error> {
+        loop {
+            let attempt = self.attempt(dial, tries.session, whole, steering, &mut tries.counts);
+            let error = match attempt {
                 Err(error) if self.may_go_on(&error) => error,
-                ended => break ended,
+                ended => return ended,
             };
             let is_connected = !matches!(error, stream::Error::Connect(_));
-            let since = losses.note(is_connected, self.sent_bytes());
+            let since = tries.losses.note(is_connected, self.sent_bytes());
             if since.elapsed() >= self.reconnect {
-                break Err(error);
+                return Err(error);
             }
             tracing::warn!(%error, "the connection was lost; trying again");
             if steering.take_prepared() {
                 // The destination may be ready with what the guest has changed since.
-                match crate::random_id() {
-                    Ok(other) => session = other,
-                    Err(source) => break Err(stream::Error::handler(Blame::Device, source)),
-                }
+                let other = crate::random_id();
+                tries.session =
+                    other.map_err(|source| stream::Error::handler(Blame::Device, source))?;
             }
             steering.restart();
             std::thread::sleep(RETRY_PAUSE.min(self.reconnect));
-        };
-        let reconnects = losses.made;
-        migration.set_throttle(0);
-        let downtime = whole.since.map(|since| since.elapsed()).unwrap_or_default();
-        let result = match (before, whole.since) {
-            // It was let go of in an earlier run, and nobody has said anything else since.
-            (Some(_), Some(_)) => result.or_else(|error| Ok(Sent::unknown(error))),
-            _ => result,
-        };
-        match result {
-            Ok(sent) => {
-                match (&sent.outcome, whole.since) {
-                    // Where nobody knows whether it has taken over, the guest only stays paused.
-                    (Outcome::Unknown(_), since) => {
-                        *unsettled = since.map(|since| Unsettled { session, since });
-                    }
-                    (_, Some(_)) => whole.retire(),
-                    // It has taken over in an earlier process: the guest must not go on here.
-                    (_, None) => {
-                        tracing::warn!("the destination had taken over already");
-                        let paused = whole.pause();
-                        paused.map_err(|source| stream::Error::handler(Blame::Device, source))?;
-                        whole.retire();
-                    }
-                }
-                self.note_end(&sent, downtime);
-                let disks = self.disks.iter().zip(&counts);
-                let disks = disks.map(|(disk, counts)| report(&disk.name, counts)).collect();
-                let passes = steering.passes;
-                Ok(Report { sent, session, downtime, passes, reconnects, disks })
-            }
-            Err(error) => Err(self.note_failure(error, steering.reason)),
         }
     }
 
@@ -224,6 +217,30 @@ impl Outgoing<'_> {
         });
         error
     }
+}
+
+/// Lets go of a guest that the destination has. Answers since when it is paused where nobody knows
+/// whether it does.
+fn settle(sent: &Sent, whole: &mut Whole<'_>) -> Result<Option<Instant>> {
+    match (&sent.outcome, whole.since) {
+        (Outcome::Unknown(_), since) => return Ok(since),
+        (_, Some(_)) => {}
+        // It has taken over in an earlier process: the guest must not go on here.
+        (_, None) => {
+            tracing::warn!("the destination had taken over already");
+            let paused = whole.pause();
+            paused.map_err(|source| stream::Error::handler(Blame::Device, source))?;
+        }
+    }
+    whole.retire();
+    Ok(None)
+}
+
+/// What the attempts of one run leave to the next one.
+struct Tries {
+    session: SessionId,
+    counts: Vec<Arc<SaveCounts>>,
+    losses: Losses,
 }
 
 /// A session that may have been handed over.
