@@ -64,7 +64,7 @@ fn mirror(program: &Program, paths: (&Path, &Path), mib: u64) -> Result<Taken> {
         let capability = json!({ "capability": "dirty-bitmaps", "state": true });
         side.ask("migrate-set-capabilities", json!({ "capabilities": [capability] }))?;
     }
-    hurry(&mut from)?;
+    hurry(&mut from, 300)?;
     // The machine does not run: what was mirrored is final, and the job need not wait for a pause.
     from.end_mirror()?;
     to.ask("nbd-server-stop", json!({}))?;
@@ -81,7 +81,8 @@ fn mirror(program: &Program, paths: (&Path, &Path), mib: u64) -> Result<Taken> {
 fn blk(program: &Program, paths: (&Path, &Path), mib: u64) -> Result<Taken> {
     let (mut from, mut to, copy) = machines(program, paths, mib)?;
     let uri = to.listen()?;
-    hurry(&mut from)?;
+    // Were it longer, 7.2 would end before all is sent.
+    hurry(&mut from, 1)?;
     let begun = Instant::now();
     from.ask("migrate", json!({ "uri": uri, "blk": true }))?;
     from.completes()?;
@@ -93,10 +94,9 @@ fn blk(program: &Program, paths: (&Path, &Path), mib: u64) -> Result<Taken> {
     Ok(Taken { time, peak_kib: None })
 }
 
-/// Takes away what holds QEMU back by default. Were the limit of the pause longer, 7.2 would end
-/// before all is sent.
-fn hurry(machine: &mut Machine) -> Result<()> {
-    let limits = json!({ "max-bandwidth": 16_000_000_000u64, "downtime-limit": 1 });
+/// Takes away what holds QEMU back by default.
+fn hurry(machine: &mut Machine, downtime_ms: u64) -> Result<()> {
+    let limits = json!({ "max-bandwidth": 16_000_000_000u64, "downtime-limit": downtime_ms });
     machine.ask("migrate-set-parameters", limits)?;
     Ok(())
 }
