@@ -136,10 +136,15 @@ fn random(state: &mut u64) -> u64 {
     *state >> 16
 }
 
+/// A sector in one of twenty parts of the disk, of 64 GiB each.
+fn place(state: &mut u64) -> u64 {
+    random(state) % 20 * (SIZE / 20) / 512 * 512 + random(state) % (64 << 30) / 512 * 512
+}
+
 fn write(disk: &TrackedDisk<Void>, is_stopped: &AtomicBool) {
     let mut state = 7;
     while !is_stopped.load(Ordering::Acquire) {
-        if disk.write(&[1; 512], random(&mut state) % (SIZE / 512) * 512).is_err() {
+        if disk.write(&[1; 512], place(&mut state)).is_err() {
             return;
         }
         std::thread::sleep(Duration::from_millis(2));
@@ -176,7 +181,7 @@ fn migrate(count: usize) -> (Duration, Duration, u64) {
     }
     let mut state = 99;
     for _ in 0..500 {
-        disk.write(&[1; 512], random(&mut state) % (SIZE / 512) * 512).unwrap();
+        disk.write(&[1; 512], place(&mut state)).unwrap();
     }
     let other = Arc::new(Other::default());
     let (here, there) = UnixStream::pair().unwrap();

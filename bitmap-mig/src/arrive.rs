@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use format_spec::content_hash::{BitmapDigest, HashError};
+use format_spec::content_hash::{BitmapDigest, HashError, Node};
 use format_spec::native::block::{
     BitmapCreate, BitmapSeal, BitmapShape, BitmapUpdate, BitmapVersion, DiskId, PIECE_BYTES, Piece,
     Run,
@@ -19,8 +19,9 @@ use crate::running_digest::{RunningDigest, read_chunk};
 
 /// Most bitmaps in one session: so many fit the record that says how they read back.
 pub const MAX_BITMAPS: usize = 50_000;
-/// Most bytes that the bits of one session's bitmaps are held in.
-const MAX_HELD_BYTES: u64 = 1 << 30;
+/// Most bytes that the bits of one session's bitmaps are held in: those of 64 bitmaps of a 16 TiB
+/// disk at 64 KiB that have bits everywhere.
+const MAX_HELD_BYTES: u64 = 2 << 30;
 /// Most bytes that the bitmaps of one session would have if all their bits were set: 256 bitmaps
 /// of a 16 TiB disk at 64 KiB. What finds those that are takes a fraction of a thousandth of it.
 const MAX_SHAPE_BYTES: u64 = 8 << 30;
@@ -36,6 +37,18 @@ pub struct ArrivedBitmap {
     pub bitmap: Bitmap,
 }
 
+/// What an attempt that failed leaves of its bitmaps, for the next one of the same session.
+#[derive(Debug, Default)]
+pub struct KeptBitmaps(BTreeMap<(DiskId, String), Kept>);
+
+/// The bits of one.
+#[derive(Debug)]
+struct Kept {
+    shape: BitmapShape,
+    bits: AtomicBits,
+    digest: RunningDigest,
+}
+
 /// Receives bitmaps.
 #[derive(Debug, Default)]
 pub struct LoadBitmaps(Mutex<State>);
@@ -44,6 +57,8 @@ pub struct LoadBitmaps(Mutex<State>);
 struct State {
     /// By number. A removed one stays, to know its generation.
     bitmaps: BTreeMap<u32, Arriving>,
+    /// Of an earlier attempt, and not created again so far.
+    kept: BTreeMap<(DiskId, String), Kept>,
     /// By shape.
     bytes: u64,
     held: u64,
@@ -89,7 +104,37 @@ impl LoadBitmaps {
         Self::default()
     }
 
-    /// A bitmap of a disk of `disk_size` bytes is created, all bits clear.
+    /// No bitmap yet; those that are created again begin as they were kept.
+    pub fn resumed(kept: KeptBitmaps) -> Self {
+        Self(Mutex::new(State { kept: kept.0, ..State::default() }))
+    }
+
+    /// Takes what has arrived, for the next attempt.
+    pub fn keep(&self) -> KeptBitmaps {
+        let mut state = self.lock();
+        let arriving = std::mem::take(&mut *state).bitmaps.into_values();
+        let kept = arriving.filter_map(|Arriving { disk, bitmap, shape, .. }| {
+            let Held { name, bits, digest, .. } = bitmap?;
+            Some(((disk, name), Kept { shape, bits, digest }))
+        });
+        KeptBitmaps(kept.collect())
+    }
+
+    /// Drops what was kept and not created again: all that is there now was created now.
+    pub fn drop_kept(&self) {
+        self.lock().kept.clear();
+    }
+
+    /// The leaves of a bitmap that are not zero, in rising order.
+    pub fn leaves(&self, version: BitmapVersion) -> Result<Vec<(u64, Node)>> {
+        let mut state = self.lock();
+        let found = state.bitmaps.get_mut(&version.bitmap).and_then(|found| found.bitmap.as_mut());
+        let Some(held) = found else { return Ok(Vec::new()) };
+        held.digest.hash(&held.bits).map_err(unhashable)?;
+        Ok(held.digest.leaves())
+    }
+
+    /// A bitmap of a disk of `disk_size` bytes is created, all bits clear or as they were kept.
     pub fn create(&self, create: &BitmapCreate<'_>, disk_size: u64, at: &Arrival) -> Result<()> {
         self.lock().create(create, disk_size, at)
     }
@@ -214,12 +259,21 @@ impl State {
             return Err(at.protocol(format!("granularity of bitmap {name:?}")));
         };
         self.bytes = bytes;
+        let kept = self.kept.remove(&(create.disk, name.to_owned()));
+        let (bits, digest) = match kept.filter(|kept| kept.shape == create.shape) {
+            Some(kept) => (kept.bits, kept.digest),
+            None => {
+                let digest = RunningDigest::new(create.shape).map_err(unhashable)?;
+                (AtomicBits::new(create.shape.bits), digest)
+            }
+        };
+        self.held = self.held.saturating_add(bits.held_bytes());
         let bitmap = Held {
             name: name.to_owned(),
             granularity_bits,
             is_enabled: create.is_enabled,
-            bits: AtomicBits::new(create.shape.bits),
-            digest: RunningDigest::new(create.shape).map_err(unhashable)?,
+            bits,
+            digest,
         };
         let arriving = Arriving {
             disk: create.disk,

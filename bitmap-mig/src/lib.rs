@@ -14,7 +14,7 @@ mod running_digest;
 mod save;
 pub mod select;
 
-pub use arrive::{ArrivedBitmap, LoadBitmaps, MAX_BITMAPS};
+pub use arrive::{ArrivedBitmap, KeptBitmaps, LoadBitmaps, MAX_BITMAPS};
 pub use image_store::ImageBitmaps;
 pub use live::LiveBitmaps;
 pub use named::{Bitmap, load, summary};

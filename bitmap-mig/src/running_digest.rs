@@ -1,8 +1,11 @@
 //! The digest of a bitmap that changes, kept up to date piece by piece.
 
-use format_spec::content_hash::{BitmapDigest, HashError, PATCH_BYTES, PatchedDigest};
+use std::ops::Range;
+
+use format_spec::content_hash::{BitmapDigest, HashError, Node, PATCH_BYTES, PatchedDigest};
 use format_spec::native::block::{BitmapShape, PIECE_BYTES};
 use mig_core::dirty::{AtomicBits, CHUNK_BYTES};
+use mig_core::stream::{Error, Result};
 
 /// Pieces of a bitmap in one leaf of its digest: as many as a word has bits.
 const PIECES_PER_LEAF: u64 = CHUNK_BYTES / PIECE_BYTES as u64;
@@ -53,9 +56,22 @@ impl RunningDigest {
         Ok(())
     }
 
+    /// The leaves that are not zero with their nodes, in rising order, of what was hashed.
+    pub(crate) fn leaves(&self) -> Vec<(u64, Node)> {
+        self.digest.leaves().collect()
+    }
+
     /// The digest of what was hashed.
     pub(crate) fn digest(&mut self) -> BitmapDigest {
         self.digest.digest()
+    }
+}
+
+/// The pieces of a leaf that a peer names, of a bitmap that has so many.
+pub(crate) fn pieces_of(leaf: u64, pieces: u64) -> Result<Range<u64>> {
+    match leaf.checked_mul(PIECES_PER_LEAF).filter(|first| *first < pieces) {
+        Some(first) => Ok(first..first.saturating_add(PIECES_PER_LEAF).min(pieces)),
+        None => Err(Error::protocol(0, 0, format!("it has leaf {leaf} of a shorter bitmap"))),
     }
 }
 

@@ -1,22 +1,24 @@
 //! Bitmaps at rest on their way out, in the section of their disks (SPEC 6).
 
 use format_spec::Reader;
-use format_spec::content_hash::BitmapDigest;
+use format_spec::content_hash::{self, BitmapDigest, LEAF_BYTES, Node};
 use format_spec::native::answer::Ready;
 use format_spec::native::block::{
     self, BitmapCreate, BitmapSeal, BitmapShape, BitmapVersion, BlockRecord, Content, DiskId,
-    PIECE_BYTES, PIECE_HEAD_BYTES, Piece, Pieces, RUN, Run,
+    PIECE_BYTES, Piece, Pieces, RUN, Run,
 };
+use mig_core::block::is_zero;
 use mig_core::channels::Outlet;
-use mig_core::section::{Pass, Pending, SaveHandler, SectionKey, Stage};
+use mig_core::section::{Pass, Pending, SaveHandler, SectionKey, Stage, Start};
 use mig_core::stream::{Error, Result};
 
 use crate::Bitmap;
+use crate::running_digest::pieces_of;
 
 /// The only generation: nothing is created twice while it is at rest.
 const GENERATION: u32 = 1;
-/// Pieces that go into one record: half a MiB of them.
-const PIECES_PER_RECORD: usize = (512 << 10) / (PIECE_HEAD_BYTES + PIECE_BYTES);
+/// Bytes of pieces that go into one record.
+const RECORD_BYTES: usize = 512 << 10;
 
 /// A bitmap that is sent, with the disk that it belongs to.
 #[derive(Debug, Clone, Copy)]
@@ -36,6 +38,8 @@ pub struct SaveBitmaps<'a> {
     digests: Vec<Option<BitmapDigest>>,
     hashes: bool,
     is_sent: bool,
+    /// Leaves that the destination has kept of each.
+    kept: Vec<Vec<(u64, Node)>>,
 }
 
 impl<'a> SaveBitmaps<'a> {
@@ -48,8 +52,8 @@ impl<'a> SaveBitmaps<'a> {
                 return Err(Error::handler(format_spec::Blame::Caller, reason));
             }
         }
-        let digests = vec![None; bitmaps.len()];
-        Ok(Self { bitmaps, digests, hashes, is_sent: false })
+        let (digests, kept) = (vec![None; bitmaps.len()], vec![Vec::new(); bitmaps.len()]);
+        Ok(Self { bitmaps, digests, hashes, is_sent: false, kept })
     }
 
     fn numbered(&self) -> impl Iterator<Item = (BitmapVersion, &SaveBitmap<'a>)> {
@@ -61,7 +65,8 @@ impl<'a> SaveBitmaps<'a> {
         if std::mem::replace(&mut self.is_sent, true) {
             return Ok(());
         }
-        self.numbered().try_for_each(|(version, saved)| saved.pieces(version, out))
+        let sent = self.numbered().zip(&self.kept);
+        sent.into_iter().try_for_each(|((version, saved), kept)| saved.pieces(version, kept, out))
     }
 
     fn seal(&mut self, out: &Outlet<'_>) -> Result<()> {
@@ -84,29 +89,49 @@ impl SaveBitmap<'_> {
         BitmapShape::of_disk(self.disk_size, granularity)
     }
 
-    /// Sends the pieces with bits in them, found by jumping from run to run.
-    fn pieces(&self, version: BitmapVersion, out: &Outlet<'_>) -> Result<()> {
+    /// Sends the pieces with bits in them, found by jumping from run to run. Of a leaf that the
+    /// destination has kept, all pieces or, where it is as it is here, none.
+    fn pieces(&self, version: BitmapVersion, kept: &[(u64, Node)], out: &Outlet<'_>) -> Result<()> {
         let (bits, shape) = (&self.bitmap.bits, self.shape());
-        let mut packed = Vec::new();
-        let mut piece = [0; PIECE_BYTES];
-        let bits_per_piece = PIECE_BYTES as u64 * 8;
-        let mut next = bits.next_set(0);
-        let mut count = 0;
-        while let Some(bit) = next {
-            let index = bit / bits_per_piece;
-            let len = shape.piece_len(index).unwrap_or(0);
-            let piece = piece.get_mut(..len).unwrap_or_default();
-            bits.read_bytes(index.saturating_mul(PIECE_BYTES as u64), piece);
-            Piece { version, index, bits: piece }.encode(&mut packed);
-            count += 1;
-            if count == PIECES_PER_RECORD {
+        let (mut packed, mut leaf_bytes) = (Vec::new(), vec![0; LEAF_BYTES]);
+        for (leaf, node) in kept {
+            let pieces = pieces_of(*leaf, shape.piece_count())?;
+            leaf_bytes.fill(0);
+            bits.read_bytes(leaf.saturating_mul(LEAF_BYTES as u64), &mut leaf_bytes);
+            if content_hash::leaf(&leaf_bytes) != *node {
+                pieces.for_each(|index| self.piece(version, index, &mut packed));
                 self.record(&packed, out)?;
                 packed.clear();
-                count = 0;
+            }
+        }
+        let is_kept = |index| {
+            let leaf = index / (LEAF_BYTES / PIECE_BYTES) as u64;
+            kept.binary_search_by_key(&leaf, |(leaf, _)| *leaf).is_ok()
+        };
+        let bits_per_piece = PIECE_BYTES as u64 * 8;
+        let mut next = bits.next_set(0);
+        while let Some(bit) = next {
+            let index = bit / bits_per_piece;
+            if !is_kept(index) {
+                self.piece(version, index, &mut packed);
+            }
+            if packed.len() >= RECORD_BYTES {
+                self.record(&packed, out)?;
+                packed.clear();
             }
             next = bits.next_set((index + 1).saturating_mul(bits_per_piece));
         }
         if packed.is_empty() { Ok(()) } else { self.record(&packed, out) }
+    }
+
+    /// Appends a piece.
+    fn piece(&self, version: BitmapVersion, index: u64, packed: &mut Vec<u8>) {
+        let mut piece = [0; PIECE_BYTES];
+        let len = self.shape().piece_len(index).unwrap_or(0);
+        let bits = piece.get_mut(..len).unwrap_or_default();
+        self.bitmap.bits.read_bytes(index.saturating_mul(PIECE_BYTES as u64), bits);
+        let bits = if is_zero(bits) { &[] } else { &*bits };
+        Piece { version, index, bits }.encode(packed);
     }
 
     fn record(&self, packed: &[u8], out: &Outlet<'_>) -> Result<()> {
@@ -135,6 +160,14 @@ impl SaveHandler for SaveBitmaps<'_> {
             });
             out.record(|bytes| create.encode(bytes))?;
         }
+        Ok(())
+    }
+
+    fn begin(&mut self, start: &mut Start<'_>, _out: &Outlet<'_>) -> Result<()> {
+        let Start::Resumable(have) = start else { return Ok(()) };
+        let kept: Result<Vec<_>> =
+            self.numbered().map(|(version, _)| have.next_bitmap(version)).collect();
+        self.kept = kept?;
         Ok(())
     }
 

@@ -76,6 +76,8 @@ fn answers_survive() {
     check_record!(Answer, Answer::Have(DiskId(1), UnitNodes { first: 8, nodes: &nodes }));
     check_record!(Answer, Answer::HaveZeroes(DiskId(1), ZeroUnits { first: 8, count: 1 << 40 }));
     check_record!(Answer, Answer::HaveDone(DiskId(2)));
+    check_record!(Answer, Answer::HaveBitmap(version, vec![]));
+    check_record!(Answer, Answer::HaveBitmap(version, vec![(0, [1; 32]), (7, [2; 32])]));
     check_record!(Answer, Answer::Committed([6; 16]));
     check_record!(
         Answer,

@@ -80,7 +80,7 @@ fn modules() -> BTreeMap<&'static str, Constants> {
         ("native::control", constants!(control: BARRIER PREPARE COMMIT ABORT KEEPALIVE DURABLE)),
         (
             "native::answer",
-            constants!(answer: ACK HAVE HAVE_ZEROES HAVE_DONE READY COMMITTED FAILED
+            constants!(answer: ACK HAVE HAVE_ZEROES HAVE_DONE READY COMMITTED FAILED HAVE_BITMAP
                 KEEPALIVE UNKNOWN_OFFSET),
         ),
         (

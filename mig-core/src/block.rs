@@ -110,7 +110,7 @@ pub trait BlockSink: Send + Sync {
 }
 
 /// Where a page of memory begins, as the system copies to and from it.
-const PAGE_BYTES: usize = 4096;
+pub(crate) const PAGE_BYTES: usize = 4096;
 
 /// `len` bytes inside `room` that begin on a page boundary; `room` grows to hold them and is kept
 /// by the caller for the next time. What they hold is anything.

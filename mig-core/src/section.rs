@@ -16,7 +16,7 @@ use std::sync::Arc;
 
 use format_spec::content_hash::Node;
 use format_spec::native::answer::{Answer, Ready};
-use format_spec::native::block::DiskId;
+use format_spec::native::block::{BitmapVersion, DiskId};
 
 use crate::channels::Outlet;
 use crate::jobs::Jobs;
@@ -99,6 +99,10 @@ pub enum Have {
 pub trait HaveReader {
     /// The next run of units of this disk; `None` when all were told.
     fn next(&mut self, disk: DiskId) -> Result<Option<Have>>;
+
+    /// The leaves of a bitmap's bits, those that are not zero, in rising order. Once for each
+    /// bitmap that was created in [`SaveHandler::setup`], in that order.
+    fn next_bitmap(&mut self, version: BitmapVersion) -> Result<Vec<(u64, Node)>>;
 }
 
 /// Sends one part of the guest.

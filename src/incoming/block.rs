@@ -1,14 +1,14 @@
 //! Section `block` at the destination: disks and bitmaps, which know nothing of each other, joined.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use bitmap_mig::{ArrivedBitmap, Bitmap, LoadBitmaps};
+use bitmap_mig::{ArrivedBitmap, Bitmap, KeptBitmaps, LoadBitmaps};
 use block_mig::Landing;
 use block_mig::arrive::{Known, LoadBlocks};
 use format_spec::content_hash::BitmapDigest;
-use format_spec::native::answer::Ready;
+use format_spec::native::answer::{Answer, Ready};
 use format_spec::native::block::{BitmapVersion, BlockRecord, Disk, DiskId};
 use mig_core::section::{Fate, LoadContext, LoadHandler};
 use mig_core::stream::{Arrival, Error, Result};
@@ -21,6 +21,9 @@ pub(super) struct BlockSection {
     destination: Arc<dyn Destination>,
     blocks: LoadBlocks,
     bitmaps: LoadBitmaps,
+    /// Whether the source is told what is there of each bitmap that it creates: before the first
+    /// barrier of a session that goes on.
+    tells: AtomicBool,
     places: Mutex<BTreeMap<DiskId, Arc<dyn Place>>>,
     /// What became of each disk, once it was prepared.
     prepared: Mutex<Vec<Prepared>>,
@@ -39,14 +42,24 @@ struct Prepared {
 }
 
 impl BlockSection {
-    pub(super) fn new(destination: Arc<dyn Destination>, known: Known) -> Self {
+    pub(super) fn new(
+        destination: Arc<dyn Destination>,
+        known: Known,
+        kept: Option<KeptBitmaps>,
+    ) -> Self {
         Self {
             destination,
             blocks: LoadBlocks::new(known),
-            bitmaps: LoadBitmaps::new(),
+            bitmaps: kept.map_or_else(LoadBitmaps::new, LoadBitmaps::resumed),
+            tells: AtomicBool::new(known == Known::Some),
             places: Mutex::default(),
             prepared: Mutex::default(),
         }
+    }
+
+    /// Takes the bitmaps of an attempt that failed.
+    pub(super) fn keep_bitmaps(&self) -> KeptBitmaps {
+        self.bitmaps.keep()
     }
 
     /// What was received, after it was prepared.
@@ -145,7 +158,12 @@ impl LoadHandler for BlockSection {
             Some(BlockRecord::DiskSeal(seal)) => self.blocks.seal(&seal, at),
             Some(BlockRecord::BitmapCreate(create)) => {
                 self.name_of(create.disk, create.name)?;
-                self.bitmaps.create(&create, self.blocks.size(create.disk, at)?, at)
+                self.bitmaps.create(&create, self.blocks.size(create.disk, at)?, at)?;
+                if self.tells.load(Ordering::Acquire) {
+                    let leaves = self.bitmaps.leaves(create.version)?;
+                    context.answers.answer(&Answer::HaveBitmap(create.version, leaves))?;
+                }
+                Ok(())
             }
             Some(BlockRecord::BitmapUpdate(update)) => self.bitmaps.update(&update, at),
             Some(BlockRecord::BitmapRemove(version)) => self.bitmaps.remove(version, at),
@@ -159,6 +177,9 @@ impl LoadHandler for BlockSection {
     }
 
     fn barrier(&self, is_durable: bool) -> Result<()> {
+        if self.tells.swap(false, Ordering::AcqRel) {
+            self.bitmaps.drop_kept();
+        }
         self.bitmaps.hash()?;
         self.blocks.barrier(is_durable)
     }

@@ -14,9 +14,10 @@ mod read;
 #[cfg(test)]
 mod tests;
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
 
+use bitmap_mig::KeptBitmaps;
 use block_mig::Monitor;
 use block_mig::arrive::Known;
 use format_spec::native::answer::Answer;
@@ -46,6 +47,23 @@ pub struct IncomingOptions<'a> {
     pub workers: usize,
     /// How patient to be.
     pub timing: Timing,
+    /// Where bitmaps are kept from one attempt to the next: share it between them.
+    pub kept: Arc<KeptSession>,
+}
+
+/// The bitmaps of a session that was cut off, in memory.
+#[derive(Debug, Default)]
+pub struct KeptSession(Mutex<Option<(SessionId, KeptBitmaps)>>);
+
+impl KeptSession {
+    fn take(&self, session: SessionId) -> Option<KeptBitmaps> {
+        let kept = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
+        kept.filter(|(of, _)| *of == session).map(|(_, kept)| kept)
+    }
+
+    fn put(&self, session: SessionId, kept: KeptBitmaps) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some((session, kept));
+    }
 }
 
 impl<'a> IncomingOptions<'a> {
@@ -57,6 +75,7 @@ impl<'a> IncomingOptions<'a> {
             monitor,
             workers: mig_core::limits::LOAD_WORKERS,
             timing: Timing::default(),
+            kept: Arc::default(),
         }
     }
 }
@@ -120,7 +139,8 @@ pub fn receive(
         SessionState::Resumable => Known::Some,
         _ => Known::Nothing,
     };
-    let block = Arc::new(BlockSection::new(destination.clone(), known));
+    let kept = options.kept.take(received.session).filter(|_| known == Known::Some);
+    let block = Arc::new(BlockSection::new(destination.clone(), known, kept));
     let mut sections = others;
     sections.add(block_mig::save::SECTION, block.clone());
     let resumes = accepted.choice.features & RESUME != 0;
@@ -131,6 +151,9 @@ pub fn receive(
         Err(error) if session.has_committed() => return Err(error),
         Err(error) => {
             session.abort(crate::outgoing::fate(resumes));
+            if resumes {
+                options.kept.put(received.session, block.keep_bitmaps());
+            }
             return Err(error);
         }
     }

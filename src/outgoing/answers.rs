@@ -6,8 +6,9 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use block_mig::Monitor;
+use format_spec::content_hash::Node;
 use format_spec::native::answer::{Answer, Ready};
-use format_spec::native::block::DiskId;
+use format_spec::native::block::{BitmapVersion, DiskId};
 use mig_core::limits::HAVE_QUEUE;
 use mig_core::section::{Have, HaveReader};
 use mig_core::stream::{Arrival, Breaker, Buffers, Error, Result, StreamReader};
@@ -37,10 +38,19 @@ struct State {
     is_told: bool,
     /// Whether this side has given up: what is told is forgotten.
     is_deaf: bool,
-    have: VecDeque<(DiskId, Option<Have>)>,
+    have: VecDeque<Had>,
     ready: Option<Ready>,
     is_committed: bool,
     is_over: bool,
+}
+
+/// What the destination has already.
+#[derive(Debug)]
+enum Had {
+    /// Of a disk; `None` when that was all.
+    Disk(DiskId, Option<Have>),
+    /// Of a bitmap.
+    Bitmap(BitmapVersion, Vec<(u64, Node)>),
 }
 
 impl Answers {
@@ -85,13 +95,18 @@ impl Answers {
             }
             Some(Answer::Have(disk, units)) => {
                 let have = Have::Units(units.first, units.nodes.to_vec());
-                self.tell(state, (disk, Some(have)), arrival, breaker)?;
+                self.tell(state, Had::Disk(disk, Some(have)), arrival, breaker)?;
             }
             Some(Answer::HaveZeroes(disk, units)) => {
                 let have = Have::Zeroes(units.first, units.count);
-                self.tell(state, (disk, Some(have)), arrival, breaker)?;
+                self.tell(state, Had::Disk(disk, Some(have)), arrival, breaker)?;
             }
-            Some(Answer::HaveDone(disk)) => self.tell(state, (disk, None), arrival, breaker)?,
+            Some(Answer::HaveDone(disk)) => {
+                self.tell(state, Had::Disk(disk, None), arrival, breaker)?;
+            }
+            Some(Answer::HaveBitmap(version, leaves)) => {
+                self.tell(state, Had::Bitmap(version, leaves), arrival, breaker)?;
+            }
             Some(Answer::Ready(ready)) if state.has_prepared && state.ready.is_none() => {
                 state.ready = Some(ready);
             }
@@ -110,7 +125,7 @@ impl Answers {
     fn tell(
         &self,
         state: MutexGuard<'_, State>,
-        have: (DiskId, Option<Have>),
+        have: Had,
         arrival: &Arrival,
         breaker: &Breaker,
     ) -> Result<()> {
@@ -233,11 +248,32 @@ pub(super) struct Told<'a> {
 
 impl HaveReader for Told<'_> {
     fn next(&mut self, disk: DiskId) -> Result<Option<Have>> {
-        let (told, have) = self.answers.wait(self.monitor, NOW, |state| state.have.pop_front())?;
-        if told == disk {
-            return Ok(have);
+        match self.next_had()? {
+            Had::Disk(told, have) if told == disk => Ok(have),
+            other => Err(other.instead_of(format!("disk {}", disk.0))),
         }
-        let reason = format!("it tells of disk {} where {} is next", told.0, disk.0);
-        Err(Error::protocol(0, 0, reason))
+    }
+
+    fn next_bitmap(&mut self, version: BitmapVersion) -> Result<Vec<(u64, Node)>> {
+        match self.next_had()? {
+            Had::Bitmap(told, leaves) if told == version => Ok(leaves),
+            other => Err(other.instead_of(format!("bitmap {}", version.bitmap))),
+        }
+    }
+}
+
+impl Told<'_> {
+    fn next_had(&self) -> Result<Had> {
+        self.answers.wait(self.monitor, NOW, |state| state.have.pop_front())
+    }
+}
+
+impl Had {
+    fn instead_of(&self, expected: String) -> Error {
+        let told = match self {
+            Self::Disk(disk, _) => format!("disk {}", disk.0),
+            Self::Bitmap(version, _) => format!("bitmap {}", version.bitmap),
+        };
+        Error::protocol(0, 0, format!("it tells of {told} where {expected} is next"))
     }
 }

@@ -113,6 +113,7 @@ fn qemu(
         allow_backing: options.allow_backing,
         shared_base: options.shared_base,
         is_one_way: arrivals.nature().is_one_way,
+        devices: None,
     };
     qemu::incoming::run(main, &incoming, observer)
 }

@@ -6,7 +6,7 @@ use format_spec::content_hash::BitmapDigest;
 use format_spec::native::answer::Ready;
 use format_spec::native::block::{self, BitmapVersion, BlockRecord, Content, Pieces, Run};
 use mig_core::channels::Outlet;
-use mig_core::section::{Pass, Pending, SaveHandler, SectionKey, Stage};
+use mig_core::section::{Pass, Pending, SaveHandler, SectionKey, Stage, Start};
 use mig_core::stream::{Error, Result};
 
 use super::Sender;
@@ -105,6 +105,15 @@ impl SaveHandler for SaveLive {
 
     fn setup(&mut self, out: &Outlet<'_>) -> Result<()> {
         self.announce(out)
+    }
+
+    fn begin(&mut self, start: &mut Start<'_>, _out: &Outlet<'_>) -> Result<()> {
+        match start {
+            Start::Resumable(have) => {
+                self.senders.iter_mut().try_for_each(|sender| sender.compare(*have))
+            }
+            Start::Fresh | Start::Ready => Ok(()),
+        }
     }
 
     fn iterate(&mut self, out: &Outlet<'_>, budget: u64) -> Result<Pass> {

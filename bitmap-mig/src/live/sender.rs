@@ -4,18 +4,19 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use format_spec::Blame;
-use format_spec::content_hash::{BitmapDigest, HashError};
+use format_spec::content_hash::{self, BitmapDigest, HashError, Node};
 use format_spec::native::block::{
     BitmapCreate, BitmapSeal, BitmapUpdate, BitmapVersion, BlockRecord, DiskId, PIECE_BYTES,
     PIECE_HEAD_BYTES, Piece,
 };
 use mig_core::bitmap::BitmapInfo;
-use mig_core::dirty::AtomicBits;
+use mig_core::dirty::{AtomicBits, CHUNK_BYTES};
+use mig_core::section::HaveReader;
 use mig_core::stream::{Error, Result};
 
 use super::LiveBitmaps;
 use super::one::Life;
-use crate::running_digest::RunningDigest;
+use crate::running_digest::{RunningDigest, pieces_of, read_chunk};
 
 /// Bitmaps that are hashed sooner than another thread is started for them.
 const LEAST_SHARE: usize = 8;
@@ -137,6 +138,16 @@ impl Sender {
                     }))
                 })?,
             }
+        }
+        Ok(())
+    }
+
+    /// Hears what the destination has kept of each bitmap that was announced, and leaves out what
+    /// is there.
+    pub fn compare(&mut self, have: &mut dyn HaveReader) -> Result<()> {
+        for told in &mut self.told {
+            let leaves = have.next_bitmap(told.version)?;
+            told.compare(&leaves)?;
         }
         Ok(())
     }
@@ -337,6 +348,27 @@ impl Told {
             Piece { version: self.version, index, bits }.encode(packed);
         }
         Some(index + 1)
+    }
+
+    /// Takes back what is to be sent of leaves that are there as they are here, and sends all of
+    /// those that are not.
+    fn compare(&mut self, leaves: &[(u64, Node)]) -> Result<()> {
+        let Some(life) = &self.life else { return Ok(()) };
+        let pieces = life.shape().piece_count();
+        let mut bytes = Vec::new();
+        for (leaf, node) in leaves {
+            let of_leaf = pieces_of(*leaf, pieces)?;
+            self.sent.set_range(of_leaf.clone());
+            // Before it is read: what changes from now on is marked again.
+            self.changed.clear_range(of_leaf.clone());
+            read_chunk(&life.bits, leaf.saturating_mul(CHUNK_BYTES), &mut bytes);
+            if content_hash::leaf(&bytes) == *node {
+                of_leaf.for_each(|piece| self.digest.touch(piece));
+            } else {
+                self.changed.set_range(of_leaf);
+            }
+        }
+        Ok(())
     }
 
     /// Hashes the leaves whose pieces were taken since they were hashed.

@@ -401,3 +401,92 @@ fn jobs_wait_while_bitmaps_are_sealed_and_fail_once_they_are_gone() {
     let giant = LiveBitmaps::new(16 << 40).add(&info("fine", 512)).unwrap_err();
     assert!(matches!(giant, JobError::Wrong { .. }));
 }
+
+/// A destination that has kept bitmaps of an earlier attempt.
+struct Kept<'a>(&'a LiveBitmaps);
+
+impl mig_core::section::HaveReader for Kept<'_> {
+    fn next(&mut self, _disk: DiskId) -> mig_core::stream::Result<Option<mig_core::section::Have>> {
+        unreachable!("no disk is asked for")
+    }
+
+    fn next_bitmap(
+        &mut self,
+        version: BitmapVersion,
+    ) -> mig_core::stream::Result<Vec<(u64, format_spec::content_hash::Node)>> {
+        let name = &self.0.all()[version.bitmap as usize].name;
+        let bits = self.0.snapshot(name).unwrap();
+        let leaves = (0..bits.byte_len().div_ceil(65536)).map(|leaf| {
+            let mut bytes = vec![0; (bits.byte_len() - leaf * 65536).min(65536) as usize];
+            bits.read_bytes(leaf * 65536, &mut bytes);
+            (leaf, bytes)
+        });
+        let leaves = leaves.filter(|(_, bytes)| !mig_core::block::is_zero(bytes));
+        Ok(leaves.map(|(leaf, bytes)| (leaf, format_spec::content_hash::leaf(&bytes))).collect())
+    }
+}
+
+#[test]
+fn only_what_the_destination_lacks_is_sent_again() {
+    let source = Arc::new(LiveBitmaps::new(SIZE));
+    let there = LiveBitmaps::new(SIZE);
+    for bitmaps in [&*source, &there] {
+        bitmaps.add(&info("fine", 512)).unwrap();
+        bitmaps.add(&info("coarse", 65536)).unwrap();
+        bitmaps.record_write(0..200 << 20);
+        bitmaps.record_write(500 << 20..501 << 20);
+    }
+    // What differs: set here only, set there only, and a leaf that is there alone.
+    source.record_write(511 << 20..(511 << 20) + 512);
+    there.clear("coarse").unwrap();
+    there.record_write(300 << 20..(300 << 20) + 512);
+    let mut sender = sender(&source);
+    sender.announce(&mut |_| Ok(())).unwrap();
+    sender.compare(&mut Kept(&there)).unwrap();
+    // The guest goes on between comparing and sending.
+    source.record_write(7 << 20..(7 << 20) + 512);
+    source.record_write(290 << 20..(290 << 20) + 512);
+    let mut packed = Vec::new();
+    sender.pieces(usize::MAX, &mut packed).unwrap();
+    let held = Pieces::decode(Reader::new(&packed, 0)).unwrap();
+    assert!(packed.len() < 80 * (PIECE_BYTES + 20), "{}", packed.len());
+    let names = ["fine", "coarse"];
+    let loaded = LiveBitmaps::new(SIZE);
+    for name in names {
+        let granularity = there.all().iter().find(|b| b.name == name).unwrap().granularity;
+        loaded.create(&info(name, granularity)).unwrap();
+        let bits = there.snapshot(name).unwrap();
+        let mut bytes = vec![0; bits.byte_len() as usize];
+        bits.read_bytes(0, &mut bytes);
+        loaded.put_bits(name, 0, &bytes).unwrap();
+    }
+    for piece in held.iter() {
+        let zeroes = [0; PIECE_BYTES];
+        let bits = if piece.bits.is_empty() { &zeroes } else { piece.bits };
+        let name = names[piece.version.bitmap as usize];
+        loaded.put_bits(name, piece.index * PIECE_BYTES as u64, bits).unwrap();
+    }
+    let sealed = sender.seal(true, &mut |_| Ok(())).unwrap();
+    for (name, (_, digest_sent)) in names.into_iter().zip(sealed) {
+        loaded.seal(name).unwrap();
+        assert_eq!(digest(&loaded, name), digest(&source, name), "{name}");
+        assert_eq!(digest_sent, digest(&source, name), "{name}");
+    }
+    assert!(sender.compare(&mut Liar).is_err());
+}
+
+/// It has a leaf behind the end.
+struct Liar;
+
+impl mig_core::section::HaveReader for Liar {
+    fn next(&mut self, _disk: DiskId) -> mig_core::stream::Result<Option<mig_core::section::Have>> {
+        Ok(None)
+    }
+
+    fn next_bitmap(
+        &mut self,
+        _version: BitmapVersion,
+    ) -> mig_core::stream::Result<Vec<(u64, format_spec::content_hash::Node)>> {
+        Ok(vec![(u64::MAX / 2, [0; 32])])
+    }
+}

@@ -164,6 +164,7 @@ impl SaveHandler for SaveBlocks<'_> {
     fn setup(&mut self, out: &Outlet<'_>) -> stream::Result<()> {
         for saved in &self.disks {
             let (disk, size, name) = (saved.disk.id, saved.size(), saved.disk.name.as_str());
+            // All of it is sent, or told by HAVE: no older content is to stay unseen.
             let record = BlockRecord::Disk(Disk { disk, keeps_rest: false, size, name });
             out.record(|bytes| record.encode(bytes))?;
         }

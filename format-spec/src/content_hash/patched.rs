@@ -127,6 +127,11 @@ impl PatchedDigest {
         digest
     }
 
+    /// The leaves that are not zero with their nodes, in rising order.
+    pub fn leaves(&self) -> impl Iterator<Item = (u64, Node)> + '_ {
+        self.nodes.range((0, 0)..=(0, u64::MAX)).map(|((_, leaf), node)| (*leaf, *node))
+    }
+
     fn get(&self, height: u8, index: u64) -> Node {
         self.nodes.get(&(height, index)).copied().unwrap_or_else(|| zero_node(height))
     }

@@ -5,7 +5,7 @@ use super::control::{decode_blame, reason};
 use super::frame::{self, OPTIONAL, Record};
 use super::hello::{self, MAX_REFUSAL_TEXT};
 use super::units::{UnitNodes, ZeroUnits};
-use crate::content_hash::{BitmapDigest, ContentHash};
+use crate::content_hash::{BitmapDigest, ContentHash, Node};
 use crate::{Blame, Malformed, Problem, Reader, Writer};
 
 /// All before a barrier is applied.
@@ -22,6 +22,8 @@ pub const READY: u16 = 5;
 pub const COMMITTED: u16 = 6;
 /// The destination gives up.
 pub const FAILED: u16 = 7;
+/// What is there of a bitmap.
+pub const HAVE_BITMAP: u16 = 9;
 /// The destination is still there.
 pub const KEEPALIVE: u16 = OPTIONAL | 8;
 /// The stream offset of a failure that has none.
@@ -62,6 +64,8 @@ pub enum Answer<'a> {
         /// For the user. Longer than [`MAX_REFUSAL_TEXT`] is cut.
         text: String,
     },
+    /// What is there of a bitmap: its leaves that are not zero and their nodes, in rising order.
+    HaveBitmap(BitmapVersion, Vec<(u64, Node)>),
     /// The destination is still there.
     Keepalive,
 }
@@ -69,7 +73,7 @@ pub enum Answer<'a> {
 impl<'a> Answer<'a> {
     /// Decodes a record; `None` for an unknown one that may be skipped.
     pub fn decode(record: &Record<'a>) -> Result<Option<Self>, Malformed> {
-        if !(ACK..=FAILED).contains(&record.header.kind) && record.header.kind != KEEPALIVE {
+        if !matches!(record.header.kind, ACK..=FAILED | HAVE_BITMAP | KEEPALIVE) {
             return record.skip_unknown().map(|()| None);
         }
         let mut body = record.plain_body()?;
@@ -80,6 +84,7 @@ impl<'a> Answer<'a> {
             HAVE_DONE => Self::HaveDone(disk(&mut body)?),
             READY => Self::Ready(Ready::decode(&mut body)?),
             COMMITTED => Self::Committed(*body.array("session")?),
+            HAVE_BITMAP => Self::HaveBitmap(BitmapVersion::decode(&mut body)?, leaves(&mut body)?),
             KEEPALIVE => Self::Keepalive,
             _ => {
                 let blame = decode_blame(&mut body)?;
@@ -124,6 +129,13 @@ impl<'a> Answer<'a> {
                 body.text16(text, MAX_REFUSAL_TEXT);
                 FAILED
             }
+            Self::HaveBitmap(version, leaves) => {
+                version.encode(&mut body);
+                for (leaf, node) in leaves {
+                    body.be64(*leaf).bytes(node);
+                }
+                HAVE_BITMAP
+            }
             Self::Keepalive => KEEPALIVE,
         };
         frame::encode(kind, &[&body.into_bytes()], out);
@@ -161,6 +173,20 @@ impl Ready {
             body.bytes(&digest.0);
         }
     }
+}
+
+/// Leaves up to the end of the record.
+fn leaves(body: &mut Reader<'_>) -> Result<Vec<(u64, Node)>, Malformed> {
+    let mut leaves: Vec<(u64, Node)> = Vec::new();
+    while body.left() > 0 {
+        let at = body.offset();
+        let leaf = body.be64("leaf of a bitmap")?;
+        if leaves.last().is_some_and(|(before, _)| *before >= leaf) {
+            return Err(Malformed::new(at, "leaf of a bitmap", Problem::Other("does not rise")));
+        }
+        leaves.push((leaf, *body.array("node of a leaf")?));
+    }
+    Ok(leaves)
 }
 
 fn disk(body: &mut Reader<'_>) -> Result<DiskId, Malformed> {

@@ -2,9 +2,15 @@
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
+use format_spec::native::block::RUN_HEAD_BYTES;
 use format_spec::native::frame::{Header, Record};
 
 use super::{Error, Result};
+use crate::block::{PAGE_BYTES, on_page};
+
+/// Where in a page a body begins: so that the content of a run, behind its head, begins on the
+/// next one. The system copies faster from there and to there.
+const SHIFT: usize = PAGE_BYTES - RUN_HEAD_BYTES;
 
 /// A fixed number of buffers. Taking one waits until one is free: that is what bounds the memory
 /// of a destination and slows a source that is too fast for it.
@@ -43,11 +49,10 @@ impl Buffers {
         let mut state = waited.unwrap_or_else(PoisonError::into_inner);
         let bytes = state.free.pop().filter(|_| !state.is_closed).ok_or(Error::Ended)?;
         drop(state);
-        let mut buffer = Buffer { bytes, len, home: self.0.clone() };
+        let mut buffer = Buffer { bytes, start: 0, len, home: self.0.clone() };
         // It only ever grows: its bytes are not cleared for every record.
-        if buffer.bytes.len() < len {
-            buffer.bytes.resize(len, 0);
-        }
+        let room = on_page(&mut buffer.bytes, len.saturating_add(SHIFT)).as_ptr().addr();
+        buffer.start = room.saturating_sub(buffer.bytes.as_ptr().addr()).saturating_add(SHIFT);
         Ok(buffer)
     }
 
@@ -62,6 +67,8 @@ impl Buffers {
 #[derive(Debug)]
 pub struct Buffer {
     bytes: Vec<u8>,
+    /// Where the body begins.
+    start: usize,
     len: usize,
     home: Arc<Shared>,
 }
@@ -69,12 +76,13 @@ pub struct Buffer {
 impl Buffer {
     /// Its bytes.
     pub fn bytes(&self) -> &[u8] {
-        self.bytes.get(..self.len).unwrap_or_default()
+        self.bytes.get(self.start..self.start.saturating_add(self.len)).unwrap_or_default()
     }
 
     /// Its bytes, to be filled.
     pub fn bytes_mut(&mut self) -> &mut [u8] {
-        self.bytes.get_mut(..self.len).unwrap_or_default()
+        let range = self.start..self.start.saturating_add(self.len);
+        self.bytes.get_mut(range).unwrap_or_default()
     }
 }
 

@@ -118,6 +118,8 @@ struct ShelfState {
     commits: usize,
     /// Storage that returns other bytes than were written.
     is_rotten: bool,
+    /// Bitmaps of attempts that failed.
+    kept: Arc<crate::incoming::KeptSession>,
 }
 
 #[derive(Default)]
@@ -485,7 +487,9 @@ fn attempt(
     std::thread::scope(|scope| {
         let destination = scope.spawn(|| {
             let main = net.accept(None).map_err(Error::Connect)?;
-            let options = IncomingOptions { timing: timing(), ..IncomingOptions::new(&Unwatched) };
+            let kept = shelf.0.lock().unwrap().kept.clone();
+            let options =
+                IncomingOptions { timing: timing(), kept, ..IncomingOptions::new(&Unwatched) };
             receive(main, net, shelf.clone(), Registry::new(), &options)
         });
         let options = OutgoingOptions {

@@ -30,7 +30,7 @@ use format_spec::Writer;
 use format_spec::qemu::reply::Reply;
 use mig_core::transport::Connection;
 
-pub use self::options::IncomingOptions;
+pub use self::options::{DeviceStates, IncomingOptions};
 
 use self::disk::Disk;
 use self::session::{Received, Session};

@@ -1,5 +1,9 @@
 //! What a destination is told.
 
+use std::fmt;
+use std::io::{self, Write};
+use std::sync::{Arc, Mutex, PoisonError};
+
 use crate::copy::{BitmapSelection, Rename};
 use crate::options::DiskOption;
 use crate::{Error, Result};
@@ -22,6 +26,32 @@ pub struct IncomingOptions {
     pub shared_base: bool,
     /// Nothing can be answered: the stream comes from a file or a pipe.
     pub is_one_way: bool,
+    /// Where the sections of devices go, which are not understood here. Without it they are
+    /// dropped.
+    pub devices: Option<DeviceStates>,
+}
+
+/// Takes the sections of devices as they came: head, body and footer of each, one after another,
+/// byte for byte. [`Decoder`](format_spec::qemu::stream::Decoder) reads them behind the start of a
+/// stream.
+#[derive(Clone)]
+pub struct DeviceStates(Arc<Mutex<dyn Write + Send>>);
+
+impl DeviceStates {
+    /// They go to `out`, which may be a file or a buffer that others hold too.
+    pub fn new(out: Arc<Mutex<dyn Write + Send>>) -> Self {
+        Self(out)
+    }
+
+    pub(super) fn write(&self, bytes: &[u8]) -> io::Result<()> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).write_all(bytes)
+    }
+}
+
+impl fmt::Debug for DeviceStates {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("DeviceStates")
+    }
 }
 
 impl IncomingOptions {

@@ -1,6 +1,6 @@
 //! Takes the stream apart and hands each item to whoever keeps the rules about it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Read, Write};
 
 use format_spec::Writer;
@@ -45,6 +45,9 @@ struct State<'w, 'o> {
     dropped: Dropped,
     has_content: bool,
     has_ended: bool,
+    /// Numbers of the sections of devices, as far as those are kept.
+    device_ids: BTreeSet<u32>,
+    is_in_device: bool,
 }
 
 /// What is not kept.
@@ -68,9 +71,18 @@ impl<'w, 'o, R: Read> Session<'w, 'o, R> {
     ) -> Self {
         let bitmaps = Bitmaps::new(options, disks.iter().map(Disk::holder).collect());
         let (course, dropped) = (Course::default(), Dropped::default());
-        let (has_content, has_ended) = (false, false);
-        let state =
-            State { writer, options, course, disks, bitmaps, dropped, has_content, has_ended };
+        let state = State {
+            writer,
+            options,
+            course,
+            disks,
+            bitmaps,
+            dropped,
+            has_content: false,
+            has_ended: false,
+            device_ids: BTreeSet::new(),
+            is_in_device: false,
+        };
         Self { buffer: Buffer::new(reader), decoder: Decoder::new(), state }
     }
 
@@ -82,6 +94,7 @@ impl<'w, 'o, R: Read> Session<'w, 'o, R> {
             match step.map_err(|error| self.state.explain(error))? {
                 Step::Item(item, len) => {
                     self.state.item(&item, &self.decoder, at, observer)?;
+                    self.state.keep(&item, self.buffer.bytes().get(..len).unwrap_or_default())?;
                     self.buffer.consume(len);
                     if observer.is_cancelled() {
                         return Err(Error::Interrupted);
@@ -107,7 +120,7 @@ impl<'w, 'o, R: Read> Session<'w, 'o, R> {
                 break;
             }
         }
-        self.state.dropped.tell(observer);
+        self.state.dropped.tell(observer, self.state.options.devices.is_some());
         self.state.check_content(self.decoder.offset())
     }
 
@@ -152,6 +165,32 @@ impl State<'_, '_> {
                 Ok(())
             }
         }
+    }
+
+    /// Keeps what belongs to a device's section.
+    fn keep(&mut self, item: &Item<'_>, bytes: &[u8]) -> Result<()> {
+        let Some(devices) = &self.options.devices else { return Ok(()) };
+        if let Item::Element(Element::Section(section)) = item {
+            let is_new = section.name.map(|name| is_device(name.name));
+            if is_new == Some(true) {
+                self.device_ids.insert(section.id);
+            } else if is_new == Some(false) {
+                self.device_ids.remove(&section.id);
+            }
+            self.is_in_device = self.device_ids.contains(&section.id);
+        }
+        if self.is_in_device {
+            let kept = devices.write(bytes);
+            kept.map_err(|source| crate::Error::File {
+                action: "write to",
+                path: "the file of device states".into(),
+                source,
+            })?;
+        }
+        if matches!(item, Item::Footer(_)) {
+            self.is_in_device = false;
+        }
+        Ok(())
     }
 
     fn element(&mut self, element: &Element<'_>, at: u64) -> Result<()> {
@@ -274,10 +313,14 @@ impl State<'_, '_> {
     }
 }
 
+/// Whether a section of this name is one that is not understood here.
+fn is_device(name: &str) -> bool {
+    ![ram::SECTION, block::SECTION, dirty_bitmap::SECTION].contains(&name)
+}
+
 impl Dropped {
     fn section(&mut self, name: Option<SectionName<'_>>, at: u64) {
-        let live = [ram::SECTION, block::SECTION, dirty_bitmap::SECTION];
-        let device = name.filter(|section| !live.contains(&section.name));
+        let device = name.filter(|section| is_device(section.name));
         if let Some(SectionName { name, .. }) = device
             && self.devices.len() < MAX_DEVICES
         {
@@ -286,12 +329,12 @@ impl Dropped {
         self.last = device.map(|section| (section.name.to_owned(), at));
     }
 
-    fn tell(&self, observer: &dyn Observer) {
+    fn tell(&self, observer: &dyn Observer, is_kept: bool) {
         if self.memory > 0 {
             let bytes = self.memory;
             observer.warning(&format!("{bytes} bytes of guest memory were received and dropped"));
         }
-        if !self.devices.is_empty() {
+        if !self.devices.is_empty() && !is_kept {
             let listed: Vec<_> = self.devices.iter().take(MAX_LISTED).cloned().collect();
             let more = if self.devices.len() > MAX_LISTED { ", …" } else { "" };
             observer.warning(&format!(
