@@ -147,7 +147,7 @@ fn write(disk: &TrackedDisk<Void>, is_stopped: &AtomicBool) {
         if disk.write(&[1; 512], place(&mut state)).is_err() {
             return;
         }
-        std::thread::sleep(Duration::from_millis(2));
+        std::thread::sleep(Duration::from_millis(50));
     }
 }
 

@@ -9,13 +9,13 @@ use format_spec::native::block::{
     BitmapCreate, BitmapSeal, BitmapShape, BitmapUpdate, BitmapVersion, DiskId, PIECE_BYTES, Piece,
     Run,
 };
-use mig_core::dirty::{AtomicBits, CHUNK_BYTES};
+use mig_core::block::is_zero;
 use mig_core::stream::{Arrival, Error, Result};
 use qcow2_file::bitmaps::Bits;
 use qcow2_file::limits::MAX_BITMAP_BYTES;
 
 use crate::Bitmap;
-use crate::running_digest::{RunningDigest, read_chunk};
+use crate::running_digest::RunningDigest;
 
 /// Most bitmaps in one session: so many fit the record that says how they read back.
 pub const MAX_BITMAPS: usize = 50_000;
@@ -45,7 +45,8 @@ pub struct KeptBitmaps(BTreeMap<(DiskId, String), Kept>);
 #[derive(Debug)]
 struct Kept {
     shape: BitmapShape,
-    bits: AtomicBits,
+    bits: Bits,
+    held: u64,
     digest: RunningDigest,
 }
 
@@ -74,27 +75,42 @@ struct Arriving {
     seal: Option<Option<BitmapDigest>>,
 }
 
-/// A bitmap in memory: only where it has bits.
+/// A bitmap in memory, as whoever stores it takes it: a guest may be paused then. The system gives
+/// pages to it only where it has bits.
 #[derive(Debug)]
 struct Held {
     name: String,
     granularity_bits: u8,
     is_enabled: bool,
-    bits: AtomicBits,
+    bits: Bits,
+    /// Bytes of pieces that had bits.
+    held: u64,
     digest: RunningDigest,
 }
 
 impl Held {
-    fn to_bitmap(&self) -> Bitmap {
-        let mut bits = Bits::new(self.bits.len());
-        let mut bytes = Vec::new();
-        for chunk in self.bits.chunks() {
-            let offset = chunk.saturating_mul(CHUNK_BYTES);
-            read_chunk(&self.bits, offset, &mut bytes);
-            bits.write_bytes(offset, &bytes);
+    fn hash(&mut self) -> Result<()> {
+        let bits = &self.bits;
+        self.digest.hash(|offset, bytes| bits.read_bytes(offset, bytes)).map_err(unhashable)
+    }
+
+    fn put(&mut self, index: u64, new: &[u8]) {
+        let offset = index.saturating_mul(PIECE_BYTES as u64);
+        let mut old = [0; PIECE_BYTES];
+        self.bits.read_bytes(offset, &mut old);
+        match (is_zero(&old), is_zero(new)) {
+            // Nothing is written where there is nothing: that would take a page.
+            (true, true) => return,
+            (true, false) => self.held = self.held.saturating_add(PIECE_BYTES as u64),
+            (false, _) => {}
         }
-        let Self { granularity_bits, is_enabled, .. } = *self;
-        Bitmap { name: self.name.clone(), granularity_bits, is_enabled, bits }
+        self.bits.write_bytes(offset, new);
+        self.digest.touch(index);
+    }
+
+    fn into_bitmap(self) -> Bitmap {
+        let Self { name, granularity_bits, is_enabled, bits, .. } = self;
+        Bitmap { name, granularity_bits, is_enabled, bits }
     }
 }
 
@@ -114,8 +130,8 @@ impl LoadBitmaps {
         let mut state = self.lock();
         let arriving = std::mem::take(&mut *state).bitmaps.into_values();
         let kept = arriving.filter_map(|Arriving { disk, bitmap, shape, .. }| {
-            let Held { name, bits, digest, .. } = bitmap?;
-            Some(((disk, name), Kept { shape, bits, digest }))
+            let Held { name, bits, held, digest, .. } = bitmap?;
+            Some(((disk, name), Kept { shape, bits, held, digest }))
         });
         KeptBitmaps(kept.collect())
     }
@@ -130,7 +146,7 @@ impl LoadBitmaps {
         let mut state = self.lock();
         let found = state.bitmaps.get_mut(&version.bitmap).and_then(|found| found.bitmap.as_mut());
         let Some(held) = found else { return Ok(Vec::new()) };
-        held.digest.hash(&held.bits).map_err(unhashable)?;
+        held.hash()?;
         Ok(held.digest.leaves())
     }
 
@@ -168,7 +184,7 @@ impl LoadBitmaps {
     pub fn remove(&self, version: BitmapVersion, at: &Arrival) -> Result<()> {
         let mut state = self.lock();
         let Some(found) = state.live(version, at)? else { return Ok(()) };
-        let held = found.bitmap.take().map_or(0, |held| held.bits.held_bytes());
+        let held = found.bitmap.take().map_or(0, |held| held.held);
         let freed = found.shape.byte_len();
         state.bytes = state.bytes.saturating_sub(freed);
         state.held = state.held.saturating_sub(held);
@@ -183,7 +199,7 @@ impl LoadBitmaps {
             return Err(at.protocol("a bitmap is sealed twice"));
         };
         if let Some(said) = seal.digest {
-            bitmap.digest.hash(&bitmap.bits).map_err(unhashable)?;
+            bitmap.hash()?;
             let digest = bitmap.digest.digest();
             if said != digest {
                 let name = &bitmap.name;
@@ -197,23 +213,22 @@ impl LoadBitmaps {
 
     /// Hashes what has arrived, so that little is left to do for the seals.
     pub fn hash(&self) -> Result<()> {
-        for held in self.lock().bitmaps.values_mut().filter_map(|found| found.bitmap.as_mut()) {
-            held.digest.hash(&held.bits).map_err(unhashable)?;
-        }
-        Ok(())
+        let mut state = self.lock();
+        let mut held = state.bitmaps.values_mut().filter_map(|found| found.bitmap.as_mut());
+        held.try_for_each(Held::hash)
     }
 
-    /// The bitmaps of a disk in the order of their numbers. `Err` with the name of one that was not
-    /// sealed.
-    pub fn of_disk(&self, disk: DiskId) -> Result<Vec<ArrivedBitmap>, String> {
-        let state = self.lock();
-        let of_disk = state.bitmaps.iter().filter(|(_, found)| found.disk == disk);
+    /// Takes the bitmaps of a disk, in the order of their numbers. `Err` with the name of one that
+    /// was not sealed.
+    pub fn take(&self, disk: DiskId) -> Result<Vec<ArrivedBitmap>, String> {
+        let mut state = self.lock();
         let mut arrived = Vec::new();
-        for (number, found) in of_disk {
+        for (number, found) in state.bitmaps.iter_mut().filter(|(_, found)| found.disk == disk) {
             let Some(bitmap) = &found.bitmap else { continue };
             let digest = found.seal.ok_or_else(|| bitmap.name.clone())?;
             let version = BitmapVersion { bitmap: *number, generation: found.generation };
-            arrived.push(ArrivedBitmap { version, digest, bitmap: bitmap.to_bitmap() });
+            let bitmap = found.bitmap.take().map(Held::into_bitmap);
+            arrived.extend(bitmap.map(|bitmap| ArrivedBitmap { version, digest, bitmap }));
         }
         Ok(arrived)
     }
@@ -260,19 +275,20 @@ impl State {
         };
         self.bytes = bytes;
         let kept = self.kept.remove(&(create.disk, name.to_owned()));
-        let (bits, digest) = match kept.filter(|kept| kept.shape == create.shape) {
-            Some(kept) => (kept.bits, kept.digest),
+        let (bits, held, digest) = match kept.filter(|kept| kept.shape == create.shape) {
+            Some(kept) => (kept.bits, kept.held, kept.digest),
             None => {
                 let digest = RunningDigest::new(create.shape).map_err(unhashable)?;
-                (AtomicBits::new(create.shape.bits), digest)
+                (Bits::new(create.shape.bits), 0, digest)
             }
         };
-        self.held = self.held.saturating_add(bits.held_bytes());
+        self.held = self.held.saturating_add(held);
         let bitmap = Held {
             name: name.to_owned(),
             granularity_bits,
             is_enabled: create.is_enabled,
             bits,
+            held,
             digest,
         };
         let arriving = Arriving {
@@ -297,14 +313,12 @@ impl State {
             return Err(at.protocol(format!("piece {} of bitmap {name:?} {problem}", piece.index)));
         }
         let len = found.shape.piece_len(piece.index).unwrap_or(0);
-        let offset = piece.index.saturating_mul(PIECE_BYTES as u64);
         let zeroes = [0; PIECE_BYTES];
         let bits = if piece.bits.is_empty() { zeroes.get(..len) } else { Some(piece.bits) };
-        let Some(bitmap) = &found.bitmap else { return Ok(()) };
-        let before = bitmap.bits.held_bytes();
-        bitmap.bits.write_bytes(offset, bits.unwrap_or_default());
-        bitmap.digest.touch(piece.index);
-        let more = bitmap.bits.held_bytes().saturating_sub(before);
+        let Some(bitmap) = &mut found.bitmap else { return Ok(()) };
+        let before = bitmap.held;
+        bitmap.put(piece.index, bits.unwrap_or_default());
+        let more = bitmap.held.saturating_sub(before);
         self.held = self.held.saturating_add(more);
         if self.held > MAX_HELD_BYTES {
             return Err(at.protocol("the bitmaps have more bits than this side holds"));

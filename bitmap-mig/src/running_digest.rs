@@ -36,8 +36,8 @@ impl RunningDigest {
         self.stale.count() > 0
     }
 
-    /// Hashes what was touched. What changes meanwhile is to be touched again.
-    pub(crate) fn hash(&mut self, bits: &AtomicBits) -> Result<(), HashError> {
+    /// Hashes what was touched; `read` as in [`PatchedDigest::patch`]. What changes meanwhile is to be touched again.
+    pub(crate) fn hash(&mut self, read: impl Fn(u64, &mut [u8])) -> Result<(), HashError> {
         if !self.is_stale() {
             return Ok(());
         }
@@ -48,9 +48,7 @@ impl RunningDigest {
             from = first + PIECES_PER_LEAF;
             self.stale.read_bytes(first / 8, &mut chunks);
             self.stale.clear_range(first..from);
-            self.digest.patch(leaf, u64::from_le_bytes(chunks), |offset, bytes| {
-                bits.read_bytes(offset, bytes);
-            })?;
+            self.digest.patch(leaf, u64::from_le_bytes(chunks), &read)?;
         }
         self.digest.digest();
         Ok(())

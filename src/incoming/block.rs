@@ -195,7 +195,7 @@ impl LoadHandler for BlockSection {
         };
         let mut prepared = Vec::new();
         for (disk, content) in self.blocks.sealed().map_err(unsealed("disk"))? {
-            let arrived = self.bitmaps.of_disk(disk).map_err(unsealed("bitmap"))?;
+            let arrived = self.bitmaps.take(disk).map_err(unsealed("bitmap"))?;
             let is_proved = content.is_some() && arrived.iter().all(|b| b.digest.is_some());
             if proves_all && !is_proved {
                 let reason = "a seal has no hash, and nobody else could notice a difference";

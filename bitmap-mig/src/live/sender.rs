@@ -373,6 +373,7 @@ impl Told {
 
     /// Hashes the leaves whose pieces were taken since they were hashed.
     fn hash(&mut self) -> Result<(), HashError> {
-        self.life.as_ref().map_or(Ok(()), |life| self.digest.hash(&life.bits))
+        let Some(life) = &self.life else { return Ok(()) };
+        self.digest.hash(|offset, bytes| _ = life.bits.read_bytes(offset, bytes))
     }
 }

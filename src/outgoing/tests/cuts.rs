@@ -103,12 +103,20 @@ fn bitmaps_that_arrived_are_not_sent_again() {
     };
     let mut cargo =
         Cargo { disks: vec![("vda".to_owned(), disk)], bitmaps: vec![(0, bitmap(&bits))] };
-    let shelf = Arc::new(Shelf::default());
     let (sent, _) = attempt(&cargo, &Arc::new(Shelf::default()), &Net::new(None), PLAIN);
     let whole = sent.unwrap().wire_bytes;
     assert!(whole > 74_000, "{whole}");
-    let cut = Fault { connection: 0, from_source: true, at: whole - 350, is_flip: false };
-    assert!(attempt(&cargo, &shelf, &Net::new(Some(cut)), PLAIN).0.is_err());
+    // Behind the pieces and before PREPARE; words of life make either attempt a little longer.
+    let cut_before = |back: u64| {
+        let (connection, from_source, at) = (0, true, whole - back);
+        let net = Net::new(Some(Fault { connection, from_source, at, is_flip: false }));
+        let shelf = Arc::new(Shelf::default());
+        let is_cut = attempt(&cargo, &shelf, &net, PLAIN).0.is_err();
+        let place = shelf.0.lock().unwrap().places.get("vda").cloned();
+        let is_prepared = place.is_none_or(|place| place.prepared.lock().unwrap().is_some());
+        (is_cut && !is_prepared).then_some(shelf)
+    };
+    let shelf = (300..900).step_by(50).find_map(cut_before).unwrap();
     // It has changed a little since: bits that were set are not, in its second leaf.
     bits.clear_range(550_000..599_990);
     cargo.bitmaps = vec![(0, bitmap(&bits))];
