@@ -36,7 +36,8 @@ impl RunningDigest {
         self.stale.count() > 0
     }
 
-    /// Hashes what was touched; `read` as in [`PatchedDigest::patch`]. What changes meanwhile is to be touched again.
+    /// Hashes what was touched; `read` as in [`PatchedDigest::patch`]. What changes meanwhile is to
+    /// be touched again.
     pub(crate) fn hash(&mut self, read: impl Fn(u64, &mut [u8])) -> Result<(), HashError> {
         if !self.is_stale() {
             return Ok(());
