@@ -31,15 +31,15 @@ impl RunningDigest {
         self.stale.set_range(piece..piece.saturating_add(1));
     }
 
-    /// Whether something was touched and not hashed.
-    pub(crate) fn is_stale(&self) -> bool {
-        self.stale.count() > 0
+    /// How many pieces were touched and not hashed.
+    pub(crate) fn stale_pieces(&self) -> u64 {
+        self.stale.count()
     }
 
     /// Hashes what was touched; `read` as in [`PatchedDigest::patch`]. What changes meanwhile is to
     /// be touched again.
     pub(crate) fn hash(&mut self, read: impl Fn(u64, &mut [u8])) -> Result<(), HashError> {
-        if !self.is_stale() {
+        if self.stale_pieces() == 0 {
             return Ok(());
         }
         let mut from = 0;

@@ -18,8 +18,8 @@ use super::LiveBitmaps;
 use super::one::Life;
 use crate::running_digest::{RunningDigest, pieces_of, read_chunk};
 
-/// Bitmaps that are hashed sooner than another thread is started for them.
-const LEAST_SHARE: usize = 8;
+/// Pieces that are hashed sooner than another thread is started for them and has its turn.
+const LEAST_SHARE: u64 = 4096;
 
 /// Decides of each bitmap that exists or appears whether it goes along, and under which name.
 pub type Carry = Box<dyn Fn(&BitmapInfo) -> Option<String> + Send>;
@@ -177,11 +177,14 @@ impl Sender {
     /// while the destination, which does the same, is waited for.
     pub fn hash(&mut self) -> Result<()> {
         let mut stale: Vec<_> =
-            self.told.iter_mut().filter(|told| told.digest.is_stale()).collect();
+            self.told.iter_mut().filter(|told| told.digest.stale_pieces() > 0).collect();
+        let stale_len = stale.len();
         let hash = |some: &mut [&mut Told]| some.iter_mut().try_for_each(|told| told.hash());
-        let workers = std::thread::available_parallelism().map_or(1, usize::from);
-        let share = stale.len().div_ceil(workers).max(LEAST_SHARE);
-        let mut shares = stale.chunks_mut(share);
+        let pieces: u64 = stale.iter().map(|told| told.digest.stale_pieces()).sum();
+        let worthwhile = usize::try_from(pieces / LEAST_SHARE).unwrap_or(usize::MAX);
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let workers = cores.min(worthwhile).max(1);
+        let mut shares = stale.chunks_mut(stale_len.div_ceil(workers).max(1));
         let first = shares.next().unwrap_or_default();
         std::thread::scope(|scope| {
             let others: Vec<_> = shares.map(|some| scope.spawn(move || hash(some))).collect();
@@ -335,7 +338,6 @@ impl Told {
         self.in_flight.set_range(index..index + 1);
         // Taken before it is read: what changes afterwards marks it again.
         self.changed.take_run(index, 1).filter(|taken| taken.start == index)?;
-        self.digest.touch(index);
         let mut bits = [0; PIECE_BYTES];
         let bits = bits.get_mut(..life.shape().piece_len(index)?)?;
         let has_bits = life.bits.read_bytes(index.saturating_mul(PIECE_BYTES as u64), bits);
@@ -344,6 +346,7 @@ impl Told {
             self.sent.set_range(index..index + 1);
         }
         if has_bits || was_sent {
+            self.digest.touch(index);
             let bits = if has_bits { &*bits } else { &[] };
             Piece { version: self.version, index, bits }.encode(packed);
         }
