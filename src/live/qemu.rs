@@ -330,7 +330,6 @@ impl Moving<'_> {
                 settling: Duration::ZERO,
                 round_trip: Duration::ZERO,
                 pending: Pending { must_precopy: self.left(), ..Pending::default() },
-                ..Round::default()
             };
             match steering.next(&round) {
                 Next::Round => {}

@@ -91,8 +91,7 @@ impl Outgoing<'_> {
         tries: &mut Tries,
     ) -> Result<Sent, stream::Error> {
         loop {
-            let attempt = self.attempt(dial, tries.session, whole, steering, &mut tries.counts);
-            let error = match attempt {
+            let error = match self.attempt(dial, whole, steering, tries) {
                 Err(error) if self.may_go_on(&error) => error,
                 ended => return ended,
             };
@@ -117,10 +116,9 @@ impl Outgoing<'_> {
     fn attempt(
         &self,
         dial: &dyn Dial,
-        session: SessionId,
         whole: &mut Whole<'_>,
         steering: &mut Steering<'_>,
-        counts: &mut Vec<Arc<SaveCounts>>,
+        tries: &mut Tries,
     ) -> Result<Sent, stream::Error> {
         let meter = Arc::new(Meter::default());
         let total = self.content()?;
@@ -135,7 +133,7 @@ impl Outgoing<'_> {
         let disks = disks.collect::<mig_core::Result<Vec<_>>>().map_err(Error::from)?;
         let options = SaveOptions { hashes: self.hashes, workers: self.workers, monitor: &eye };
         let blocks = SaveBlocks::new(disks, options).map_err(Error::from)?;
-        *counts = blocks.counts();
+        tries.counts = blocks.counts();
         let numbers = Arc::new(Numbers::default());
         let senders = ids().zip(&self.disks).map(|(id, live)| {
             let choose = self.choose.clone();
@@ -147,7 +145,7 @@ impl Outgoing<'_> {
             vec![Box::new(blocks), Box::new(bitmaps)];
         handlers.extend(self.states.iter().map(|make| make()));
         let options = OutgoingOptions {
-            session,
+            session: tries.session,
             channels: self.channels,
             compression: self.compression,
             resumes: !self.reconnect.is_zero(),

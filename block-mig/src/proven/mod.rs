@@ -2,7 +2,7 @@
 //! complete.
 //!
 //! What counts in the end is what somebody reads who opens the finished disk. Of a unit that was
-//! read earlier two things are noted: its node, and its [mark](mark): where in the file its content
+//! read earlier two things are noted: its node, and its `mark`: where in the file its content
 //! stood, and how often that place had been written before it was read. At the end the finished
 //! disk is opened afresh, and each unit's mark is made anew by *its* tables. Where that is the
 //! same, the bytes that it names are those that were read, since every write to the file is
