@@ -69,6 +69,18 @@ pub fn same_content(a: (&Path, &str), b: (&Path, &str)) {
     assert!(output.status.success(), "{output}");
 }
 
+/// The same guest content in two qcow2 images, the second one clean, and the same bits in each of
+/// these bitmaps, which QEMU reads.
+#[track_caller]
+pub fn same_disk(a: &Path, b: &Path, bitmaps: &[&str]) {
+    same_content((a, "qcow2"), (b, "qcow2"));
+    check_is_clean(b);
+    for name in bitmaps {
+        let read = |image| dirty_ranges(image, name).unwrap_or_else(|o| panic!("{o}"));
+        assert_eq!(read(a), read(b), "bitmap {name}");
+    }
+}
+
 /// `qemu-img info` of one file, without opening what it names.
 #[track_caller]
 pub fn info(image: &Path, format: &str) -> Value {

@@ -29,17 +29,6 @@ fn disk(scratch: &Scratch, name: &str, pattern: u8) -> PathBuf {
         .done()
 }
 
-/// Both images and the named bitmaps are the same, says QEMU.
-#[track_caller]
-fn same(a: &Path, b: &Path, bitmaps: &[&str]) {
-    qemu::same_content((a, "qcow2"), (b, "qcow2"));
-    qemu::check_is_clean(b);
-    for name in bitmaps {
-        let read = |image| qemu::dirty_ranges(image, name).unwrap_or_else(|o| panic!("{o}"));
-        assert_eq!(read(a), read(b), "bitmap {name}");
-    }
-}
-
 fn receive(scratch: &Scratch, words: &str) -> Run {
     bitferry().dir(scratch.dir()).words("receive --json").words(words)
 }
@@ -83,7 +72,7 @@ fn one_disk_arrives_with_its_bitmaps_over_each_socket() {
         let name = format!("out{index}.qcow2");
         let (sent, received) =
             migrated(&scratch, "--disk vda=a.qcow2", &format!("--disk vda={name} {uri}"));
-        same(&source, &scratch.path(&name), &["weekly", "hourly"]);
+        qemu::same_disk(&source, &scratch.path(&name), &["weekly", "hourly"]);
         for summary in [&sent, &received] {
             assert_eq!(summary["status"], "completed", "{summary}");
             assert_eq!(summary["disks"][0]["id"], "vda");
@@ -115,7 +104,7 @@ fn several_disks_channels_and_compression() {
             "--disk vdb=b.out --disk vda=a.out tcp:127.0.0.1:0",
         );
         for (source, out) in sources.iter().zip(["a.out", "b.out"]) {
-            same(source, &scratch.path(out), &["weekly", "hourly"]);
+            qemu::same_disk(source, &scratch.path(out), &["weekly", "hourly"]);
             std::fs::remove_file(scratch.path(out)).expect("remove");
         }
         wire.push(sent["wire-bytes"].as_u64().expect("a number"));
@@ -143,14 +132,14 @@ fn one_way_streams_prove_themselves_at_the_destination() {
     let uri = "file:stream,offset=4096";
     unconfirmed(send(&scratch, "--disk vda=a.qcow2").arg(uri).output(), true);
     receive(&scratch, "--disk vda=f.qcow2").arg(uri).output().expect_exit(Exit::Done);
-    same(&source, &scratch.path("f.qcow2"), &["weekly", "hourly"]);
+    qemu::same_disk(&source, &scratch.path("f.qcow2"), &["weekly", "hourly"]);
     // A command.
     let uri = "exec:gzip -1 > stream.gz";
     let sent = send(&scratch, "--disk vda=a.qcow2 --allow-exec").arg(uri).output();
     unconfirmed(sent, true);
     let received = receive(&scratch, "--disk vda=x.qcow2 --allow-exec").arg("exec:zcat stream.gz");
     received.output().expect_exit(Exit::Done);
-    same(&source, &scratch.path("x.qcow2"), &["weekly", "hourly"]);
+    qemu::same_disk(&source, &scratch.path("x.qcow2"), &["weekly", "hourly"]);
     // Standard output and input, joined by a shell; what is said goes elsewhere.
     let binary = bitferry_tests::bitferry::binary().display();
     let line = format!(
@@ -159,7 +148,7 @@ fn one_way_streams_prove_themselves_at_the_destination() {
     );
     let output = Run::new("bash").args(["-o", "pipefail", "-c", &line]).dir(scratch.dir()).output();
     assert!(output.status.success() && output.stdout.is_empty(), "{output}");
-    same(&source, &scratch.path("p.qcow2"), &["weekly", "hourly"]);
+    qemu::same_disk(&source, &scratch.path("p.qcow2"), &["weekly", "hourly"]);
     for said in ["said", "heard"] {
         let text = std::fs::read_to_string(scratch.path(said)).expect("text");
         assert_eq!(json::lines(&text).pop().expect("a summary")["status"], "completed");
@@ -171,7 +160,7 @@ fn one_way_streams_prove_themselves_at_the_destination() {
     );
     let output = Run::new("bash").args(["-o", "pipefail", "-c", &line]).dir(scratch.dir()).output();
     assert!(output.status.success(), "{output}");
-    same(&source, &scratch.path("d.qcow2"), &["weekly", "hourly"]);
+    qemu::same_disk(&source, &scratch.path("d.qcow2"), &["weekly", "hourly"]);
 }
 
 #[test]
@@ -263,7 +252,7 @@ fn what_exists_is_kept_replaced_or_written_into() {
     // Into it: its own bitmap records what was written.
     let (_, received) =
         migrated(&scratch, "--disk vda=a.qcow2", "--in-place --disk vda=old.qcow2 unix:s");
-    same(&source, &old, &["weekly", "hourly"]);
+    qemu::same_disk(&source, &old, &["weekly", "hourly"]);
     assert_eq!(received["disks"][0]["verified"], "yes");
     let mine = qemu::dirty_ranges(&old, "mine").expect("it is valid");
     assert!(mine.iter().any(|range| range.contains(&(30 * MIB))), "{mine:?}");
@@ -318,7 +307,7 @@ fn strangers_are_turned_away_and_the_source_is_waited_for() {
     let _silent = stranger();
     send(&scratch, "--disk vda=a.qcow2").arg(&uri).output().expect_exit(Exit::Done);
     let received = running.wait().expect_exit(Exit::Done);
-    same(&source, &scratch.path("out.qcow2"), &["weekly"]);
+    qemu::same_disk(&source, &scratch.path("out.qcow2"), &["weekly"]);
     let warnings = json::lines(&received.text());
     let warnings = warnings.iter().filter(|event| event["event"] == "warning");
     assert!(warnings.count() >= 2, "{received}");
@@ -400,7 +389,7 @@ fn encrypted_both_ways_or_not_at_all() {
         "--disk vda=a.qcow2 --channels 3 --tls-dir pki --tls-peer vault.example",
         "--disk vda=out.qcow2 --tls-dir pki tcp:127.0.0.1:0",
     );
-    same(&source, &scratch.path("out.qcow2"), &["weekly", "hourly"]);
+    qemu::same_disk(&source, &scratch.path("out.qcow2"), &["weekly", "hourly"]);
     // Another name, no TLS here, no TLS there: each side says what is wrong, the destination waits.
     let running = receive(&scratch, "--disk vda=b --tls-dir pki tcp:127.0.0.1:0").spawn();
     let uri = address(&running);
