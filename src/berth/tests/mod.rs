@@ -150,6 +150,18 @@ fn prepare(places: &[Arc<dyn Place>; 2]) {
     assert_eq!(b.prepare(&sealed(false)).unwrap().unwrap().bitmaps, []);
 }
 
+/// Sends what the places do not have, and publishes.
+fn complete(here: &Here, files: &Files, places: [Arc<dyn Place>; 2]) {
+    for place in &places {
+        let known = have(&**place);
+        send(&**place, 0..6, &known);
+    }
+    prepare(&places);
+    drop(places);
+    files.commit().unwrap();
+    is_whole(here);
+}
+
 fn is_whole(here: &Here) {
     assert!(fs::read(here.path("b")).unwrap() == content());
     assert!(fs::read(here.path("a.data")).unwrap() == content());
@@ -256,11 +268,7 @@ fn fresh_and_other_sessions_begin_anew() {
         let files = here.files(FileOptions { is_fresh, ..FileOptions::default() });
         assert_eq!(files.begin(session).unwrap(), SessionState::Fresh);
         let places = both(&files);
-        places.iter().for_each(|p| send(&**p, 0..6, &[]));
-        prepare(&places);
-        drop(places);
-        files.commit().unwrap();
-        is_whole(&here);
+        complete(&here, &files, places);
     }
 }
 

@@ -103,14 +103,7 @@ fn a_journal_without_its_files_claims_nothing() {
         let (files, state) = begun(here.disks(), FileOptions::default());
         assert_eq!(state, expected, "{gone:?}");
         let places = both(&files);
-        for place in &places {
-            let known = have(&**place);
-            send(&**place, 0..6, &known);
-        }
-        prepare(&places);
-        drop(places);
-        files.commit().unwrap();
-        is_whole(&here);
+        complete(&here, &files, places);
     }
 }
 
@@ -234,11 +227,7 @@ fn what_is_given_up_is_begun_anew() {
         files.forget().unwrap();
         let places = both(&files);
         places.iter().for_each(|p| assert_eq!(have(&**p), [] as [u64; 0]));
-        places.iter().for_each(|p| send(&**p, 0..6, &[]));
-        prepare(&places);
-        drop(places);
-        files.commit().unwrap();
-        is_whole(&here);
+        complete(&here, &files, places);
     }
 }
 
@@ -265,13 +254,6 @@ fn what_was_proved_of_something_else_is_gone_on_with() {
         let files = here.files(FileOptions::default());
         assert_eq!(files.begin(SESSION).unwrap(), SessionState::Resumable);
         let places = both(&files);
-        for place in &places {
-            let known = have(&**place);
-            send(&**place, 0..6, &known);
-        }
-        prepare(&places);
-        drop(places);
-        files.commit().unwrap();
-        is_whole(&here);
+        complete(&here, &files, places);
     }
 }
