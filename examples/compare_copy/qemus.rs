@@ -69,13 +69,7 @@ fn mirror(program: &Program, paths: (&Path, &Path), mib: u64) -> Result<Taken> {
     from.end_mirror()?;
     to.ask("nbd-server-stop", json!({}))?;
     from.ask("migrate", json!({ "uri": uri }))?;
-    from.completes()?;
-    to.completes()?;
-    to.quit()?;
-    let time = begun.elapsed();
-    from.quit()?;
-    std::fs::remove_file(copy)?;
-    Ok(Taken { time, peak_kib: None })
+    ended((from, to, copy), begun)
 }
 
 fn blk(program: &Program, paths: (&Path, &Path), mib: u64) -> Result<Taken> {
@@ -85,6 +79,11 @@ fn blk(program: &Program, paths: (&Path, &Path), mib: u64) -> Result<Taken> {
     hurry(&mut from, 1)?;
     let begun = Instant::now();
     from.ask("migrate", json!({ "uri": uri, "blk": true }))?;
+    ended((from, to, copy), begun)
+}
+
+/// Waits for the end of a migration, and for the destination to have stored everything.
+fn ended((mut from, mut to, copy): (Machine, Machine, PathBuf), begun: Instant) -> Result<Taken> {
     from.completes()?;
     to.completes()?;
     to.quit()?;

@@ -103,13 +103,7 @@ pub(crate) fn mirror(program: &Program, source: &Path, target: &Path, mib: u64) 
     from.migrate(json!({ "uri": uri }), LIMIT)?;
     from.machine.end_mirror()?;
     to.ask("nbd-server-stop", json!({}))?;
-    let pause = from.switch_over()?;
-    to.completes()?;
-    let total = begun.elapsed();
-    to.quit()?;
-    let writes = from.writes;
-    from.machine.quit()?;
-    Ok(Taken { pause, total, writes })
+    ended(from, to, begun)
 }
 
 pub(crate) fn blk(program: &Program, source: &Path, target: &Path, mib: u64) -> Result<Taken> {
@@ -119,6 +113,11 @@ pub(crate) fn blk(program: &Program, source: &Path, target: &Path, mib: u64) -> 
     let begun = Instant::now();
     // Version 7.2 switches over before all is sent where the limit lets a whole block through.
     from.migrate(json!({ "uri": uri, "blk": true }), Duration::ZERO)?;
+    ended(from, to, begun)
+}
+
+/// Lets the source switch over, and waits until the destination has it.
+fn ended(mut from: Source, mut to: Machine, begun: Instant) -> Result<Taken> {
     let pause = from.switch_over()?;
     to.completes()?;
     let total = begun.elapsed();

@@ -175,15 +175,15 @@ impl Accepted {
         }
         let over = Heart::new();
         std::thread::scope(|scope| {
+            let _stopping = over.stop_on_drop();
             scope.spawn(|| {
-                while !over.wait(LOOK_INTERVAL) {
+                over.run(LOOK_INTERVAL, || {
                     if options.monitor.is_cancelled() {
                         self.line.hang_up();
                     }
-                }
+                });
             });
             self.reader.drain(u64::MAX);
-            over.stop();
         });
     }
 }

@@ -222,9 +222,8 @@ impl Outgoing<'_> {
         let watch = Heart::new();
         let streamed = std::thread::scope(|scope| {
             scope.spawn(|| watch.run(LOOK_INTERVAL, || eye.steer_meter()));
-            let streamed = moving.run(session, whole, steering);
-            watch.stop();
-            streamed
+            let _stopping = watch.stop_on_drop();
+            moving.run(session, whole, steering)
         });
         let (ending, prints) = streamed?;
         Ok((ending, prints, moving.sent))

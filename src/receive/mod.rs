@@ -144,9 +144,8 @@ fn native(
     let received = std::thread::scope(|scope| {
         scope.spawn(|| over.run(TELL_INTERVAL, tell));
         let arriving = (main, arrivals);
-        let received = receive_all(arriving, destination, options.reconnect, (&incoming, observer));
-        over.stop();
-        received
+        let _stopping = over.stop_on_drop();
+        receive_all(arriving, destination, options.reconnect, (&incoming, observer))
     })?;
     tell();
     let mut report = report(options, received, started);
