@@ -120,27 +120,47 @@ fn load<'b>(
 ) -> block_mig::Result<Record<'b>> {
     let (offset, size) = (chunk.offset, disk.source.size());
     let len = chunk.len_on(size);
-    let zeroes = Record::zeroes(offset, disk.name);
-    if chunk.is_zero {
+    // A destination may be larger than the disk: what lies behind the disk's end stays as it is, so
+    // that zeroes at the end are sent like all that would reach beyond it, in a record that ends
+    // with the disk. One that is smaller than a record has none.
+    let Some(start) = placed(offset, size) else {
+        return small(disk, chunk, buffer);
+    };
+    if chunk.is_zero && start == offset {
         disk.tree.map_or(Ok(()), |tree| tree.put_zeroes(offset, len))?;
-        return Ok(zeroes);
+        return Ok(Record::zeroes(offset, disk.name));
     }
-    // Where a record does not fit the disk at all, only zeroes can be sent.
-    let start = placed(offset, size);
-    let read_at = start.unwrap_or(offset);
-    let before = usize::try_from(offset.saturating_sub(read_at)).unwrap_or(usize::MAX);
-    let end = before.saturating_add(usize::try_from(len).unwrap_or(usize::MAX));
-    let bytes = buffer.get_mut(..end).unwrap_or_default();
-    disk.source.read_at(bytes, read_at).map_err(block_mig::Error::Source)?;
-    let own = bytes.get(before..).unwrap_or_default();
+    let before = usize::try_from(offset.saturating_sub(start)).unwrap_or(usize::MAX);
+    let content = buffer.first_chunk_mut::<CHUNK_BYTES>().ok_or_else(|| no_record(size))?;
+    disk.source.read_at(content, start).map_err(block_mig::Error::Source)?;
+    let own = content.get(before..).unwrap_or_default();
     disk.tree.map_or(Ok(()), |tree| tree.put(offset, own))?;
-    if is_zero(own) {
-        return Ok(zeroes);
+    if is_zero(content) {
+        return Ok(Record::zeroes(start, disk.name));
     }
-    match (start, buffer.first_chunk()) {
-        (Some(start), Some(content)) => Ok(Record::data(start, disk.name, content)),
-        _ => Err(block_mig::Error::Size { source_bytes: size, sink_bytes: CHUNK_BYTES as u64 }),
+    Ok(Record::data(start, disk.name, content))
+}
+
+/// The record of a disk that is smaller than one: only zeroes can be sent.
+fn small<'b>(
+    disk: &OutgoingDisk<'b>,
+    chunk: Chunk,
+    buffer: &mut [u8],
+) -> block_mig::Result<Record<'b>> {
+    let size = disk.source.size();
+    let len = usize::try_from(chunk.len_on(size)).unwrap_or(usize::MAX);
+    let bytes = buffer.get_mut(..len).ok_or_else(|| no_record(size))?;
+    disk.source.read_at(bytes, chunk.offset).map_err(block_mig::Error::Source)?;
+    if !is_zero(bytes) {
+        return Err(no_record(size));
     }
+    disk.tree.map_or(Ok(()), |tree| tree.put(chunk.offset, bytes))?;
+    Ok(Record::zeroes(chunk.offset, disk.name))
+}
+
+/// A record does not fit a disk of `size` bytes.
+fn no_record(size: u64) -> block_mig::Error {
+    block_mig::Error::Size { source_bytes: size, sink_bytes: CHUNK_BYTES as u64 }
 }
 
 impl<W: Write> Shared<'_, W> {

@@ -1,5 +1,6 @@
 //! What the destination would die of, found by asking its monitor first. Pure but for the asking.
 
+use super::chunks::CHUNK;
 use super::plan::PlannedBitmap;
 use crate::Observer;
 use crate::qemu::peer::{Inventory, Peer};
@@ -61,6 +62,13 @@ fn check_disk((id, size): (&str, u64), inventory: &Inventory) -> Result<()> {
     if node.size < size {
         let has = node.size;
         return unfit(format!("the destination's disk has {has} bytes, and {size} are to be sent"));
+    }
+    if size < CHUNK && node.size > size {
+        let has = node.size;
+        return unfit(format!(
+            "the destination's disk has {has} bytes: the zeroes of a disk of {size} bytes would \
+             reach beyond it, give one of the same size"
+        ));
     }
     Ok(())
 }
@@ -141,8 +149,8 @@ mod tests {
     fn contents_need_a_backend_with_a_device_and_room() {
         let check = |id, size| check_disk((id, size), &inventory()).err().map(|e| e.to_string());
         assert_eq!(check("d0", 4096), None);
-        assert_eq!(check("d0", 512), None);
         for (id, size, says) in [
+            ("d0", 512, "same size"),
             ("d0", 8192, "has 4096 bytes"),
             ("n0", 4096, "-drive if=none,id=n0"),
             ("bare", 4096, "virtio-blk-pci"),
