@@ -9,6 +9,7 @@ use mig_core::block::{BlockSink, BlockSource, Extent, ExtentKind, is_zero};
 
 use crate::error::{Error, Result};
 use crate::ledger::{Ledger, Stretch, UNIT_BYTES};
+use crate::limits::RECHECKED_ZEROES;
 use crate::monitor::Monitor;
 use crate::pool::Pool;
 
@@ -108,7 +109,10 @@ fn next_claims(claims: &mut Ledger, at: &mut u64) -> Result<Option<Vec<Claim>>> 
         *at = stretch.units().end;
         match stretch {
             Stretch::Unknown(_) => {}
-            Stretch::Zeroes(units) => return Ok(Some(vec![Claim::Zeroes(units)])),
+            Stretch::Zeroes(units) => {
+                *at = units.end.min(units.start.saturating_add(RECHECKED_ZEROES));
+                return Ok(Some(vec![Claim::Zeroes(units.start..*at)]));
+            }
             Stretch::Nodes(first, nodes) => {
                 let claims = (first..).zip(nodes).map(|(unit, node)| Claim::Node(unit, *node));
                 return Ok(Some(claims.collect()));

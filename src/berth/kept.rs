@@ -9,6 +9,7 @@ use block_mig::recheck::{ReadBack, Recheck, recheck};
 use mig_core::block::BlockSource;
 use qcow2_file::Storage;
 
+use super::device::Device;
 use super::log::Log;
 use crate::observe::Progress;
 use crate::{Observer, Phase, Result};
@@ -23,16 +24,16 @@ pub(crate) struct Kept {
 
 impl Kept {
     /// Finds the journal of an earlier try, or starts one. `None` where none is kept: there is no
-    /// identity, or `path` is a device, beside which there is no place for files.
+    /// identity, or no place for the journal of a device (see [`log_of`]).
     ///
     /// Whoever calls holds the lock of the destination and is about to write to it. What an earlier
     /// transfer said of it is not so any more, and goes.
     pub(crate) fn begin(
-        path: &Path,
+        (path, devices): (&Path, Option<&Path>),
         identity: Option<Identity>,
         is_fresh: bool,
     ) -> Result<Option<Self>> {
-        let Some(log) = log_of(path)? else { return Ok(None) };
+        let Some(log) = log_of(path, devices)? else { return Ok(None) };
         log.remove_receipt()?;
         let Some(identity) = identity else { return log.remove().map(|()| None) };
         let found = if is_fresh { None } else { log.find(&identity)? };
@@ -76,10 +77,15 @@ impl Kept {
     }
 }
 
-/// The names of a journal and a receipt beside `path`, where there is a place for them.
-pub(crate) fn log_of(path: &Path) -> Result<Option<Log>> {
-    let is_file = std::fs::metadata(path).is_ok_and(|found| found.is_file());
-    if is_file { Log::beside(path).map(Some) } else { Ok(None) }
+/// The names of the journal and the receipt of what is written in place: beside a file; of a block
+/// device in `devices`, if there is such a directory.
+pub(crate) fn log_of(path: &Path, devices: Option<&Path>) -> Result<Option<Log>> {
+    let Ok(found) = std::fs::metadata(path) else { return Ok(None) };
+    match (Device::of(&found), devices) {
+        (Some(device), Some(devices)) => Ok(Some(Log::of_device(device, devices))),
+        (None, _) if found.is_file() => Log::beside(path).map(Some),
+        _ => Ok(None),
+    }
 }
 
 impl Log {

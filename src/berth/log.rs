@@ -4,6 +4,7 @@ use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -12,6 +13,7 @@ use format_spec::files::{journal_anew_name, journal_name, receipt_half_name, rec
 use format_spec::native::journal::MAX_TARGET;
 use qcow2_file::{Access, HostFile};
 
+use super::device::Device;
 use crate::publish::{directory, sync_directory};
 use crate::{Error, Result};
 
@@ -25,6 +27,8 @@ pub(crate) struct Log {
     receipt: PathBuf,
     /// A receipt until it is whole.
     half_receipt: PathBuf,
+    /// What they belong to, where a name does not say it.
+    device: Option<Device>,
 }
 
 impl Log {
@@ -33,14 +37,29 @@ impl Log {
         let name = target.file_name().ok_or_else(|| Error::Usage {
             reason: format!("{} is no file name", target.display()),
         })?;
-        let at = |name: Vec<u8>| directory(target).join(OsString::from_vec(name));
-        let name = OsStr::as_bytes(name);
-        Ok(Self {
+        Ok(Self::named(directory(target), OsStr::as_bytes(name), None))
+    }
+
+    /// Of a block device, in a directory for the purpose, which need not exist.
+    pub(crate) fn of_device(device: Device, directory: &Path) -> Self {
+        let name = device.file_name();
+        Self::named(directory, name.as_bytes(), Some(device))
+    }
+
+    fn named(directory: &Path, name: &[u8], device: Option<Device>) -> Self {
+        let at = |name: Vec<u8>| directory.join(OsString::from_vec(name));
+        Self {
             journal: at(journal_name(name)),
             anew: at(journal_anew_name(name)),
             receipt: at(receipt_name(name)),
             half_receipt: at(receipt_half_name(name)),
-        })
+            device,
+        }
+    }
+
+    /// The device that they belong to, unless it is a file.
+    pub(crate) fn device(&self) -> Option<&Device> {
+        self.device.as_ref()
     }
 
     /// Where the receipt stands.
@@ -59,8 +78,16 @@ impl Log {
         if identity.target.len() > MAX_TARGET {
             return Ok(None);
         }
+        self.make_place()?;
         let file = Arc::new(HostFile::create_new(&self.journal)?);
         Ok(Some(Journal::start(file, identity)?))
+    }
+
+    /// Makes the directory where the journals of devices are.
+    fn make_place(&self) -> Result<()> {
+        let Some(place) = self.device.as_ref().and(self.journal.parent()) else { return Ok(()) };
+        let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(place);
+        made.map_err(failed("make the directory", place))
     }
 
     /// The journal of `identity`, if it is there.

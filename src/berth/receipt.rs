@@ -11,6 +11,7 @@ use format_spec::content_hash::{BitmapDigest, ContentHash};
 use format_spec::native::frame::{Record, encode_end};
 use format_spec::native::journal::{JournalRecord, RECEIPT_MAGIC, decode_start, encode_start};
 
+use super::device::Device;
 use super::log::Log;
 use crate::proof::DiskProof;
 use crate::publish::sync_directory;
@@ -57,7 +58,8 @@ impl Receipt {
         Self { session, size, content, target, bitmaps }
     }
 
-    /// The receipt beside a destination, if there is one that is whole.
+    /// The receipt of a destination, if there is one that is whole. That of a device speaks for it
+    /// as long as it is there: what has its number later is another one.
     pub(crate) fn read(log: &Log) -> Result<Option<Self>> {
         let path = log.receipt();
         if !fs::symlink_metadata(path).is_ok_and(|m| m.is_file()) {
@@ -66,11 +68,30 @@ impl Receipt {
         let mut bytes = Vec::new();
         let file = fs::File::open(path).map_err(failed("open", path))?;
         file.take(MAX_RECEIPT_BYTES).read_to_end(&mut bytes).map_err(failed("read", path))?;
-        Ok(Self::decode(&bytes))
+        Ok(Self::decode(&bytes).and_then(|receipt| receipt.speaking_for(log.device())))
     }
 
-    /// Writes it durably, whole or not at all.
+    /// Itself, if it is about this device, or about a file.
+    fn speaking_for(mut self, device: Option<&Device>) -> Option<Self> {
+        if let Some(device) = device {
+            let mark = format!("\n{}", device.incarnation()?);
+            self.target = self.target.strip_suffix(&mark)?.to_owned();
+        }
+        Some(self)
+    }
+
+    /// Writes it durably, whole or not at all. Of a device that could not be told from another one
+    /// later there is none.
     pub(crate) fn write(&self, log: &Log) -> Result<()> {
+        let mut receipt = self.clone();
+        if let Some(device) = log.device() {
+            let Some(incarnation) = device.incarnation() else { return Ok(()) };
+            receipt.target = format!("{}\n{incarnation}", self.target);
+        }
+        receipt.store(log)
+    }
+
+    fn store(&self, log: &Log) -> Result<()> {
         let (path, half) = (log.receipt(), log.half_receipt());
         if let Err(e) = fs::remove_file(half)
             && e.kind() != io::ErrorKind::NotFound

@@ -174,6 +174,8 @@ pub(crate) struct CopyArgs {
     /// Start anew instead of going on with what an interrupted copy left
     #[arg(long)]
     pub(crate) fresh: bool,
+    #[command(flatten)]
+    pub(crate) state_dir: super::state_dir::StateDirArgs,
     /// Bytes per second at most that are read from SRC, or go over the wire; K, M, G and T are
     /// powers of 1024
     #[arg(long, value_name = "RATE", value_parser = size::parse, help_heading = "Transport")]

@@ -77,6 +77,7 @@ fn options(args: CopyArgs) -> bitferry::Result<CopyOptions> {
         skip_broken_bitmaps: args.skip_broken_bitmaps,
         no_verify: args.no_verify,
         fresh: args.fresh,
+        device_journals: args.state_dir.directory(),
         meter: meter(args.bandwidth),
         ..CopyOptions::default()
     })

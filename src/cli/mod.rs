@@ -24,6 +24,7 @@ mod receive;
 mod remote;
 mod send;
 mod size;
+mod state_dir;
 mod supervise;
 mod table;
 mod target_options;

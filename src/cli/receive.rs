@@ -14,6 +14,7 @@ use bitferry::receive::{self, Arrivals, ReceiveOptions};
 
 use super::dialect::DialectArg;
 use super::outcome::Peer;
+use super::state_dir::StateDirArgs;
 use super::transport::TransportArgs;
 use super::watch::Watch;
 use super::{Outcome, Output, outcome, target_options};
@@ -55,6 +56,8 @@ pub(crate) struct ReceiveArgs {
     /// Begin anew instead of going on with what an interrupted run left
     #[arg(long)]
     pub(crate) fresh: bool,
+    #[command(flatten)]
+    pub(crate) state_dir: StateDirArgs,
     /// Open the backing and data files that existing images name
     #[arg(long)]
     pub(crate) allow_backing: bool,
@@ -96,6 +99,7 @@ fn go(args: ReceiveArgs, output: &Output) -> Outcome {
         target: target_options::parse(&args.target_options)?,
         existing: super::copy::existing(args.force, args.in_place),
         fresh: args.fresh,
+        device_journals: args.state_dir.directory(),
         allow_backing: args.allow_backing,
         bitmaps: args.bitmaps,
         renames: args.rename_bitmap,

@@ -96,6 +96,7 @@ pub(super) fn from(args: CopyArgs, remote: &Remote, output: &Output) -> Outcome 
         allow_backing: args.allow_backing,
         no_verify: args.no_verify,
         fresh: args.fresh,
+        device_journals: args.state_dir.directory(),
         reconnect: args.reconnect.unwrap_or_default(),
         ..ReceiveOptions::default()
     };

@@ -1,5 +1,6 @@
 //! What to receive, and where.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use format_spec::native::hello::MAX_CHANNELS;
@@ -31,6 +32,9 @@ pub struct ReceiveOptions {
     pub no_verify: bool,
     /// Ignore what an earlier try left.
     pub fresh: bool,
+    /// A directory for the journals of block devices, beside which there is no place for files; it is
+    /// made when it is needed. An attempt that fails is begun again where there is none.
+    pub device_journals: Option<PathBuf>,
     /// What the source has to speak; whatever it does where `None`.
     pub dialect: Option<Dialect>,
     /// From a QEMU that migrates with `-i`: what is not sent is there already.
@@ -52,6 +56,7 @@ impl Default for ReceiveOptions {
             renames: Vec::new(),
             no_verify: false,
             fresh: false,
+            device_journals: None,
             dialect: None,
             shared_base: false,
             max_channels: MAX_CHANNELS,

@@ -7,6 +7,7 @@
 
 pub mod bitferry;
 pub mod destination;
+pub mod device;
 pub mod fuzz;
 pub mod image;
 #[cfg(feature = "programs")]

@@ -1,35 +1,14 @@
 //! Block devices as destinations, and what a copy takes over from its source beside the content.
 
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
-use std::path::{Path, PathBuf};
 
+use bitferry_tests::device::Loop;
 use bitferry_tests::image::make;
 use bitferry_tests::peer::cannot;
-use bitferry_tests::{Exit, Peer, Run, Scratch, bitferry, json, qemu, require_all};
+use bitferry_tests::{Exit, Peer, Scratch, bitferry, json, qemu, require_all};
 use rustix::fs::{XattrFlags, getxattr, setxattr};
 
 const MIB: u64 = 1 << 20;
-
-/// A file as a block device; let go of when dropped.
-struct Loop(PathBuf);
-
-impl Loop {
-    /// `None` where the machine does not let us, which is said and counted.
-    fn over(file: &Path) -> Option<Self> {
-        let output = Run::new("losetup").words("-f --show").arg(file).output();
-        if !output.status.success() {
-            cannot("no loop device can be set up here");
-            return None;
-        }
-        Some(Self(output.text().trim().into()))
-    }
-}
-
-impl Drop for Loop {
-    fn drop(&mut self) {
-        Run::new("losetup").arg("-d").arg(&self.0).output();
-    }
-}
 
 #[test]
 fn a_longer_device_takes_the_disk_and_the_report_says_what_is_left() {

@@ -5,10 +5,12 @@ use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use bitferry_tests::device::Loop;
 use bitferry_tests::image::make;
 use bitferry_tests::process::Running;
 use bitferry_tests::qemu::{Nbd, check_is_clean, dirty_ranges, same_content};
 use bitferry_tests::{Exit, Output, Peer, Run, Scratch, bitferry, json, require_all};
+use rustix::process::Signal;
 use serde_json::Value;
 
 const MIB: u64 = 1 << 20;
@@ -171,6 +173,60 @@ fn what_was_written_in_place_is_gone_on_with() {
             assert!(!scratch.path(".out.bitferry-journal").exists());
         }
     }
+}
+
+#[test]
+fn what_was_written_to_a_device_is_gone_on_with() {
+    if !has_peers() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let image = make(&scratch, "a.qcow2", 64 * MIB).write(5, 0, 48 * MIB).done();
+    let file = make(&scratch, "file", 64 * MIB).format("raw").done();
+    let Some(device) = Loop::over(&file) else { return };
+    let path = device.0.display().to_string();
+    let send = "--disk vda=a.qcow2";
+    let receive = format!("--in-place --state-dir state/of --disk vda={path} unix:socket");
+    let entries = || std::fs::read_dir(scratch.path("state/of")).expect("a directory").count();
+    cut(&scratch, (send, &receive), "file", 16 * MIB);
+    assert_eq!(entries(), 1);
+    let (sent, received) = migrate(&scratch, send, &receive);
+    let sent = json::summary(&sent.expect_exit(Exit::Done));
+    let received = json::summary(&received.expect_exit(Exit::Done));
+    assert_eq!((&received["status"], &received["resumed"]), (&"completed".into(), &true.into()));
+    assert!(sent["wire-bytes"].as_u64() < Some(40 * MIB), "{sent}");
+    same_content((&image, "qcow2"), (&file, "raw"));
+    // The receipt is all that is left, and it speaks for this device alone.
+    assert_eq!(entries(), 1);
+    assert_eq!(status(migrate(&scratch, send, &receive).1), "already-complete");
+    let other = make(&scratch, "other", 64 * MIB).format("raw").done();
+    let device = device.again_over(&other);
+    assert_eq!(status(migrate(&scratch, send, &receive).1), "completed");
+    same_content((&image, "qcow2"), (&other, "raw"));
+    // A copy keeps a journal as well, and what an earlier transfer said is gone before it writes.
+    make(&scratch, "b.qcow2", 64 * MIB).write(9, 0, 32 * MIB).done();
+    let copy = format!("copy --json --in-place -O raw --state-dir state/of b.qcow2 {path}");
+    let slow = run(&scratch, &copy).words("--bandwidth 8M").spawn();
+    let has_journal = || {
+        let mut found = std::fs::read_dir(scratch.path("state/of")).expect("a directory");
+        found.any(|entry| entry.expect("an entry").path().to_string_lossy().contains("journal"))
+    };
+    let begun = Instant::now();
+    while !has_journal() {
+        assert!(begun.elapsed() < Duration::from_secs(60), "no journal appears");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    slow.signal(Signal::INT);
+    slow.wait().expect_exit(Exit::Interrupted);
+    assert!(has_journal());
+    assert_eq!(
+        json::summary(&run(&scratch, &copy).output().expect_exit(Exit::Done))["resumed"],
+        true
+    );
+    assert_eq!(entries(), 0);
+    let compare = run(&scratch, &format!("compare -F raw b.qcow2 {path}"));
+    compare.output().expect_exit(Exit::Done);
+    drop(device);
 }
 
 #[test]

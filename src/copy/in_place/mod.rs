@@ -1,8 +1,8 @@
 //! Writing into a destination that exists.
 //!
 //! A qcow2 destination says by a feature bit that it is unfinished (SPEC 3.3), so that nobody takes
-//! it for a disk; a raw one cannot say it. The journal of either stands beside it; that of a device
-//! has no place.
+//! it for a disk; a raw one cannot say it. The journal of either stands beside it, that of a device
+//! in a directory for the purpose.
 
 mod qcow2;
 mod raw;

@@ -9,7 +9,7 @@ use super::super::plan::Job;
 use crate::berth::Kept;
 use crate::{Observer, Result};
 
-/// A journal beside the destination.
+/// The journal of the destination.
 pub(super) struct Continued {
     kept: Kept,
     /// Whether an earlier try is gone on with.
@@ -29,7 +29,9 @@ impl Continued {
         let size = job.source.disk.chain.virtual_size();
         let target = format!("{:?}", job.target);
         let identity = new::session(job)?.map(|session| Identity { session, size, target });
-        let kept = Kept::begin(&job.options.destination, identity, job.options.fresh)?;
+        let options = job.options;
+        let place = (options.destination.as_path(), options.device_journals.as_deref());
+        let kept = Kept::begin(place, identity, options.fresh)?;
         let Some(kept) = kept else { return Ok(None) };
         let (is_resumed, source) = (kept.is_resumed, job.source.blocks());
         let repeated = match is_resumed {

@@ -1,6 +1,7 @@
 //! One image of this side: what it holds before, and the content that is written into it.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use block_mig::device::{EditorSink, RawSink};
 use format_spec::Blame;
@@ -27,6 +28,8 @@ const MAX_SEEN: u64 = 1 << 27;
 #[derive(Debug)]
 pub(super) struct Disk<'o> {
     pub(super) place: &'o DiskOption,
+    /// Where journals of devices are.
+    journals: Option<&'o Path>,
     /// Holds the locks.
     pub(super) chain: Chain,
     /// Bytes of the disk.
@@ -65,7 +68,7 @@ impl<'o> Disk<'o> {
     /// Opens and locks an image. Nothing is written.
     pub(super) fn open(
         place: &'o DiskOption,
-        options: &IncomingOptions,
+        options: &'o IncomingOptions,
         observer: &dyn Observer,
     ) -> crate::Result<Self> {
         let path = place.path.as_path();
@@ -87,7 +90,8 @@ impl<'o> Disk<'o> {
         let chunks = size.div_ceil(CHUNK_BYTES as u64);
         let seen = (chunks <= MAX_SEEN).then(|| Bits::new(chunks));
         let (body, counts) = (Body::Untouched, Counts::default());
-        Ok(Self { place, chain, size, is_unfinished, body, counts, seen })
+        let journals = options.device_journals.as_deref();
+        Ok(Self { place, journals, chain, size, is_unfinished, body, counts, seen })
     }
 
     /// What it can hold in the way of bitmaps.
@@ -147,7 +151,7 @@ impl<'o> Disk<'o> {
     /// Gets the image ready to be written: enabled bitmaps of its own are marked, and follow.
     fn begin(&self, allow_backing: bool, observer: &dyn Observer) -> crate::Result<Body> {
         // What a bitferry that wrote here before has noted is not so any more.
-        Kept::begin(&self.place.path, None, true)?;
+        Kept::begin((&self.place.path, self.journals), None, true)?;
         let name = self.place.path.display();
         let unmarked = "until the migration is complete it holds neither the old nor the new \
                         content, and nothing in it says so";

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::io::{self, Write};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::copy::{BitmapSelection, Rename};
@@ -24,6 +25,9 @@ pub struct IncomingOptions {
     /// What is not sent is there already: the source migrates with `inc` (`migrate -i`), which the
     /// stream does not say. Without this each disk must come whole.
     pub shared_base: bool,
+    /// Where a bitferry keeps the journals of block devices; what it noted of a disk that is written
+    /// here is removed.
+    pub device_journals: Option<PathBuf>,
     /// Nothing can be answered: the stream comes from a file or a pipe.
     pub is_one_way: bool,
     /// Where the sections of devices go, which are not understood here. Without it they are

@@ -2,8 +2,8 @@
 //!
 //! A qcow2 image refuses to open elsewhere from its first write until the source has let go (SPEC
 //! 3.3); its own bitmaps follow what is written. A raw file or a device cannot say that it is
-//! unfinished. An attempt that fails is gone on with by the journal beside the image; beside a
-//! device there is no place for one, and it is begun again.
+//! unfinished. An attempt that fails is gone on with by the journal beside the image, or, of a
+//! device, in a directory for the purpose; without one it is begun again.
 
 mod sink;
 mod target;

@@ -1,6 +1,6 @@
 //! An existing image, before its disk has come.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use block_mig::journal::Replayed;
 use qcow2_file::layout::header::incompatible;
@@ -21,6 +21,7 @@ pub(super) struct Target {
     pub(super) path: PathBuf,
     pub(super) format: Format,
     pub(super) allow_backing: bool,
+    pub(super) device_journals: Option<PathBuf>,
     pub(super) renames: Renames,
     /// Holds the locks.
     pub(super) chain: Chain,
@@ -56,6 +57,7 @@ impl Target {
             path: path.to_owned(),
             format: chain.top().format().into(),
             allow_backing: options.allow_backing,
+            device_journals: options.device_journals.clone(),
             renames: Renames::of(&options.renames, &disk.id),
             chain,
         })
@@ -117,9 +119,15 @@ impl Target {
         short_words(words.trim_end())
     }
 
+    /// Where its journal and its receipt are.
+    pub(super) fn log_place(&self) -> (&Path, Option<&Path>) {
+        (&self.path, self.device_journals.as_deref())
+    }
+
     /// What an earlier attempt of this session left.
     pub(super) fn trace(&self, session: SessionId) -> Result<Trace> {
-        let Some(log) = log_of(&self.path)? else { return Ok(Trace::Nothing) };
+        let (path, devices) = self.log_place();
+        let Some(log) = log_of(path, devices)? else { return Ok(Trace::Nothing) };
         if self.is_published(session, &log)? {
             return Ok(Trace::Published);
         }

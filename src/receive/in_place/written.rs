@@ -56,7 +56,7 @@ impl Written {
         let is_proved = session.is_some() && target.stands_alone();
         let prover = is_proved.then(|| Prover::start(&sink, |sink: &Sink| sink, of)).transpose()?;
         let identity = session.map(|session| Identity { session, size, target: target.words() });
-        let kept = Kept::begin(&target.path, identity, is_fresh)?;
+        let kept = Kept::begin(target.log_place(), identity, is_fresh)?;
         let (observer, stored, receipt) = (observer.clone(), Mutex::default(), Mutex::default());
         Ok(Self { target, size, prover, sink, session, kept, observer, stored, receipt })
     }
