@@ -102,7 +102,8 @@ fn ours(source: &Path, destination: &Path, how: How) -> Result<Taken> {
         _ => "-".into(),
     };
     let certificates = certificates.to_string_lossy();
-    let (receiver, port) = server(&[Path::new("receive"), destination], &[&certificates])?;
+    let (receiver, port) =
+        server(&[Path::new("receive"), destination], &[how.mode, &certificates])?;
     let begun = Instant::now();
     let port = port.to_string();
     let asked = [how.mode, how.channels, how.line, &certificates, &port];
@@ -195,7 +196,7 @@ fn ended(mut child: Child) -> Result<()> {
 /// One part, in its own process.
 pub(crate) fn child(part: &str, place: &Path, arguments: &[String]) -> Result<()> {
     match (part, arguments) {
-        ("receive", [certificates]) => be_destination(place, certificates),
+        ("receive", [mode, certificates]) => be_destination(place, mode, certificates),
         ("send", arguments) => be_source(place, arguments),
         ("sink", []) => bare::be_sink(place.to_string_lossy().parse()?),
         ("pump", [connections, port, mib]) => {
@@ -215,13 +216,15 @@ fn line(certificates: &str) -> Options {
     Options { tls, ..Options::default() }
 }
 
-fn be_destination(path: &Path, certificates: &str) -> Result<()> {
+fn be_destination(path: &Path, mode: &str, certificates: &str) -> Result<()> {
     let listener = connect::listen(&"tcp:127.0.0.1:0".parse()?, &line(certificates))?;
     let uri = listener.uri().to_string();
     println!("{}", uri.rsplit(':').next().unwrap_or_default());
     let (_tell, told) = mpsc::channel();
     let arrivals = Arrivals::new(&listener, &Silent, told);
-    let options = ReceiveOptions { disks: vec![disk(path)], ..ReceiveOptions::default() };
+    // Otherwise it reads back what the source leaves unproved.
+    let no_verify = mode == "no-proof";
+    let options = ReceiveOptions { disks: vec![disk(path)], no_verify, ..Default::default() };
     let report = receive::run(&options, &arrivals, &Silent)?;
     if bitferry::exit_status(&report) == 0 { Ok(()) } else { Err(format!("{report:?}").into()) }
 }

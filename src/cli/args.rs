@@ -94,6 +94,8 @@ pub(crate) enum Verb {
     Inspect(super::inspect::InspectArgs),
     Control(super::control::ControlArgs),
     Completions(CompletionsArgs),
+    #[command(hide = true)]
+    Meet(MeetArgs),
     Man(ManArgs),
 }
 
@@ -103,6 +105,7 @@ impl Verb {
         match self {
             Self::Send(args) => args.transport.uses_stdout(),
             Self::Receive(args) => args.transport.uses_stdout(),
+            Self::Meet(_) => true,
             _ => false,
         }
     }
@@ -157,6 +160,10 @@ pub(crate) struct CopyArgs {
     /// Go on without inconsistent bitmaps, and say so
     #[arg(long)]
     pub(crate) skip_broken_bitmaps: bool,
+    /// To or from another host: connections, each an ssh of its own
+    #[arg(long, value_name = "N", help_heading = "Transport")]
+    #[arg(value_parser = clap::value_parser!(u16).range(1..=255))]
+    pub(crate) channels: Option<u16>,
     /// Compress on the way to or from another host: none, zlib[:LEVEL] or zstd[:LEVEL]
     #[arg(long, value_name = "METHOD", default_value = "none", hide_default_value = true)]
     #[arg(help_heading = "Transport")]
@@ -256,6 +263,15 @@ pub(crate) struct HashArgs {
 pub(crate) struct CompletionsArgs {
     /// The shell
     pub(crate) shell: clap_complete::Shell,
+}
+
+/// Hand standard input and output over to the process that waits at NAME
+///
+/// What a copy over ssh runs at the other host for each further connection.
+#[derive(Debug, Group)]
+pub(crate) struct MeetArgs {
+    /// A name in the abstract namespace
+    pub(crate) name: String,
 }
 
 /// Print the manual page, or write one page per verb

@@ -51,8 +51,11 @@ pub(super) fn meter(bandwidth: Option<u64>) -> Arc<Meter> {
 
 /// The validated plan of what was typed.
 fn options(args: CopyArgs) -> bitferry::Result<CopyOptions> {
-    let for_the_wire =
-        [(args.compress.0.is_some(), "--compress"), (args.reconnect.is_some(), "--reconnect")];
+    let for_the_wire = [
+        (args.compress.0.is_some(), "--compress"),
+        (args.channels.is_some(), "--channels"),
+        (args.reconnect.is_some(), "--reconnect"),
+    ];
     if let Some((_, option)) = for_the_wire.iter().find(|(is_given, _)| *is_given) {
         let reason = format!("{option} is for the wire, and both paths are on this host");
         return Err(Error::Usage { reason });

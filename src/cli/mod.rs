@@ -77,6 +77,7 @@ fn run(verb: Verb, output: &Output) -> Outcome {
         Verb::Hash(args) => hash::run(args, output),
         Verb::Bitmap(args) => bitmap::run(args, output),
         Verb::Control(args) => control::run(&args, output),
+        Verb::Meet(args) => Ok(bitferry::connect::meet(&args.name).map(|()| 0)?),
         Verb::Completions(args) => completions::run(&args, output),
         Verb::Man(args) => man::run(&args, output),
     }

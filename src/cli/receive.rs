@@ -7,6 +7,8 @@ use std::time::{Duration, Instant};
 use clap::Args as Group;
 use serde::Serialize;
 
+use format_spec::native::hello::MAX_CHANNELS;
+
 use bitferry::connect::{self, Listener, Options, Refused, Uri};
 use bitferry::copy::{BitmapSelection, Rename};
 use bitferry::options::DiskOption;
@@ -58,6 +60,10 @@ pub(crate) struct ReceiveArgs {
     pub(crate) fresh: bool,
     #[command(flatten)]
     pub(crate) state_dir: StateDirArgs,
+    /// Grant at most so many data connections
+    #[arg(long, value_name = "N", help_heading = "Transport")]
+    #[arg(value_parser = clap::value_parser!(u16).range(1..=255))]
+    pub(crate) channels: Option<u16>,
     /// Open the backing and data files that existing images name
     #[arg(long)]
     pub(crate) allow_backing: bool,
@@ -106,6 +112,7 @@ fn go(args: ReceiveArgs, output: &Output) -> Outcome {
         no_verify: args.no_verify,
         dialect: args.dialect.map(DialectArg::dialect),
         shared_base: args.shared_base,
+        max_channels: args.channels.unwrap_or(MAX_CHANNELS),
         reconnect: args.transport.reconnect()?,
         ..ReceiveOptions::default()
     };

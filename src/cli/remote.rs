@@ -67,7 +67,8 @@ pub(super) fn to(args: CopyArgs, remote: &Remote, output: &Output) -> Outcome {
         return super::send::dry_run(&options, &watch, output);
     }
     let words = receive_args(&args, remote, format)?;
-    let dialer = connect::dial_ssh(&remote.destination, words, &Options::default());
+    let how = (words, args.channels.unwrap_or(1));
+    let dialer = connect::dial_ssh(&remote.destination, how, &Options::default());
     let limits = (&options.meter, Duration::ZERO);
     let sent = args.control.supervise(limits, &watch, |o| send::run(&options, &dialer, o));
     let mut report = sent.map_err(|error| refused_there(error, remote))?;
@@ -103,7 +104,8 @@ pub(super) fn from(args: CopyArgs, remote: &Remote, output: &Output) -> Outcome 
     options.check()?;
     let transport = Options::default();
     let words = send_args(&args, remote, &["--quiet", "--two-way", "-"])?;
-    let listener = connect::listen_ssh(&remote.destination, words, &transport);
+    let how = (words, args.channels.unwrap_or(1));
+    let listener = connect::listen_ssh(&remote.destination, how, &transport);
     let limits = (&Arc::default(), Duration::ZERO);
     let received = args.control.supervise(limits, &watch, |observer| {
         let (_tell, refused) = std::sync::mpsc::channel();
@@ -137,6 +139,7 @@ fn send_options(args: &CopyArgs) -> SendOptions {
         skip_broken_bitmaps: args.skip_broken_bitmaps,
         no_verify: args.no_verify,
         fresh: args.fresh,
+        channels: args.channels.unwrap_or(1),
         compression: args.compress.0,
         meter: super::copy::meter(args.bandwidth),
         reconnect: args.reconnect.unwrap_or_default(),
@@ -212,6 +215,7 @@ fn send_args(args: &CopyArgs, remote: &Remote, how: &[&str]) -> Result<Vec<OsStr
         args.rename_bitmap.iter().map(|r| format!("--rename-bitmap={DISK}/{}={}", r.old, r.new)),
     );
     words.push(format!("--compress={}", args.compress));
+    words.extend(args.channels.map(|n| format!("--channels={n}")));
     words.extend(args.bandwidth.map(|rate| format!("--bandwidth={rate}")));
     let switches = [
         (args.allow_backing || args.flatten, "--allow-backing"),

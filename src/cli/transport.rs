@@ -20,6 +20,9 @@ pub(crate) struct TransportArgs {
     /// Run the command of exec:COMMAND
     #[arg(long, help_heading = "Transport")]
     pub(crate) allow_exec: bool,
+    /// Where the further connections of a copy over ssh come to.
+    #[arg(long, value_name = "NAME", hide = true)]
+    pub(crate) meet: Option<String>,
     /// Encrypt with TLS 1.3 and demand a certificate of the other side: DIR holds ca-cert.pem, and
     /// server-cert.pem and server-key.pem to receive, client-cert.pem and client-key.pem to send
     #[arg(long, value_name = "DIR", help_heading = "Transport")]
@@ -54,7 +57,8 @@ impl TransportArgs {
     /// How to connect or listen.
     pub(crate) fn options(&self) -> Options {
         let tls = self.tls_dir.as_ref().map(|dir| Tls::new(dir, self.tls_peer.clone()));
-        Options { tls, allows_exec: self.allow_exec, ..Options::default() }
+        let meeting = self.meet.clone();
+        Options { tls, allows_exec: self.allow_exec, meeting, ..Options::default() }
     }
 
     /// Whether the stream needs standard output for itself.

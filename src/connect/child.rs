@@ -23,12 +23,13 @@ pub(super) enum Pipes {
     Both,
 }
 
-/// The command at the other end of a connection, once there is one. Another one takes its place.
+/// The commands at the other end of connections, once there are some.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Running(Arc<Mutex<Option<Arc<Child>>>>);
+pub(super) struct Running(Arc<Mutex<Vec<Arc<Child>>>>);
 
 impl Running {
-    /// Starts a command, called `name` in messages, with its pipes as a connection.
+    /// Starts a command, called `name` in messages, with its pipes as a connection. It takes the
+    /// place of those there are.
     pub(super) fn start(
         &self,
         command: Command,
@@ -36,18 +37,30 @@ impl Running {
         pipes: Pipes,
         idle: Duration,
     ) -> Result<Connection> {
+        self.lock().clear();
+        self.start_another(command, name, pipes, idle)
+    }
+
+    /// As [`start`](Self::start), beside those there are.
+    pub(super) fn start_another(
+        &self,
+        command: Command,
+        name: String,
+        pipes: Pipes,
+        idle: Duration,
+    ) -> Result<Connection> {
         let (child, connection) = Child::start(command, name, pipes, idle)?;
-        *self.lock() = Some(child);
+        self.lock().push(child);
         Ok(connection)
     }
 
-    /// Waits until it has ended, which it has to do successfully. At once where there is none.
+    /// Waits until all have ended, which they have to do successfully. At once where there is none.
     pub(super) fn end(&self, limit: Duration) -> Result<()> {
-        let child = self.lock().take();
-        child.map_or(Ok(()), |child| child.end(limit))
+        let children = std::mem::take(&mut *self.lock());
+        children.iter().try_for_each(|child| child.end(limit))
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Option<Arc<Child>>> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Arc<Child>>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

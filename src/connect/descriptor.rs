@@ -123,10 +123,17 @@ pub(super) fn accept_stdio(options: &Options) -> Result<Connection> {
     both(options)
 }
 
-/// Standard input and output, or the socket that is both.
+/// Standard input and output.
 fn both(options: &Options) -> Result<Connection> {
-    let peer = "standard input".to_owned();
-    let (stdin, stdout) = (own(io::stdin())?, own(io::stdout())?);
+    pair((own(io::stdin())?, own(io::stdout())?), "standard input".to_owned(), options)
+}
+
+/// The input and the output of a process, or the socket that is both.
+pub(super) fn pair(
+    (stdin, stdout): (OwnedFd, OwnedFd),
+    peer: String,
+    options: &Options,
+) -> Result<Connection> {
     let (input, output) = (shape(&stdin)?, shape(&stdout)?);
     let is_answered_elsewhere = match output {
         Shape::Socket => !is_same(&stdin, &stdout)?,

@@ -16,6 +16,7 @@ mod inherited;
 pub mod limits;
 mod line;
 mod location;
+mod meeting;
 mod once;
 mod socket;
 mod ssh;
@@ -32,6 +33,7 @@ pub use mig_core::transport::{Connection, Dial, HangUp, Listen, Nature};
 
 pub use self::error::{End, Error, Result};
 pub use self::location::{Location, LocationError, LocationFault, Remote};
+pub use self::meeting::meet;
 pub use self::ssh::{REMOTE, SSH};
 pub use self::tls::{Tls, TlsError};
 pub use self::uri::{Uri, UriError, UriFault};
@@ -39,6 +41,7 @@ pub use self::uri::{Uri, UriError, UriFault};
 use self::accept::SocketListener;
 use self::child::{Pipes, Running};
 use self::descriptor::Descriptor;
+use self::meeting::Meeting;
 use self::once::Once;
 use self::socket::{Place, SocketDialer};
 use self::ssh::Ssh;
@@ -52,6 +55,8 @@ pub struct Options {
     pub allows_exec: bool,
     /// Whether who is dialled through `-` or `exec:` answers.
     pub is_two_way: bool,
+    /// Where further connections come to when the first one is `-`; see [`meet`].
+    pub meeting: Option<String>,
     /// Longest time in which a read or write moves no byte.
     pub idle: Duration,
     /// Longest time to connect, the handshake included.
@@ -68,6 +73,7 @@ impl Default for Options {
             tls: None,
             allows_exec: false,
             is_two_way: false,
+            meeting: None,
             idle: limits::IDLE,
             connect: limits::CONNECT,
             introduction: limits::INTRODUCTION,
@@ -121,8 +127,8 @@ pub struct Listener {
 
 enum Inner {
     Sockets(Box<SocketListener>),
-    Once(Once),
-    Ssh(Ssh),
+    /// What nobody can come to who was not asked.
+    Other(Box<dyn Listen>),
 }
 
 /// Prepares to connect to a destination. Nothing is connected yet.
@@ -147,18 +153,27 @@ pub fn dial(uri: &Uri, options: &Options) -> Result<Dialer> {
             Box::new(exec(uri, command, pipes, (&running, options))?)
         }
         Uri::Stdio => {
-            let (is_two_way, options) = (options.is_two_way, options.clone());
-            let make = move || descriptor::dial_stdio(is_two_way, &options);
-            Box::new(once(uri, !is_two_way, make))
+            let (is_two_way, own) = (options.is_two_way, options.clone());
+            let make = move || descriptor::dial_stdio(is_two_way, &own);
+            let first = once(uri, !is_two_way, make);
+            match &options.meeting {
+                Some(name) => Box::new(Meeting::new(first, name, options)?),
+                None => Box::new(first),
+            }
         }
     };
     Ok(Dialer { inner, running, idle: options.idle })
 }
 
-/// Runs `bitferry` with `args` at another host, over ssh, and dials it: anew for each connection.
-pub fn dial_ssh(destination: &str, args: Vec<OsString>, options: &Options) -> Dialer {
+/// Runs `bitferry` with `args` at another host, over ssh, and dials it; further connections to it
+/// go through an ssh each, `channels` in all. When the first connection is gone it is run anew.
+pub fn dial_ssh(
+    destination: &str,
+    (args, channels): (Vec<OsString>, u16),
+    options: &Options,
+) -> Dialer {
     let running = Running::default();
-    let inner = Box::new(Ssh::new(destination, args, (&running, options.idle)));
+    let inner = Box::new(Ssh::new(destination, (args, channels), (&running, options.idle)));
     Dialer { inner, running, idle: options.idle }
 }
 
@@ -178,25 +193,36 @@ pub fn listen(uri: &Uri, options: &Options) -> Result<Listener> {
         Uri::Fd(number) => {
             let descriptor = Descriptor::inherited(number)?;
             let (is_one_way, options) = (descriptor.is_one_way(), options.clone());
-            Inner::Once(once(uri, is_one_way, move || descriptor.accept(&options)))
+            Inner::Other(Box::new(once(uri, is_one_way, move || descriptor.accept(&options))))
         }
         Uri::File { path, offset } => {
-            Inner::Once(once(uri, true, move || file::open(&path, offset)))
+            Inner::Other(Box::new(once(uri, true, move || file::open(&path, offset))))
         }
-        Uri::Exec(command) => Inner::Once(exec(uri, command, Pipes::Both, (&running, options))?),
+        Uri::Exec(command) => {
+            Inner::Other(Box::new(exec(uri, command, Pipes::Both, (&running, options))?))
+        }
         Uri::Stdio => {
-            let options = options.clone();
-            Inner::Once(once(uri, false, move || descriptor::accept_stdio(&options)))
+            let first = options.clone();
+            let first = once(uri, false, move || descriptor::accept_stdio(&first));
+            match &options.meeting {
+                Some(name) => Inner::Other(Box::new(Meeting::new(first, name, options)?)),
+                None => Inner::Other(Box::new(first)),
+            }
         }
     };
     Ok(Listener { inner, uri: listening, running, idle: options.idle })
 }
 
-/// Runs `bitferry` with `args` at another host, over ssh, and takes what it sends: anew for each
-/// connection.
-pub fn listen_ssh(destination: &str, args: Vec<OsString>, options: &Options) -> Listener {
+/// Runs `bitferry` with `args` at another host, over ssh, and takes what it sends, as [`dial_ssh`]
+/// does.
+pub fn listen_ssh(
+    destination: &str,
+    (args, channels): (Vec<OsString>, u16),
+    options: &Options,
+) -> Listener {
     let running = Running::default();
-    let inner = Inner::Ssh(Ssh::new(destination, args, (&running, options.idle)));
+    let ssh = Ssh::new(destination, (args, channels), (&running, options.idle));
+    let inner = Inner::Other(Box::new(ssh));
     Listener { inner, uri: Uri::Exec(ssh::name(destination)), running, idle: options.idle }
 }
 
@@ -291,8 +317,7 @@ impl Listener {
     fn inner(&self) -> &dyn Listen {
         match &self.inner {
             Inner::Sockets(listener) => &**listener,
-            Inner::Once(once) => once,
-            Inner::Ssh(ssh) => ssh,
+            Inner::Other(other) => &**other,
         }
     }
 }

@@ -1,10 +1,11 @@
 //! `bitferry` at another host, started with ssh: no daemon, no port.
 
 use std::ffi::{OsStr, OsString};
-use std::io;
+use std::io::{self, Read};
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use mig_core::transport::{Connection, Dial, Listen, Nature};
@@ -17,33 +18,85 @@ pub const SSH: &str = "BITFERRY_SSH";
 /// Names `bitferry` at the other host, where the remote shell does not find it by that name.
 pub const REMOTE: &str = "BITFERRY_REMOTE";
 
-/// `bitferry` with some arguments at another host. It is started for each connection: where one was
-/// lost, it is started again.
+/// `bitferry` with some arguments at another host. It is started for the first connection; those
+/// that are made while it lives join it ([`meeting`](super::meeting)). When it was lost, it is
+/// started again.
 pub(super) struct Ssh {
     destination: String,
     args: Vec<OsString>,
+    /// Connections in all.
+    channels: u16,
     running: Running,
     idle: Duration,
     is_closed: AtomicBool,
+    latest: Mutex<Latest>,
+}
+
+/// The latest start.
+#[derive(Default)]
+struct Latest {
+    /// Lives as long as the first connection.
+    first: Weak<()>,
+    /// Where the others go.
+    meeting: String,
+    connections: u16,
 }
 
 impl Ssh {
     pub(super) fn new(
         destination: &str,
-        args: Vec<OsString>,
+        (args, channels): (Vec<OsString>, u16),
         (running, idle): (&Running, Duration),
     ) -> Self {
         let (destination, running) = (destination.to_owned(), running.clone());
-        Self { destination, args, running, idle, is_closed: AtomicBool::new(false) }
+        let (is_closed, latest) = (AtomicBool::new(false), Mutex::default());
+        Self { destination, args, channels, running, idle, is_closed, latest }
     }
 
-    fn start(&self) -> io::Result<Connection> {
-        let name = name(&self.destination);
+    /// One more connection; `None` when there are all.
+    fn connect(&self) -> io::Result<Option<Connection>> {
         if self.is_closed.load(Ordering::Acquire) {
-            return Err(Error::Closed { uri: name }.into());
+            return Err(Error::Closed { uri: name(&self.destination) }.into());
         }
-        let command = command(&self.destination, &self.args);
-        Ok(self.running.start(command, name, Pipes::Both, self.idle)?)
+        let latest = &mut *self.latest.lock().unwrap_or_else(PoisonError::into_inner);
+        if latest.first.strong_count() == 0 {
+            return self.start(latest).map(Some);
+        }
+        if latest.connections >= self.channels {
+            return Ok(None);
+        }
+        latest.connections = latest.connections.saturating_add(1);
+        let args = ["meet".into(), latest.meeting.clone().into()];
+        let (command, name) = (command(&self.destination, &args), name(&self.destination));
+        Ok(Some(self.running.start_another(command, name, Pipes::Both, self.idle)?))
+    }
+
+    fn start(&self, latest: &mut Latest) -> io::Result<Connection> {
+        let mut args = self.args.clone();
+        latest.connections = 1;
+        if self.channels > 1 {
+            let id = crate::random_id()?;
+            latest.meeting = id.iter().fold("bitferry-".to_owned(), |s, b| format!("{s}{b:02x}"));
+            args.extend(["--meet".into(), latest.meeting.clone().into()]);
+        }
+        let (command, name) = (command(&self.destination, &args), name(&self.destination));
+        let mut first = self.running.start(command, name, Pipes::Both, self.idle)?;
+        let life = Arc::new(());
+        latest.first = Arc::downgrade(&life);
+        first.reader = Box::new(Alive { reader: first.reader, _life: life });
+        Ok(first)
+    }
+}
+
+/// The first connection's reader, by which it is seen whether that is still there.
+struct Alive {
+    reader: Box<dyn Read + Send>,
+    _life: Arc<()>,
+}
+
+impl Read for Alive {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        self.reader.read(buf)
     }
 }
 
@@ -53,13 +106,13 @@ pub(super) fn name(destination: &str) -> String {
 }
 
 impl Dial for Ssh {
-    /// At the other end all that was sent goes to the input of one process.
     fn nature(&self) -> Nature {
-        Nature { is_one_way: false, max_connections: 1 }
+        Nature { is_one_way: false, max_connections: self.channels.max(1) }
     }
 
     fn dial(&self) -> io::Result<Connection> {
-        self.start()
+        let none = || Error::OnlyOnce { uri: name(&self.destination) };
+        self.connect()?.ok_or_else(|| none().into())
     }
 }
 
@@ -68,8 +121,15 @@ impl Listen for Ssh {
         Dial::nature(self)
     }
 
-    fn accept(&self, _: Option<Duration>) -> io::Result<Connection> {
-        self.start()
+    fn accept(&self, limit: Option<Duration>) -> io::Result<Connection> {
+        if let Some(connection) = self.connect()? {
+            return Ok(connection);
+        }
+        // Nobody comes who was not asked.
+        let limit = limit.unwrap_or(self.idle);
+        std::thread::sleep(limit);
+        let seconds = limit.as_secs();
+        Err(Error::NobodyCame { uri: name(&self.destination), seconds }.into())
     }
 
     fn close(&self) {

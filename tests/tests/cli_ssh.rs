@@ -80,6 +80,25 @@ fn an_image_goes_there_and_back_with_its_bitmaps() {
 }
 
 #[test]
+fn each_channel_has_an_ssh_of_its_own() {
+    let Some(hosts) = Hosts::new() else { return };
+    disk(&hosts.here, "a.qcow2");
+    let copy = |n: &str, words: &[&str]| {
+        let said = hosts.here.path(n);
+        let words = [&["--channels", n], words].concat();
+        let run = hosts.copy(&words).env("SAID", &said);
+        run.output().expect_no_crash().expect_exit(Exit::Done);
+        let said = std::fs::read_to_string(said).expect("commands");
+        said.lines().filter(|line| line.contains(" meet bitferry-")).count()
+    };
+    assert_eq!(copy("3", &["a.qcow2", "host:b.qcow2"]), 2);
+    same(&hosts.here.path("a.qcow2"), &hosts.there.path("b.qcow2"));
+    assert_eq!(copy("4", &["host:b.qcow2", "c.qcow2"]), 3);
+    same(&hosts.here.path("a.qcow2"), &hosts.here.path("c.qcow2"));
+    assert_eq!(copy("1", &["a.qcow2", "host:d.qcow2"]), 0);
+}
+
+#[test]
 fn what_stands_at_the_other_end_is_not_replaced_unasked() {
     let Some(hosts) = Hosts::new() else { return };
     disk(&hosts.here, "a.qcow2");

@@ -77,7 +77,7 @@ fn a_connection_that_is_cut_is_made_again() {
         (["a.qcow2".to_owned(), hosts.there("up.qcow2")], "up.qcow2"),
         ([hosts.there("a.qcow2"), "down.qcow2".to_owned()], "down.qcow2"),
     ] {
-        let words = ["--reconnect=30", "--bandwidth=64M", &words[0], &words[1]];
+        let words = ["--channels=3", "--reconnect=30", "--bandwidth=64M", &words[0], &words[1]];
         let copying = hosts.copy(&words).spawn();
         let part = hosts.scratch.path(&format!(".{name}.bitferry-part"));
         let begun = Instant::now();
