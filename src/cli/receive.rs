@@ -114,7 +114,6 @@ fn go(args: ReceiveArgs, output: &Output) -> Outcome {
         shared_base: args.shared_base,
         max_channels: args.channels.unwrap_or(MAX_CHANNELS),
         reconnect: args.transport.reconnect()?,
-        ..ReceiveOptions::default()
     };
     options.check()?;
     let (listener, refused) = listen(&args.transport)?;

@@ -191,10 +191,7 @@ pub fn meet(name: &str) -> Result<()> {
     };
     send(&stream).map_err(failed)?;
     // Nothing comes but the end.
-    match stream.read(&mut [0]) {
-        Ok(_) => Ok(()),
-        Err(error) => Err(failed(error)),
-    }
+    io::copy(&mut stream, &mut io::sink()).map(drop).map_err(failed)
 }
 
 fn address(name: &str) -> io::Result<SocketAddr> {

@@ -14,6 +14,8 @@ pub mod image;
 pub mod incoming;
 pub mod json;
 pub mod middle;
+#[cfg(feature = "programs")]
+pub mod outgoing;
 pub mod peer;
 #[cfg(feature = "programs")]
 pub mod pki;

@@ -140,8 +140,12 @@ fn damage_is_refused_or_harmless() {
             opened += 1;
             // What a compressed cluster holds is found out when it is read.
             let _ = editor.write_at(&[7; 200_000], GuestOffset(10_000));
-            editor.discard(GuestOffset(500_000), 200_000).unwrap();
-            editor.write_at(&[8; 4096], GuestOffset(0)).unwrap();
+            // The disk may have become smaller.
+            let discarded = editor.discard(GuestOffset(500_000), 200_000);
+            let written = editor.write_at(&[8; 4096], GuestOffset(0));
+            if editor.virtual_size() >= 1 << 20 {
+                discarded.and(written).unwrap();
+            }
             editor.close().unwrap();
             sound(&memory);
         }

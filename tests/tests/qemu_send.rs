@@ -6,11 +6,12 @@ use std::path::{Path, PathBuf};
 
 use bitferry::copy::{BitmapSelection, Rename};
 use bitferry::qemu::Version;
-use bitferry::qemu::outgoing::{self, Options, SourceDisk};
+use bitferry::qemu::outgoing::{self, Options};
 use bitferry::report::{BitmapOutcome, BitmapReport, Report, Status, Verified};
 use bitferry::{Silent, exit_status};
 use bitferry_tests::destination::Destination;
 use bitferry_tests::image::make;
+use bitferry_tests::outgoing::{bitmaps_of, contents_of, send};
 use bitferry_tests::qmp::Qemu;
 use bitferry_tests::{Peer, Scratch, qemu, require_all};
 use serde_json::{Value, json};
@@ -21,25 +22,6 @@ const QEMUS: [Peer; 2] = [Peer::Qemu72, Peer::Qemu10];
 
 fn peers() -> bool {
     require_all(&[Peer::Qemu72, Peer::Qemu10, Peer::QemuImg, Peer::QemuIo, Peer::QemuNbd])
-}
-
-fn disk(id: &str, path: &Path) -> SourceDisk {
-    SourceDisk { id: id.to_owned(), path: path.to_owned(), format: None }
-}
-
-fn bitmaps_of(disks: &[(&str, &Path)]) -> Options {
-    let disks = disks.iter().map(|(id, path)| disk(id, path)).collect();
-    Options { disks, ..Options::default() }
-}
-
-fn contents_of(disks: &[(&str, &Path)]) -> Options {
-    Options { blocks: true, version: Version::new(7, 2), ..bitmaps_of(disks) }
-}
-
-#[track_caller]
-fn send(destination: &mut Destination, options: &Options) -> Report {
-    let connection = destination.connect();
-    outgoing::run(connection, options, &Silent).unwrap_or_else(|e| panic!("{e:?}"))
 }
 
 fn outcomes(report: &Report) -> Vec<(&str, BitmapOutcome)> {

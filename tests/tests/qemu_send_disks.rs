@@ -6,14 +6,14 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use bitferry::qemu::Version;
-use bitferry::qemu::outgoing::{self, Options, SourceDisk};
-use bitferry::report::{BitmapOutcome, Report, Status, Verified};
+use bitferry::qemu::outgoing::{self, Options};
+use bitferry::report::{BitmapOutcome, Status, Verified};
 use bitferry::{Error, Silent, exit_status};
 use bitferry_tests::bitferry::bitferry as program;
 use bitferry_tests::destination::{Destination, connection};
 use bitferry_tests::image::make;
 use bitferry_tests::incoming::{Receiver, places};
+use bitferry_tests::outgoing::{bitmaps_of, contents_of, send};
 use bitferry_tests::qmp::Qemu;
 use bitferry_tests::random::{Random, seed};
 use bitferry_tests::{Peer, Scratch, qemu, require_all};
@@ -25,25 +25,6 @@ const KIB: u64 = 1 << 10;
 
 fn peers() -> bool {
     require_all(&[Peer::Qemu72, Peer::Qemu10, Peer::QemuImg, Peer::QemuIo])
-}
-
-fn bitmaps_of(disks: &[(&str, &Path)]) -> Options {
-    let disk = |(id, path): &(&str, &Path)| SourceDisk {
-        id: (*id).to_owned(),
-        path: path.to_path_buf(),
-        format: path.extension().filter(|e| *e == "raw").map(|_| bitferry::copy::Format::Raw),
-    };
-    Options { disks: disks.iter().map(disk).collect(), ..Options::default() }
-}
-
-fn contents_of(disks: &[(&str, &Path)]) -> Options {
-    Options { blocks: true, version: Version::new(7, 2), ..bitmaps_of(disks) }
-}
-
-#[track_caller]
-fn send(destination: &mut Destination, options: &Options) -> Report {
-    let connection = destination.connect();
-    outgoing::run(connection, options, &Silent).unwrap_or_else(|e| panic!("{e:?}"))
 }
 
 fn paths<'a>(disks: &'a [(&'a str, PathBuf)]) -> Vec<(&'a str, &'a Path)> {

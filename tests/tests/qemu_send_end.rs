@@ -4,14 +4,15 @@
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
-use bitferry::qemu::outgoing::{self, Options, SourceDisk};
+use bitferry::qemu::outgoing;
 use bitferry::report::{BitmapOutcome, Status};
 use bitferry::{Observer, Silent, exit_status};
 use bitferry_tests::destination::{Destination, connection_with};
 use bitferry_tests::image::make;
+use bitferry_tests::outgoing::bitmaps_of;
 use bitferry_tests::{Peer, Scratch, require_all};
 use mig_core::transport::Connection;
 use serde_json::{Value, json};
@@ -20,15 +21,6 @@ const MIB: u64 = 1 << 20;
 
 fn peers() -> bool {
     require_all(&[Peer::Qemu72, Peer::Qemu10, Peer::QemuImg, Peer::QemuIo, Peer::QemuNbd])
-}
-
-fn bitmaps_of(disks: &[(&str, &Path)]) -> Options {
-    let disk = |(id, path): &(&str, &Path)| SourceDisk {
-        id: (*id).to_owned(),
-        path: (*path).to_owned(),
-        format: None,
-    };
-    Options { disks: disks.iter().map(disk).collect(), ..Options::default() }
 }
 
 /// A peer of our own that takes everything and then answers `answer`, or says nothing and stays.
