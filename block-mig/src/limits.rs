@@ -33,8 +33,8 @@ pub const SETTLE_BYTES: u64 = 16 << 20;
 pub const MAX_WAITING_RUNS: usize = 1 << 16;
 /// Units of which only a part has arrived that are remembered. What is forgotten is not claimed.
 pub const MAX_PARTIAL_UNITS: usize = 4096;
-/// Units of zeroes that are read again at once, where they have to be: between them a command can be
-/// called off.
+/// Units of zeroes that are read again at once, where they have to be: between them a command can
+/// be called off.
 pub const RECHECKED_ZEROES: u64 = 64;
 
 /// The number of workers for a wish: by the number of cores where there is none.

@@ -183,8 +183,8 @@ pub struct CopyOptions {
     pub meter: Arc<Meter>,
     /// Ignore what an earlier try left.
     pub fresh: bool,
-    /// A directory for the journals of block devices, beside which there is no place for files; it is
-    /// made when it is needed. An attempt that fails is begun again where there is none.
+    /// A directory for the journals of block devices, beside which there is no place for files. It
+    /// is made when it is needed. Where there is none, an attempt that fails is begun again.
     pub device_journals: Option<PathBuf>,
     /// Worker threads; by the number of cores where `None`.
     pub workers: Option<NonZeroUsize>,

@@ -32,8 +32,8 @@ pub struct ReceiveOptions {
     pub no_verify: bool,
     /// Ignore what an earlier try left.
     pub fresh: bool,
-    /// A directory for the journals of block devices, beside which there is no place for files; it is
-    /// made when it is needed. An attempt that fails is begun again where there is none.
+    /// A directory for the journals of block devices, beside which there is no place for files. It
+    /// is made when it is needed. Where there is none, an attempt that fails is begun again.
     pub device_journals: Option<PathBuf>,
     /// What the source has to speak; whatever it does where `None`.
     pub dialect: Option<Dialect>,

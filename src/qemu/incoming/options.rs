@@ -25,8 +25,8 @@ pub struct IncomingOptions {
     /// What is not sent is there already: the source migrates with `inc` (`migrate -i`), which the
     /// stream does not say. Without this each disk must come whole.
     pub shared_base: bool,
-    /// Where a bitferry keeps the journals of block devices; what it noted of a disk that is written
-    /// here is removed.
+    /// Where a bitferry keeps the journals of block devices. What it noted of a disk that is
+    /// written here is removed.
     pub device_journals: Option<PathBuf>,
     /// Nothing can be answered: the stream comes from a file or a pipe.
     pub is_one_way: bool,
