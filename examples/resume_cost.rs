@@ -118,8 +118,10 @@ fn attempt(source: &Path, destination: &Path, limit: u64) -> Result<Attempt> {
     let to = listener.uri().to_string().replacen("tcp:", "", 1);
     let middle = TcpListener::bind("127.0.0.1:0")?;
     let uri = format!("tcp:{}", middle.local_addr()?).parse()?;
-    let sending = SendOptions { disks: vec![disk(source)], ..SendOptions::default() };
-    // What exists is what an earlier attempt published.
+    // Where it goes is part of what makes it the same command; here the ports differ.
+    let goes_to = "the other side".to_owned();
+    let disks = vec![disk(source)];
+    let sending = SendOptions { disks, destination: goes_to, ..SendOptions::default() };
     let disks = vec![disk(destination)];
     let receiving = ReceiveOptions { disks, ..ReceiveOptions::default() };
     std::thread::scope(|scope| {

@@ -72,13 +72,17 @@ impl Log {
         &self.half_receipt
     }
 
-    /// Starts a journal anew. `None` where `identity` cannot be told apart from others in one.
+    /// Starts a journal anew. `None` where `identity` cannot be told apart from others in one, or
+    /// the directory for those of devices cannot be made.
     pub(crate) fn start(&self, identity: Identity) -> Result<Option<Journal>> {
         self.remove()?;
         if identity.target.len() > MAX_TARGET {
             return Ok(None);
         }
-        self.make_place()?;
+        if let Err(error) = self.make_place() {
+            tracing::warn!(%error, "no journal is kept, so that a cut means to begin again");
+            return Ok(None);
+        }
         let file = Arc::new(HostFile::create_new(&self.journal)?);
         Ok(Some(Journal::start(file, identity)?))
     }
