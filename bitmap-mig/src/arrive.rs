@@ -62,6 +62,9 @@ struct State {
     /// By shape.
     bytes: u64,
     held: u64,
+    /// Of bitmaps that were taken. To give their memory back takes longer than all else that a
+    /// paused guest waits for here.
+    done_with: Vec<RunningDigest>,
 }
 
 #[derive(Debug)]
@@ -101,9 +104,9 @@ impl Held {
         }
     }
 
-    fn into_bitmap(self) -> Bitmap {
-        let Self { name, granularity_bits, is_enabled, bits, .. } = self;
-        Bitmap { name, granularity_bits, is_enabled, bits }
+    fn into_parts(self) -> (Bitmap, RunningDigest) {
+        let Self { name, granularity_bits, is_enabled, bits, digest } = self;
+        (Bitmap { name, granularity_bits, is_enabled, bits }, digest)
     }
 }
 
@@ -214,14 +217,17 @@ impl LoadBitmaps {
     /// Takes the bitmaps of a disk, in the order of their numbers. `Err` with the name of one that
     /// was not sealed.
     pub fn take(&self, disk: DiskId) -> Result<Vec<ArrivedBitmap>, String> {
-        let mut state = self.lock();
+        let State { bitmaps, done_with, .. } = &mut *self.lock();
         let mut arrived = Vec::new();
-        for (number, found) in state.bitmaps.iter_mut().filter(|(_, found)| found.disk == disk) {
+        for (number, found) in bitmaps.iter_mut().filter(|(_, found)| found.disk == disk) {
             let Some(bitmap) = &found.bitmap else { continue };
             let digest = found.seal.ok_or_else(|| bitmap.name.clone())?;
             let version = BitmapVersion { bitmap: *number, generation: found.generation };
-            let bitmap = found.bitmap.take().map(Held::into_bitmap);
-            arrived.extend(bitmap.map(|bitmap| ArrivedBitmap { version, digest, bitmap }));
+            let Some((bitmap, running)) = found.bitmap.take().map(Held::into_parts) else {
+                continue;
+            };
+            done_with.push(running);
+            arrived.push(ArrivedBitmap { version, digest, bitmap });
         }
         Ok(arrived)
     }

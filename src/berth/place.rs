@@ -3,6 +3,7 @@
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use bitmap_mig::Bitmap;
 use block_mig::Landing;
@@ -190,8 +191,10 @@ impl FilePlace {
         let stored: Vec<_> =
             stored.map(|b| b.clone().into_stored_as(&self.renames.stored(&b.name))).collect();
         self.observer.phase(Phase::Seal);
+        let begun = Instant::now();
         // Until storage is done with what is written, more is read.
         unfinished.seal(&stored)?;
+        let sealed_after = begun.elapsed();
         self.prover.iter().for_each(Prover::stop);
         let Some(said) = sealed.content else { return Ok(None) };
         self.observer.phase(Phase::Prove);
@@ -210,13 +213,17 @@ impl FilePlace {
         if content != said {
             return Err(mismatch(format!("{said} was sent, {content} was read")));
         }
+        let read_after = begun.elapsed();
         let mut bitmaps = Vec::new();
         for Bitmap { name, .. } in &sealed.bitmaps {
             let directory = disk.bitmaps.directory();
             let directory = directory.ok_or_else(|| mismatch("the bitmaps are gone".to_owned()))?;
             bitmaps.push(bitmap_mig::load(directory, &self.renames.stored(name))?.digest()?);
         }
+        let proved_after = begun.elapsed();
         unfinished.prepare(content)?;
+        let took = begun.elapsed();
+        tracing::debug!(?sealed_after, ?read_after, ?proved_after, ?took, "prepared");
         Ok(Some(DiskProof { content, bitmaps }))
     }
 
