@@ -200,6 +200,7 @@ impl FilePlace {
         self.observer.phase(Phase::Prove);
         let (path, data) = unfinished.paths();
         let disk = open(path, self.format, data)?;
+        let opened_after = begun.elapsed();
         let content = match &self.prover {
             Some(prover) => {
                 prover.finish(&disk.chain, self.options.workers, &*self.observer)?.content
@@ -223,7 +224,8 @@ impl FilePlace {
         let proved_after = begun.elapsed();
         unfinished.prepare(content)?;
         let took = begun.elapsed();
-        tracing::debug!(?sealed_after, ?read_after, ?proved_after, ?took, "prepared");
+        let times = [sealed_after, opened_after, read_after, proved_after, took];
+        tracing::debug!(?times, "sealed, opened, rest read, bitmaps read, noted");
         Ok(Some(DiskProof { content, bitmaps }))
     }
 
