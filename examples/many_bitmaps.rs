@@ -204,6 +204,9 @@ fn migrate(count: usize) -> (Duration, Duration, u64) {
     let here: u64 = bitmaps.all().iter().map(|b| bitmaps.count(&b.name).unwrap()).sum();
     assert_eq!(here, *other.bits.lock().unwrap());
     let sealed = other.sealed.lock().unwrap().unwrap();
+    if std::env::var_os("WINDOW").is_some() {
+        eprintln!("WINDOW {count} {paused:?} {sealed:?}");
+    }
     (sealed.duration_since(paused), downtime, wire)
 }
 
@@ -214,6 +217,9 @@ fn median(mut times: Vec<Duration>) -> Duration {
 
 fn main() {
     let (mut added, mut with, mut without) = (Vec::new(), Vec::new(), Vec::new());
+    if std::env::var_os("TRACE").is_some() {
+        tracing_subscriber::fmt().with_max_level(tracing::Level::DEBUG).init();
+    }
     migrate(BITMAPS);
     for _ in 0..PAIRS {
         let (none, ..) = migrate(0);

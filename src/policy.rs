@@ -2,6 +2,12 @@
 //!
 //! [`decide`] is asked after every pass over what changed. Its answer depends on nothing but its
 //! arguments, so that a decision that looks wrong in a log can be made again in a test.
+//!
+//! The pause that is allowed is meant for all of the handover. But what it takes besides sending
+//! gets no shorter by waiting: where it leaves little of what is allowed, or nothing, a quarter of
+//! that is for sending all the same. QEMU, whose `downtime-limit` this is, allots all of it to
+//! sending and does not look at the rest, so that a limit that lets its migrations come to an end
+//! does so here, if a few passes later. [`expected_downtime`] always says the whole.
 
 use std::time::Duration;
 
@@ -13,6 +19,11 @@ const THROTTLE_FIRST: u8 = 20;
 const THROTTLE_STEP: u8 = 10;
 /// Most that a guest is slowed down. It goes on, or it would not be live.
 pub const THROTTLE_MAX: u8 = 99;
+/// What of the allowed pause is for sending, however long the rest of the handover takes.
+const SENDING_SHARE: u32 = 4;
+/// Sending that is worth another pass with the guest running, where passes make progress, although
+/// the pause would be short enough.
+const WORTH_A_PASS: Duration = Duration::from_millis(1);
 /// Passes in a row without progress before something is done about it.
 const STUCK_PASSES: u32 = 3;
 /// Answers that a paused guest waits for: to the barrier behind the final pass, to the one behind
@@ -98,14 +109,17 @@ pub fn decide(limits: &Limits, now: &Standing) -> Decision {
     if now.is_cancelled {
         return Decision::GiveUp(Reason::Cancelled);
     }
+    let is_late = limits.timeout.is_some_and(|timeout| now.elapsed >= timeout);
+    let is_last = is_late || limits.max_passes.is_some_and(|max| now.passes >= max);
     // Whatever bandwidth and downtime multiply to: what was never sent is not "little enough".
     if !now.has_bulk
-        && let Some(pause) = expected_downtime(now)
-        && pause <= limits.downtime
+        && let Some(sending) = sending(now)
+        && sending <= time_to_send(limits, now)
+        && (is_last || !is_worth_a_pass(now, sending))
     {
-        return Decision::SwitchOver(pause);
+        return Decision::SwitchOver(sending.saturating_add(now.overhead));
     }
-    if limits.timeout.is_some_and(|timeout| now.elapsed >= timeout) {
+    if is_late {
         return Decision::GiveUp(Reason::Timeout);
     }
     if now.has_bulk {
@@ -124,15 +138,31 @@ pub fn decide(limits: &Limits, now: &Standing) -> Decision {
 
 /// How long the guest would be paused if it were paused now; `None` while nobody can say.
 pub fn expected_downtime(now: &Standing) -> Option<Duration> {
-    let sending = match (now.remaining, now.bandwidth) {
-        (0, _) => Duration::ZERO,
-        (_, 0) => return None,
+    Some(sending(now)?.saturating_add(now.overhead))
+}
+
+/// How long it takes to send what is left; `None` while nobody can say.
+fn sending(now: &Standing) -> Option<Duration> {
+    match (now.remaining, now.bandwidth) {
+        (0, _) => Some(Duration::ZERO),
+        (_, 0) => None,
         (remaining, bandwidth) => {
             let nanos = u128::from(remaining).saturating_mul(1_000_000_000) / u128::from(bandwidth);
-            Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX))
+            Some(Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX)))
         }
-    };
-    Some(sending.saturating_add(now.overhead))
+    }
+}
+
+/// What of the allowed pause is for sending.
+fn time_to_send(limits: &Limits, now: &Standing) -> Duration {
+    limits.downtime.saturating_sub(now.overhead).max(limits.downtime / SENDING_SHARE)
+}
+
+/// Whether one more pass makes a pause shorter that would be allowed: after a long pass, that over
+/// everything above all, most of what is left is gone by the next one. Each such pass leaves less
+/// than half of what the one before had to send, so that there are few of them.
+fn is_worth_a_pass(now: &Standing, sending: Duration) -> bool {
+    now.stuck_passes == 0 && sending >= WORTH_A_PASS
 }
 
 /// Whether a pass that sent `sent` bytes, while the guest made `dirtied` dirty, brought the end
@@ -253,7 +283,8 @@ mod tests {
                 match decision {
                     Decision::SwitchOver(pause) => {
                         assert!(!now.has_bulk && !now.is_cancelled, "{case}");
-                        assert!(pause <= limits.downtime, "{case}");
+                        assert!(pause <= limits.downtime.saturating_add(now.overhead), "{case}");
+                        assert_eq!(Some(pause), expected_downtime(&now), "{case}");
                         assert!(now.bandwidth > 0 || now.remaining == 0, "{case}");
                     }
                     Decision::Throttle(level) => {
@@ -314,12 +345,44 @@ mod tests {
         assert_eq!(Handover::default().expected(), Duration::ZERO);
         let worst = Handover { round_trip: ms(0), settling: Duration::MAX, prepare: None };
         assert_eq!(worst.expected(), Duration::MAX);
-        // It is part of the pause that is allowed.
-        let limits = Limits { downtime: ms(27), ..Limits::default() };
-        let now = Standing { remaining: 0, overhead: measured.expected(), ..standing() };
+    }
+
+    #[test]
+    fn the_rest_of_the_handover_is_part_of_the_pause_as_far_as_that_can_be() {
+        let ms = Duration::from_millis;
+        let limits = Limits { downtime: ms(300), ..Limits::default() };
+        let now = |sending: u64, overhead: u64| Standing {
+            remaining: sending * MB / 10,
+            overhead: ms(overhead),
+            stuck_passes: 1,
+            ..standing()
+        };
+        let decide = |sending, overhead| decide(&limits, &now(sending, overhead));
+        assert_eq!(decide(200, 100), Decision::SwitchOver(ms(300)));
+        assert_eq!(decide(201, 100), Decision::GoOn);
+        // It leaves nothing, and no pass will change that.
+        assert_eq!(decide(0, 5000), Decision::SwitchOver(ms(5000)));
+        assert_eq!(decide(75, 5000), Decision::SwitchOver(ms(5075)));
+        assert_eq!(decide(76, 5000), Decision::GoOn);
+        // As with QEMU, a pause of nothing is for a guest that changes nothing.
+        let limits = Limits { downtime: Duration::ZERO, ..limits };
+        assert_eq!(super::decide(&limits, &now(0, 9)), Decision::SwitchOver(ms(9)));
+        assert_eq!(super::decide(&limits, &now(1, 0)), Decision::GoOn);
+    }
+
+    #[test]
+    fn a_pause_that_would_be_allowed_is_made_shorter_while_that_goes_fast() {
+        let limits = Limits { max_passes: Some(9), ..Limits::default() };
+        let now = Standing { remaining: 10 * MB, ..standing() };
         assert_eq!(decide(&limits, &now), Decision::GoOn);
-        let limits = Limits { downtime: ms(28), ..limits };
-        assert_eq!(decide(&limits, &now), Decision::SwitchOver(ms(28)));
+        let short = Standing { remaining: MB / 11, ..now };
+        assert!(matches!(decide(&limits, &short), Decision::SwitchOver(_)));
+        for last in [Standing { stuck_passes: 1, ..now }, Standing { passes: 9, ..now }] {
+            assert!(matches!(decide(&limits, &last), Decision::SwitchOver(_)), "{last:?}");
+        }
+        let limits = Limits { timeout: Some(Duration::from_secs(9)), ..limits };
+        let late = Standing { elapsed: Duration::from_secs(9), ..now };
+        assert!(matches!(decide(&limits, &late), Decision::SwitchOver(_)));
     }
 
     #[test]

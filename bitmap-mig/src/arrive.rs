@@ -19,8 +19,8 @@ use crate::running_digest::RunningDigest;
 
 /// Most bitmaps in one session: so many fit the record that says how they read back.
 pub const MAX_BITMAPS: usize = 50_000;
-/// Most bytes that the bits of one session's bitmaps are held in: those of 64 bitmaps of a 16 TiB
-/// disk at 64 KiB that have bits everywhere.
+/// Most memory that the bits of one session's bitmaps take: that of 64 bitmaps of a 16 TiB disk at
+/// 64 KiB that have bits everywhere.
 const MAX_HELD_BYTES: u64 = 2 << 30;
 /// Most bytes that the bitmaps of one session would have if all their bits were set: 256 bitmaps
 /// of a 16 TiB disk at 64 KiB. What finds those that are takes a fraction of a thousandth of it.
@@ -46,7 +46,6 @@ pub struct KeptBitmaps(BTreeMap<(DiskId, String), Kept>);
 struct Kept {
     shape: BitmapShape,
     bits: Bits,
-    held: u64,
     digest: RunningDigest,
 }
 
@@ -63,6 +62,9 @@ struct State {
     /// By shape.
     bytes: u64,
     held: u64,
+    /// Of bitmaps that were taken. To give their memory back takes longer than all else that a
+    /// paused guest waits for here.
+    done_with: Vec<RunningDigest>,
 }
 
 #[derive(Debug)]
@@ -75,16 +77,13 @@ struct Arriving {
     seal: Option<Option<BitmapDigest>>,
 }
 
-/// A bitmap in memory, as whoever stores it takes it: a guest may be paused then. The system gives
-/// pages to it only where it has bits.
+/// A bitmap in memory, as whoever stores it takes it: a guest may be paused then.
 #[derive(Debug)]
 struct Held {
     name: String,
     granularity_bits: u8,
     is_enabled: bool,
     bits: Bits,
-    /// Bytes of pieces that had bits.
-    held: u64,
     digest: RunningDigest,
 }
 
@@ -98,19 +97,16 @@ impl Held {
         let offset = index.saturating_mul(PIECE_BYTES as u64);
         let mut old = [0; PIECE_BYTES];
         self.bits.read_bytes(offset, &mut old);
-        match (is_zero(&old), is_zero(new)) {
-            // Nothing is written where there is nothing: that would take a page.
-            (true, true) => return,
-            (true, false) => self.held = self.held.saturating_add(PIECE_BYTES as u64),
-            (false, _) => {}
+        // Zeroes over zeroes are nothing to be hashed.
+        if !(is_zero(new) && is_zero(&old)) {
+            self.bits.write_bytes(offset, new);
+            self.digest.touch(index);
         }
-        self.bits.write_bytes(offset, new);
-        self.digest.touch(index);
     }
 
-    fn into_bitmap(self) -> Bitmap {
-        let Self { name, granularity_bits, is_enabled, bits, .. } = self;
-        Bitmap { name, granularity_bits, is_enabled, bits }
+    fn into_parts(self) -> (Bitmap, RunningDigest) {
+        let Self { name, granularity_bits, is_enabled, bits, digest } = self;
+        (Bitmap { name, granularity_bits, is_enabled, bits }, digest)
     }
 }
 
@@ -130,8 +126,8 @@ impl LoadBitmaps {
         let mut state = self.lock();
         let arriving = std::mem::take(&mut *state).bitmaps.into_values();
         let kept = arriving.filter_map(|Arriving { disk, bitmap, shape, .. }| {
-            let Held { name, bits, held, digest, .. } = bitmap?;
-            Some(((disk, name), Kept { shape, bits, held, digest }))
+            let Held { name, bits, digest, .. } = bitmap?;
+            Some(((disk, name), Kept { shape, bits, digest }))
         });
         KeptBitmaps(kept.collect())
     }
@@ -184,7 +180,7 @@ impl LoadBitmaps {
     pub fn remove(&self, version: BitmapVersion, at: &Arrival) -> Result<()> {
         let mut state = self.lock();
         let Some(found) = state.live(version, at)? else { return Ok(()) };
-        let held = found.bitmap.take().map_or(0, |held| held.held);
+        let held = found.bitmap.take().map_or(0, |held| held.bits.held_bytes());
         let freed = found.shape.byte_len();
         state.bytes = state.bytes.saturating_sub(freed);
         state.held = state.held.saturating_sub(held);
@@ -221,14 +217,17 @@ impl LoadBitmaps {
     /// Takes the bitmaps of a disk, in the order of their numbers. `Err` with the name of one that
     /// was not sealed.
     pub fn take(&self, disk: DiskId) -> Result<Vec<ArrivedBitmap>, String> {
-        let mut state = self.lock();
+        let State { bitmaps, done_with, .. } = &mut *self.lock();
         let mut arrived = Vec::new();
-        for (number, found) in state.bitmaps.iter_mut().filter(|(_, found)| found.disk == disk) {
+        for (number, found) in bitmaps.iter_mut().filter(|(_, found)| found.disk == disk) {
             let Some(bitmap) = &found.bitmap else { continue };
             let digest = found.seal.ok_or_else(|| bitmap.name.clone())?;
             let version = BitmapVersion { bitmap: *number, generation: found.generation };
-            let bitmap = found.bitmap.take().map(Held::into_bitmap);
-            arrived.extend(bitmap.map(|bitmap| ArrivedBitmap { version, digest, bitmap }));
+            let Some((bitmap, running)) = found.bitmap.take().map(Held::into_parts) else {
+                continue;
+            };
+            done_with.push(running);
+            arrived.push(ArrivedBitmap { version, digest, bitmap });
         }
         Ok(arrived)
     }
@@ -275,20 +274,19 @@ impl State {
         };
         self.bytes = bytes;
         let kept = self.kept.remove(&(create.disk, name.to_owned()));
-        let (bits, held, digest) = match kept.filter(|kept| kept.shape == create.shape) {
-            Some(kept) => (kept.bits, kept.held, kept.digest),
+        let (bits, digest) = match kept.filter(|kept| kept.shape == create.shape) {
+            Some(kept) => (kept.bits, kept.digest),
             None => {
                 let digest = RunningDigest::new(create.shape).map_err(unhashable)?;
-                (Bits::new(create.shape.bits), 0, digest)
+                (Bits::new(create.shape.bits), digest)
             }
         };
-        self.held = self.held.saturating_add(held);
+        self.held = self.held.saturating_add(bits.held_bytes());
         let bitmap = Held {
             name: name.to_owned(),
             granularity_bits,
             is_enabled: create.is_enabled,
             bits,
-            held,
             digest,
         };
         let arriving = Arriving {
@@ -316,9 +314,9 @@ impl State {
         let zeroes = [0; PIECE_BYTES];
         let bits = if piece.bits.is_empty() { zeroes.get(..len) } else { Some(piece.bits) };
         let Some(bitmap) = &mut found.bitmap else { return Ok(()) };
-        let before = bitmap.held;
+        let before = bitmap.bits.held_bytes();
         bitmap.put(piece.index, bits.unwrap_or_default());
-        let more = bitmap.held.saturating_sub(before);
+        let more = bitmap.bits.held_bytes().saturating_sub(before);
         self.held = self.held.saturating_add(more);
         if self.held > MAX_HELD_BYTES {
             return Err(at.protocol("the bitmaps have more bits than this side holds"));

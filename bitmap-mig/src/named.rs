@@ -1,6 +1,6 @@
 //! A bitmap in memory.
 
-use format_spec::content_hash::{BitmapDigest, HashError, bitmap_digest};
+use format_spec::content_hash::{BitmapDigest, DigestBuilder, HashError, LEAF_BYTES};
 use mig_core::bitmap::BitmapInfo;
 use qcow2_file::bitmaps::{Bitmaps, Bits, Entry, PersistentBitmap, State};
 
@@ -18,9 +18,18 @@ pub struct Bitmap {
 }
 
 impl Bitmap {
-    /// Its digest. SPEC 2.
+    /// Its digest. SPEC 2. Costs what the leaves take that have bits.
     pub fn digest(&self) -> Result<BitmapDigest, HashError> {
-        bitmap_digest(1 << self.granularity_bits, self.bits.len(), self.bits.words())
+        let mut digest = DigestBuilder::new(1 << self.granularity_bits, self.bits.len())?;
+        let mut bytes = vec![0; LEAF_BYTES];
+        for leaf in self.bits.blocks(LEAF_BYTES as u64 * 8) {
+            let offset = leaf.saturating_mul(LEAF_BYTES as u64);
+            let len = self.bits.byte_len().saturating_sub(offset).min(LEAF_BYTES as u64);
+            bytes.resize(usize::try_from(len).unwrap_or(LEAF_BYTES), 0);
+            self.bits.read_bytes(offset, &mut bytes);
+            digest.put(offset, &bytes)?;
+        }
+        Ok(digest.finish())
     }
 
     /// The same bitmap under another name, as an image stores it.

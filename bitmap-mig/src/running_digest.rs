@@ -1,5 +1,6 @@
 //! The digest of a bitmap that changes, kept up to date piece by piece.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 
 use format_spec::content_hash::{BitmapDigest, HashError, Node, PATCH_BYTES, PatchedDigest};
@@ -15,41 +16,33 @@ const _: () = assert!(PIECES_PER_LEAF == 64 && PIECE_BYTES == PATCH_BYTES);
 #[derive(Debug)]
 pub(crate) struct RunningDigest {
     digest: PatchedDigest,
-    /// Pieces that changed since they were hashed.
-    stale: AtomicBits,
+    /// Pieces that changed since they were hashed: by leaf, one bit for each.
+    stale: BTreeMap<u64, u64>,
 }
 
 impl RunningDigest {
     /// Of a bitmap without bits.
     pub(crate) fn new(shape: BitmapShape) -> Result<Self, HashError> {
         let digest = PatchedDigest::new(shape.granularity.into(), shape.bits)?;
-        Ok(Self { digest, stale: AtomicBits::new(shape.piece_count()) })
+        Ok(Self { digest, stale: BTreeMap::new() })
     }
 
     /// A piece has changed.
-    pub(crate) fn touch(&self, piece: u64) {
-        self.stale.set_range(piece..piece.saturating_add(1));
+    pub(crate) fn touch(&mut self, piece: u64) {
+        let pieces = self.stale.entry(piece / PIECES_PER_LEAF).or_default();
+        *pieces |= 1 << (piece % PIECES_PER_LEAF);
     }
 
     /// How many pieces were touched and not hashed.
     pub(crate) fn stale_pieces(&self) -> u64 {
-        self.stale.count()
+        self.stale.values().map(|pieces| u64::from(pieces.count_ones())).sum()
     }
 
     /// Hashes what was touched; `read` as in [`PatchedDigest::patch`]. What changes meanwhile is to
     /// be touched again.
     pub(crate) fn hash(&mut self, read: impl Fn(u64, &mut [u8])) -> Result<(), HashError> {
-        if self.stale_pieces() == 0 {
-            return Ok(());
-        }
-        let mut from = 0;
-        while let Some(piece) = self.stale.next_run(from, 1) {
-            let leaf = piece.start / PIECES_PER_LEAF;
-            let (first, mut chunks) = (leaf * PIECES_PER_LEAF, [0; 8]);
-            from = first + PIECES_PER_LEAF;
-            self.stale.read_bytes(first / 8, &mut chunks);
-            self.stale.clear_range(first..from);
-            self.digest.patch(leaf, u64::from_le_bytes(chunks), &read)?;
+        for (leaf, pieces) in std::mem::take(&mut self.stale) {
+            self.digest.patch(leaf, pieces, &read)?;
         }
         self.digest.digest();
         Ok(())

@@ -160,6 +160,10 @@ fn wait_for_turn(due: &mut Instant) {
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
+    if std::env::var_os("TRACE").is_some() {
+        let to_stderr = tracing_subscriber::fmt().with_writer(std::io::stderr);
+        to_stderr.with_max_level(tracing::Level::DEBUG).init();
+    }
     let result = match arguments.as_slice() {
         [part, target] if part == "receive" => ours::be_destination(target.as_ref()),
         _ => options(&arguments).and_then(|options| run(&options)),

@@ -12,6 +12,11 @@ pub trait Guest: Send {
 
     /// Lets the guest go on here: the migration failed or was called off before the handover.
     fn resume(&mut self) -> Result<(), GuestError>;
+
+    /// Slows the guest down, which runs, so that it has this percentage less of its time; 0 lets it
+    /// run freely again. Called as often as the level changes, and with 0 in the end whatever
+    /// becomes of the migration. Nobody is slowed down who does not implement this.
+    fn throttle(&mut self, _percent: u8) {}
 }
 
 /// No guest: what is migrated is at rest.

@@ -3,6 +3,7 @@
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use bitmap_mig::Bitmap;
 use block_mig::Landing;
@@ -190,13 +191,16 @@ impl FilePlace {
         let stored: Vec<_> =
             stored.map(|b| b.clone().into_stored_as(&self.renames.stored(&b.name))).collect();
         self.observer.phase(Phase::Seal);
+        let begun = Instant::now();
         // Until storage is done with what is written, more is read.
         unfinished.seal(&stored)?;
+        let sealed_after = begun.elapsed();
         self.prover.iter().for_each(Prover::stop);
         let Some(said) = sealed.content else { return Ok(None) };
         self.observer.phase(Phase::Prove);
         let (path, data) = unfinished.paths();
         let disk = open(path, self.format, data)?;
+        let opened_after = begun.elapsed();
         let content = match &self.prover {
             Some(prover) => {
                 prover.finish(&disk.chain, self.options.workers, &*self.observer)?.content
@@ -210,13 +214,18 @@ impl FilePlace {
         if content != said {
             return Err(mismatch(format!("{said} was sent, {content} was read")));
         }
+        let read_after = begun.elapsed();
         let mut bitmaps = Vec::new();
         for Bitmap { name, .. } in &sealed.bitmaps {
             let directory = disk.bitmaps.directory();
             let directory = directory.ok_or_else(|| mismatch("the bitmaps are gone".to_owned()))?;
             bitmaps.push(bitmap_mig::load(directory, &self.renames.stored(name))?.digest()?);
         }
+        let proved_after = begun.elapsed();
         unfinished.prepare(content)?;
+        let took = begun.elapsed();
+        let times = [sealed_after, opened_after, read_after, proved_after, took];
+        tracing::debug!(?times, "sealed, opened, rest read, bitmaps read, noted");
         Ok(Some(DiskProof { content, bitmaps }))
     }
 

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::io::Write;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use format_spec::native::answer::{Answer, Ready};
 use format_spec::native::control::Control;
@@ -216,8 +216,12 @@ impl Session {
 
     /// Everything before a barrier was read: applies it, and says so.
     fn apply(&self, barrier: Barrier) -> Result<()> {
+        let begun = Instant::now();
         self.jobs.wait_idle()?;
+        let stored = begun.elapsed();
         self.sections.handlers().try_for_each(|handler| handler.barrier(barrier.is_durable))?;
+        let Barrier { number, is_durable, .. } = barrier;
+        tracing::debug!(number, is_durable, ?stored, took = ?begun.elapsed(), "barrier");
         self.back.answer(&Answer::Ack(barrier.number))
     }
 

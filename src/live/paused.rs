@@ -42,6 +42,13 @@ impl Guest for Whole<'_> {
         Ok(())
     }
 
+    fn throttle(&mut self, percent: u8) {
+        if self.migration.throttle() != percent {
+            self.migration.set_throttle(percent);
+            self.guest.throttle(percent);
+        }
+    }
+
     fn resume(&mut self) -> Result<(), GuestError> {
         self.since = None;
         for disk in self.disks {

@@ -121,7 +121,7 @@ impl Outgoing<'_> {
         let wire_bytes = session.wire_bytes();
         // An unfinished stream is a failure at the other end, before anything goes on here.
         drop(session);
-        self.migration.set_throttle(0);
+        whole.throttle(0);
         match ended {
             Ok((outcome, sent)) => {
                 let times = (started, whole.since);
@@ -290,7 +290,7 @@ impl Moving<'_> {
             session.start_bitmaps(&wire)?;
         }
         if self.target.blocks {
-            self.rounds(session, steering)?;
+            self.rounds(session, whole, steering)?;
         }
         let paused = whole.pause();
         paused.map_err(|e| Error::from(stream::Error::handler(format_spec::Blame::Device, e)))?;
@@ -313,7 +313,12 @@ impl Moving<'_> {
     }
 
     /// All of it, then what changes, while the guest runs.
-    fn rounds(&mut self, session: &mut Session, steering: &mut Steering<'_>) -> qemu::Result<()> {
+    fn rounds(
+        &mut self,
+        session: &mut Session,
+        whole: &mut Whole<'_>,
+        steering: &mut Steering<'_>,
+    ) -> qemu::Result<()> {
         for number in 1.. {
             let (begun, written) = (Instant::now(), session.wire_bytes());
             if number == 1 {
@@ -321,9 +326,11 @@ impl Moving<'_> {
             } else {
                 self.changes(session)?
             }
+            let took = begun.elapsed();
             let round = Round {
                 number,
-                took: begun.elapsed(),
+                took,
+                sending: took,
                 wire_bytes: session.wire_bytes().saturating_sub(written),
                 // QEMU does not say when it has taken something.
                 settling: Duration::ZERO,
@@ -332,6 +339,7 @@ impl Moving<'_> {
             };
             match steering.next(&round) {
                 Next::Round => {}
+                Next::Throttle(percent) => whole.throttle(percent),
                 Next::Complete => break,
                 Next::GiveUp => return Err(qemu::Error::Interrupted),
             }

@@ -65,7 +65,7 @@ impl Outgoing<'_> {
         let session = before.map_or(self.session, |before| before.session);
         let mut tries = Tries { session, counts: Vec::new(), losses: Losses::default() };
         let result = self.attempts(dial, &mut whole, &mut steering, &mut tries);
-        migration.set_throttle(0);
+        whole.throttle(0);
         let downtime = whole.since.map(|since| since.elapsed()).unwrap_or_default();
         let sent = match (result, before, whole.since) {
             (Ok(sent), ..) => sent,

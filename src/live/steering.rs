@@ -84,7 +84,7 @@ impl<'a> Steering<'a> {
 
     fn standing(&mut self, round: &Round) -> Standing {
         self.passes = self.passes.saturating_add(1);
-        self.bandwidth.add(round.wire_bytes, round.took);
+        self.bandwidth.add(round.wire_bytes, round.sending);
         let remaining = round.pending.must_precopy;
         let sent = self.left_before.unwrap_or(u64::MAX);
         self.left_before = Some(remaining);
@@ -139,9 +139,8 @@ impl Policy for Steering<'_> {
             }
             Decision::SwitchOver(_) => Next::Complete,
             Decision::Throttle(percent) => {
-                self.migration.set_throttle(percent);
                 self.stuck_passes = 0;
-                Next::Round
+                Next::Throttle(percent)
             }
             Decision::GiveUp(reason) => {
                 self.reason = Some(reason);

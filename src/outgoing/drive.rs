@@ -133,7 +133,7 @@ impl Driver<'_> {
     ) -> Result<(Outcome, Option<Ready>)> {
         self.setup(&mut rollback.handlers)?;
         self.begin(&mut rollback.handlers)?;
-        self.rounds(&mut rollback.handlers, policy)?;
+        self.rounds(rollback, policy)?;
         rollback.pause()?;
         self.complete(&mut rollback.handlers)?;
         let ready = self.prepare(&rollback.handlers, policy)?;
@@ -176,11 +176,8 @@ impl Driver<'_> {
     }
 
     /// Rounds while the guest runs, until all was sent once and the policy is content.
-    fn rounds(
-        &mut self,
-        handlers: &mut [Box<dyn SaveHandler + '_>],
-        policy: &mut dyn Policy,
-    ) -> Result<()> {
+    fn rounds(&mut self, rollback: &mut RollBack<'_, '_>, policy: &mut dyn Policy) -> Result<()> {
+        let handlers = &mut rollback.handlers;
         for number in 1.. {
             let (begun, written) = (Instant::now(), self.channels.written());
             let mut passes: Vec<_> = handlers.iter().map(|_| Pass::Open).collect();
@@ -189,23 +186,31 @@ impl Driver<'_> {
                     self.barrier(handlers, true)?;
                 }
             }
+            let measures = policy.measures();
+            // What storage takes is not told apart unless all has arrived before.
+            if measures {
+                self.pass_barrier(handlers, false)?;
+            }
+            let sending = begun.elapsed();
             // Durable, so that the pause that may follow covers the final pass alone.
             let settling = self.pass_barrier(handlers, true)?;
             let took = begun.elapsed();
             let wire_bytes = self.channels.written().saturating_sub(written);
-            let round_trip = match policy.measures() {
+            let round_trip = match measures {
                 true => self.pass_barrier(handlers, false)?,
                 false => Duration::ZERO,
             };
             let pending =
                 handlers.iter().map(|h| h.pending()).fold(Pending::default(), |a, b| a + b);
-            let round = Round { number, took, wire_bytes, settling, round_trip, pending };
+            let sending = if measures { sending } else { took };
+            let round = Round { number, took, sending, wire_bytes, settling, round_trip, pending };
             tracing::debug!(?round, "round done");
             if pending.has_bulk {
                 continue;
             }
             match policy.next(&round) {
                 Next::Round => {}
+                Next::Throttle(percent) => rollback.guest.throttle(percent),
                 Next::Complete => break,
                 Next::GiveUp => return Err(Error::Interrupted),
             }
@@ -233,11 +238,14 @@ impl Driver<'_> {
     /// there is a barrier before them.
     fn complete(&mut self, handlers: &mut [Box<dyn SaveHandler + '_>]) -> Result<()> {
         for stage in [Stage::Content, Stage::Seal] {
+            let begun = Instant::now();
             for handler in &mut *handlers {
                 self.go_on()?;
                 handler.complete(stage, &self.outlet(&**handler))?;
             }
-            self.pass_barrier(handlers, false)?;
+            let sent = begun.elapsed();
+            let answered = self.pass_barrier(handlers, false)?;
+            tracing::debug!(?stage, ?sent, ?answered, "guest paused");
         }
         Ok(())
     }
@@ -259,7 +267,9 @@ impl Driver<'_> {
         let begun = Instant::now();
         self.channels.control(&Control::Prepare(session))?;
         let ready = answers.wait_ready(self.options.monitor)?;
-        policy.prepared(begun.elapsed());
+        let took = begun.elapsed();
+        tracing::debug!(?took, "the destination is ready");
+        policy.prepared(took);
         let mut expected = Ready { session, disks: Vec::new(), bitmaps: Vec::new() };
         handlers.iter().for_each(|handler| handler.expect(&mut expected));
         if ready != expected {
@@ -278,8 +288,10 @@ impl Driver<'_> {
         };
         answers.expect_committed(self.options.session);
         let (monitor, linger) = (self.options.monitor, self.options.timing.linger);
+        let begun = Instant::now();
         let committed =
             main.control(&commit).and_then(|()| answers.wait_committed(monitor, linger));
+        tracing::debug!(took = ?begun.elapsed(), "COMMIT was answered");
         if let Err(error) = committed {
             return Outcome::Unknown(self.last_word(error));
         }

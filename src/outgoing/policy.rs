@@ -9,8 +9,11 @@ use mig_core::section::Pending;
 pub struct Round {
     /// Counts from 1.
     pub number: u32,
-    /// How long it took, the barrier behind it included.
+    /// How long it took, all that was waited for included.
     pub took: Duration,
+    /// How long it took until all had arrived and was hashed at both ends. Equal to `took` where
+    /// that is not told apart from what storage takes.
+    pub sending: Duration,
     /// Bytes that it wrote to the connections.
     pub wire_bytes: u64,
     /// How long the barrier behind it, which is durable, was waited for.
@@ -27,6 +30,8 @@ pub struct Round {
 pub enum Next {
     /// One more round, while the guest runs.
     Round,
+    /// The same, with the guest slowed down by so many percent.
+    Throttle(u8),
     /// Pause the guest and send the rest.
     Complete,
     /// Call it off: it ends as if interrupted. The policy knows why.

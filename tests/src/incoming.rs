@@ -61,6 +61,11 @@ pub fn places(disks: &[(&str, &Path)]) -> IncomingOptions {
 impl Receiver {
     /// Listens on a socket and receives one migration.
     pub fn listen(options: IncomingOptions) -> Self {
+        Self::recording(options, Arc::default())
+    }
+
+    /// The same; what is read of the connection is added to `stream` as well.
+    pub fn recording(options: IncomingOptions, stream: Arc<Mutex<Vec<u8>>>) -> Self {
         let dir = Scratch::new();
         let socket = dir.path("mig");
         let listener = UnixListener::bind(&socket).expect("socket");
@@ -68,8 +73,10 @@ impl Receiver {
             let limit = Timespec::try_from(PATIENCE).expect("a short time");
             let ready = poll(&mut [PollFd::new(&listener, PollFlags::IN)], Some(&limit));
             assert!(ready.expect("poll") > 0, "no source connected");
-            let (stream, _) = listener.accept().expect("accept");
-            run(connection(stream), &options)
+            let (socket, _) = listener.accept().expect("accept");
+            let connection = connection(socket);
+            let reader = Box::new(Recorder { reader: connection.reader, stream });
+            run(Connection { reader, ..connection }, &options)
         });
         Self { socket, thread, _dir: dir }
     }
@@ -124,6 +131,21 @@ pub fn connection(stream: UnixStream) -> Connection {
         writer: Box::new(twin()),
         line: Arc::new(Line(twin())),
         peer: "a test".to_owned(),
+    }
+}
+
+/// Keeps what is read.
+struct Recorder {
+    reader: Box<dyn Read + Send>,
+    stream: Arc<Mutex<Vec<u8>>>,
+}
+
+impl Read for Recorder {
+    fn read(&mut self, buf: &mut [u8]) -> std::io::Result<usize> {
+        let len = self.reader.read(buf)?;
+        let mut stream = self.stream.lock().unwrap_or_else(PoisonError::into_inner);
+        stream.extend_from_slice(buf.get(..len).unwrap_or_default());
+        Ok(len)
     }
 }
 

@@ -1,5 +1,6 @@
 //! What a migration's source tells of the bitmaps of one disk.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -70,7 +71,9 @@ struct Told {
     life: Option<Arc<Life>>,
     is_enabled: bool,
     changed: Arc<AtomicBits>,
-    in_flight: AtomicBits,
+    /// Pieces that were taken since the last barrier that was acknowledged, in rising order within
+    /// a pass.
+    in_flight: Vec<Range<u64>>,
     /// Pieces that the destination may hold bits of: a zero piece that was never sent is not sent.
     sent: AtomicBits,
     digest: RunningDigest,
@@ -203,14 +206,14 @@ impl Sender {
 
     /// What was sent has arrived: a barrier behind the pass was acknowledged.
     pub fn acknowledged(&mut self) {
-        for told in self.told.iter().filter(|told| told.in_flight.count() > 0) {
-            told.in_flight.clear_range(0..u64::MAX);
-        }
+        self.told.iter_mut().for_each(|told| told.in_flight.clear());
     }
 
     /// What was sent and not acknowledged will be sent again.
     pub fn give_back(&mut self) {
-        self.told.iter().for_each(|told| told.in_flight.move_to(&told.changed));
+        for told in &mut self.told {
+            told.in_flight.drain(..).for_each(|pieces| _ = told.changed.set_range(pieces));
+        }
     }
 
     /// Says of each bitmap that it was all, on main. The last pass is done, the guest paused and
@@ -323,7 +326,7 @@ impl Told {
             name,
             is_enabled,
             changed,
-            in_flight: AtomicBits::new(pieces),
+            in_flight: Vec::new(),
             sent: AtomicBits::new(pieces),
             digest: RunningDigest::new(shape)?,
             life: Some(life),
@@ -334,8 +337,16 @@ impl Told {
     /// never sent. Answers where to go on; `None` when there are no more.
     fn next_piece(&mut self, from: u64, packed: &mut Vec<u8>) -> Option<u64> {
         let life = self.life.as_ref()?;
+        // What is being marked right now and not yet counted is for the next pass: in the last one
+        // nothing is.
+        if self.changed.count() == 0 {
+            return None;
+        }
         let index = self.changed.next_run(from, 1)?.start;
-        self.in_flight.set_range(index..index + 1);
+        match self.in_flight.last_mut() {
+            Some(last) if last.end == index => last.end += 1,
+            _ => self.in_flight.push(index..index + 1),
+        }
         // Taken before it is read: what changes afterwards marks it again.
         self.changed.take_run(index, 1).filter(|taken| taken.start == index)?;
         let mut bits = [0; PIECE_BYTES];

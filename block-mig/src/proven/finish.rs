@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use format_spec::content_hash::{ContentHash, LEDGER_HEIGHT, subtree};
-use mig_core::block::{BlockSource, is_zero, on_page};
+use mig_core::block::{BlockSource, Extent, is_zero, on_page};
 
 use super::mark::{Places, mark};
 use super::{Proven, bytes_of};
@@ -28,6 +28,9 @@ pub struct Finished<'a> {
     /// Told of bytes that were looked at.
     pub monitor: &'a dyn Monitor,
 }
+
+/// So many units in a row that were not read before are worth a look for holes.
+const FEW_UNITS: u64 = 4;
 
 /// How a finished disk reads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -65,8 +68,9 @@ impl Proven {
                 Ok(())
             }),
         };
-        let Finished { disk, workers, monitor, .. } = finished;
-        Pool { workers, monitor }.run(Pieces::new(disk), Vec::new, work)?;
+        let Finished { workers, monitor, .. } = finished;
+        let pieces = Pieces { proven: self, finished, at: 0, found: (0, false) };
+        Pool { workers, monitor }.run(pieces, Vec::new, work)?;
         let content = self.lock().nodes.root()?;
         Ok(Proof { content, bytes_read: read.into_inner() })
     }
@@ -82,26 +86,23 @@ impl Proven {
 
 /// Cuts a disk into units that read as zero, and others.
 struct Pieces<'a> {
-    disk: &'a dyn BlockSource,
+    proven: &'a Proven,
+    finished: Finished<'a>,
     /// The next unit.
     at: u64,
     /// The extent that was found last: where it ends, and whether it reads as zero.
-    known: (u64, bool),
+    found: (u64, bool),
 }
 
-impl<'a> Pieces<'a> {
-    fn new(disk: &'a dyn BlockSource) -> Self {
-        Self { disk, at: 0, known: (0, false) }
-    }
-
+impl Pieces<'_> {
     fn find(&mut self) -> Result<Piece> {
-        let (start, size) = (self.at.saturating_mul(UNIT_BYTES), self.disk.size());
-        if self.known.0 <= start {
-            let extent = self.disk.extent(start, size - start).map_err(Error::Source)?;
+        let (start, size) = (self.at.saturating_mul(UNIT_BYTES), self.finished.disk.size());
+        if self.found.0 <= start {
+            let extent = self.extent(start, size)?;
             let end = start.saturating_add(extent.len.max(1)).min(size);
-            self.known = (end, extent.kind.reads_as_zero());
+            self.found = (end, extent.kind.reads_as_zero());
         }
-        let (end, is_zero) = self.known;
+        let (end, is_zero) = self.found;
         let whole = if end == size { end.div_ceil(UNIT_BYTES) } else { end / UNIT_BYTES };
         let first = self.at;
         if is_zero && whole > first {
@@ -113,13 +114,34 @@ impl<'a> Pieces<'a> {
         self.at = last.min(first.saturating_add(BATCH_UNITS));
         Ok(Piece::Content(first..self.at))
     }
+
+    /// What lies behind `start`. Holes of the file are looked for only where several units were not
+    /// read before: to find the end of a long run of data takes the file system longer than all
+    /// else that is done here, and a guest may be waiting.
+    fn extent(&self, start: u64, size: u64) -> Result<Extent> {
+        let (disk, places) = (self.finished.disk, self.finished.places);
+        let placed = places(start, size - start).map_err(Error::Source)?;
+        if placed.kind.reads_as_zero() {
+            return Ok(placed);
+        }
+        let first = start / UNIT_BYTES;
+        for unit in first..first.saturating_add(FEW_UNITS) {
+            let range = bytes_of(unit, size);
+            if range.is_empty() || self.proven.is_known(unit, &range, places)? {
+                let len = if unit == first { BATCH_UNITS } else { unit.saturating_sub(first) };
+                let len = placed.len.min(len.saturating_mul(UNIT_BYTES));
+                return Ok(Extent { len, ..placed });
+            }
+        }
+        disk.extent(start, size - start).map_err(Error::Source)
+    }
 }
 
 impl Iterator for Pieces<'_> {
     type Item = Result<Piece>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        let is_over = self.at.saturating_mul(UNIT_BYTES) >= self.disk.size();
+        let is_over = self.at.saturating_mul(UNIT_BYTES) >= self.finished.disk.size();
         (!is_over).then(|| self.find())
     }
 }

@@ -64,9 +64,7 @@ pub fn leaf(bytes: &[u8]) -> Node {
 
 /// The node above two neighbours.
 pub fn parent(left: &Node, right: &Node) -> Node {
-    let mut hasher = blake3::Hasher::new_keyed(NODE_KEY);
-    hasher.update(left).update(right);
-    *hasher.finalize().as_bytes()
+    *blake3::keyed_hash(NODE_KEY, [*left, *right].as_flattened()).as_bytes()
 }
 
 /// The node of a subtree of zeroes. Heights above [`TREE_HEIGHT`] do not exist and count as it.

@@ -7,6 +7,7 @@ use super::PersistentBitmap;
 use super::bits::{Bits, granules};
 use crate::allocate::Allocate;
 use crate::error::{Error, Result};
+use crate::in_memory;
 use crate::layout::bitmap_directory::{
     BitmapShape, DIRTY_TRACKING, DirectoryEntry, TableEntry, encode_directory, flags,
 };
@@ -137,23 +138,19 @@ impl Target<'_> {
     /// Stores all bits. Clusters without a set bit take no space. Answers the table.
     pub(crate) fn store_bits(&mut self, bits: &Bits) -> Result<(HostOffset, u32)> {
         let size = self.geometry.cluster_size();
-        let words_per_cluster = usize::try_from(size / 8).unwrap_or(usize::MAX);
-        let is_dirty = |words: &[u64]| words.iter().any(|w| *w != 0);
-        let chunks = || bits.words().chunks(words_per_cluster);
-        let dirty = chunks().filter(|words| is_dirty(words)).count() as u64;
-        let mut next = if dirty == 0 { HostOffset(0) } else { self.allocate(dirty)? };
-        let mut table = Vec::new();
+        let dirty = || bits.blocks(size.saturating_mul(8));
+        let count = dirty().count() as u64;
+        let mut next = if count == 0 { HostOffset(0) } else { self.allocate(count)? };
+        let mut table = vec![TableEntry::Zeroes; in_memory(bits.byte_len().div_ceil(size))];
         let mut pending = Pending { file: self.file, at: next, bytes: Vec::new() };
-        for words in chunks() {
-            if !is_dirty(words) {
-                table.push(TableEntry::Zeroes);
-                continue;
-            }
-            table.push(TableEntry::Data(next));
+        for index in dirty() {
+            let entry = table.get_mut(in_memory(index));
+            entry.into_iter().for_each(|entry| *entry = TableEntry::Data(next));
             next = HostOffset(next.0 + size);
             let start = pending.bytes.len();
-            pending.bytes.extend(words.iter().flat_map(|w| w.to_le_bytes()));
-            pending.bytes.resize(start + usize::try_from(size).unwrap_or(0), 0);
+            pending.bytes.resize(start + in_memory(size), 0);
+            let bytes = pending.bytes.get_mut(start..).unwrap_or_default();
+            bits.read_bytes(index * size, bytes);
             if pending.bytes.len() >= STORE_PIECE_BYTES {
                 pending.flush()?;
             }

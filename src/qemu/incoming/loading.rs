@@ -143,8 +143,10 @@ mod tests {
         bitmap.put(64, 64, Some(&[0xff; 32])).unwrap();
         bitmap.put(0, 64, Some(&[2; 8])).unwrap();
         bitmap.complete().unwrap();
-        let words = bitmap.into_bitmap().bits.words().to_vec();
-        assert_eq!(words, [0x0202_0202_0202_0202, u64::MAX, 0, 0]);
+        let mut bytes = [0; 32];
+        bitmap.into_bitmap().bits.read_bytes(0, &mut bytes);
+        assert_eq!(bytes[..16], [[2; 8], [0xff; 8]].concat());
+        assert_eq!(bytes[16..], [0; 16]);
     }
 
     #[test]
