@@ -161,6 +161,8 @@ pub trait AnswerWriter: Send + Sync {
 pub enum Fate {
     /// What arrived is kept for the next attempt, where there is a way to keep it.
     Kept,
+    /// The same, and the source has said that it gives up: what was READY is not any more.
+    Revoked,
     /// Nothing is kept.
     Dropped,
 }

@@ -178,12 +178,14 @@ impl FilePlace {
     /// The attempt has failed.
     pub(super) fn leave(&self, fate: Fate) -> Result<()> {
         let Some(unfinished) = self.unfinished() else { return Ok(()) };
-        match (fate, unfinished.keeper()) {
-            (Fate::Kept, Some(_)) if self.known.is_none() => unfinished.checkpoint(),
-            // READY stands until the source says otherwise.
-            (Fate::Kept, Some(_)) => Ok(()),
-            _ => unfinished.forsake(),
+        let Some(keeper) = unfinished.keeper().filter(|_| fate != Fate::Dropped) else {
+            return unfinished.forsake();
+        };
+        // READY stands until the source says otherwise.
+        if fate == Fate::Revoked && keeper.prepared().is_some() {
+            keeper.unprepare()?;
         }
+        if self.known.is_some() { Ok(()) } else { unfinished.checkpoint() }
     }
 
     fn prove(&self, unfinished: &Unfinished, sealed: &Sealed) -> Result<Option<DiskProof>> {

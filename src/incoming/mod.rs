@@ -23,8 +23,8 @@ use block_mig::arrive::Known;
 use format_spec::native::answer::Answer;
 use format_spec::native::hello::{MAX_CHANNELS, RESUME, SessionState};
 use mig_core::heart::{Heart, within};
-use mig_core::section::{AnswerWriter as _, Registry};
-use mig_core::stream::Result;
+use mig_core::section::{AnswerWriter as _, Fate, Registry};
+use mig_core::stream::{Error, Result};
 use mig_core::transport::{Connection, HangUp, Listen};
 
 use self::accept::Accepted;
@@ -150,7 +150,7 @@ pub fn receive(
         // Once it was asked to commit, the destination knows by itself where it stands.
         Err(error) if session.has_committed() => return Err(error),
         Err(error) => {
-            session.abort(crate::outgoing::fate(resumes));
+            session.abort(fate(&error, resumes));
             if resumes {
                 options.kept.put(received.session, block.keep_bitmaps());
             }
@@ -185,6 +185,15 @@ impl Accepted {
             });
             self.reader.drain(u64::MAX);
         });
+    }
+}
+
+/// What is kept of a failed attempt, by what was agreed and by whether the source gave it up.
+fn fate(error: &Error, resumes: bool) -> Fate {
+    match error {
+        _ if !resumes => Fate::Dropped,
+        Error::Peer { .. } => Fate::Revoked,
+        _ => Fate::Kept,
     }
 }
 

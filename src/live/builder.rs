@@ -18,6 +18,10 @@ use crate::{Error, Observer, Result, Silent, Timing};
 /// Most disks of one guest.
 const MAX_DISKS: usize = block_mig::arrive::MAX_DISKS;
 
+/// Longest pause of the guest unless another one is given: a guest that was away for longer has been
+/// given up by whoever talks to it.
+const MAX_PAUSE: Duration = Duration::from_secs(60);
+
 /// Decides under which name a bitmap goes along, if it does.
 pub(super) type Choose = Arc<dyn Fn(&BitmapInfo) -> Option<String> + Send + Sync>;
 /// Makes the handler of something beside the disks, anew for each attempt.
@@ -42,6 +46,7 @@ pub struct Outgoing<'a> {
     pub(super) compression: Option<Compression>,
     pub(super) session: SessionId,
     pub(super) reconnect: Duration,
+    pub(super) max_pause: Duration,
     pub(super) hashes: bool,
     pub(super) workers: usize,
     pub(super) timing: Timing,
@@ -66,6 +71,7 @@ impl<'a> Outgoing<'a> {
             compression: None,
             session: [0; 16],
             reconnect: Duration::ZERO,
+            max_pause: MAX_PAUSE,
             hashes: true,
             workers: block_mig::limits::workers(None),
             timing: Timing::default(),
@@ -139,6 +145,14 @@ impl<'a> Builder<'a> {
     /// on meanwhile. Not at all unless given.
     pub fn reconnect(mut self, limit: Duration) -> Self {
         self.0.reconnect = limit;
+        self
+    }
+
+    /// Longest pause of the guest, however long the destination says that it is at work: then the
+    /// guest goes on here, or, where the destination may have it, the outcome is unknown. A minute
+    /// unless given. How long a pause may be expected to be is for [`limits`](Self::limits) to say.
+    pub fn max_pause(mut self, limit: Duration) -> Self {
+        self.0.max_pause = limit;
         self
     }
 

@@ -67,11 +67,11 @@ impl Outgoing<'_> {
         let result = self.attempts(dial, &mut whole, &mut steering, &mut tries);
         whole.throttle(0);
         let downtime = whole.since.map(|since| since.elapsed()).unwrap_or_default();
-        let sent = match (result, before, whole.since) {
-            (Ok(sent), ..) => sent,
-            // It was let go of in an earlier run, and nobody has said anything else since.
-            (Err(error), Some(_), Some(_)) => Sent::unknown(error),
-            (Err(error), ..) => return Err(self.note_failure(error, steering.reason)),
+        let sent = match (result, whole.since) {
+            (Ok(sent), _) => sent,
+            // It was let go of, and nobody has said anything else since.
+            (Err(error), Some(_)) => Sent::unknown(error),
+            (Err(error), None) => return Err(self.note_failure(error, steering.reason)),
         };
         let Tries { session, counts, losses } = tries;
         *unsettled = settle(&sent, &mut whole)?.map(|since| Unsettled { session, since });
@@ -92,7 +92,16 @@ impl Outgoing<'_> {
     ) -> Result<Sent, stream::Error> {
         loop {
             let error = match self.attempt(dial, whole, steering, tries) {
+                Err(stream::Error::Stale) => {
+                    steering.taken_back();
+                    steering.restart();
+                    continue;
+                }
                 Err(error) if self.may_go_on(&error) => error,
+                // The guest is paused: the same session is asked for again.
+                Ok(Sent { outcome: Outcome::Unknown(error), .. }) if self.may_go_on(&error) => {
+                    error
+                }
                 ended => return ended,
             };
             let is_connected = !matches!(error, stream::Error::Connect(_));
@@ -101,12 +110,6 @@ impl Outgoing<'_> {
                 return Err(error);
             }
             tracing::warn!(%error, "the connection was lost; trying again");
-            if steering.take_prepared() {
-                // The destination may be ready with what the guest has changed since.
-                let other = crate::random_id();
-                tries.session =
-                    other.map_err(|source| stream::Error::handler(Blame::Device, source))?;
-            }
             steering.restart();
             std::thread::sleep(RETRY_PAUSE.min(self.reconnect));
         }
@@ -149,11 +152,16 @@ impl Outgoing<'_> {
             channels: self.channels,
             compression: self.compression,
             resumes: !self.reconnect.is_zero(),
+            // A guest that is paused has changed nothing since.
+            has_moved_on: steering.has_prepared() && whole.since.is_none(),
+            max_pause: Some(self.max_pause),
             meter: meter.clone(),
             monitor: &eye,
             timing: self.timing,
         };
-        self.migration.enter(Status::Active);
+        if whole.since.is_none() {
+            self.migration.enter(Status::Active);
+        }
         let watch = Heart::new();
         std::thread::scope(|scope| {
             // Whoever waits for bandwidth learns of a new limit, and of a call to stop.

@@ -60,9 +60,14 @@ impl<'a> Steering<'a> {
         self.left_before = None;
     }
 
-    /// Whether the attempt before came as far as PREPARE.
-    pub(super) fn take_prepared(&mut self) -> bool {
-        std::mem::take(&mut self.has_prepared)
+    /// Whether an attempt came as far as PREPARE, and its destination may be ready with it.
+    pub(super) fn has_prepared(&self) -> bool {
+        self.has_prepared
+    }
+
+    /// The destination has taken back what it was ready with.
+    pub(super) fn taken_back(&mut self) {
+        self.has_prepared = false;
     }
 
     /// What the handover takes besides sending. Storage is judged by the best of the last rounds: a

@@ -6,6 +6,7 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use block_mig::Monitor;
+use format_spec::Blame;
 use format_spec::content_hash::Node;
 use format_spec::native::answer::{Answer, Ready};
 use format_spec::native::block::{BitmapVersion, DiskId};
@@ -16,8 +17,23 @@ use mig_core::stream::{Arrival, Breaker, Buffers, Error, Result, StreamReader};
 /// How often whoever waits looks whether the user wants to stop.
 const LOOK_INTERVAL: Duration = Duration::from_millis(100);
 
-/// Whoever can be interrupted does not linger.
-const NOW: Duration = Duration::ZERO;
+/// How long an answer is waited for.
+#[derive(Clone, Copy)]
+pub(super) struct Waiting<'a> {
+    /// Asked now and then whether the user wants to stop.
+    pub(super) monitor: &'a dyn Monitor,
+    /// How much longer it is waited for then.
+    pub(super) linger: Duration,
+    /// When a paused guest has waited long enough, whatever else the destination says.
+    pub(super) until: Option<Instant>,
+}
+
+impl<'a> Waiting<'a> {
+    /// As long as the user wants, and no longer.
+    pub(super) fn patient(monitor: &'a dyn Monitor) -> Self {
+        Self { monitor, linger: Duration::ZERO, until: None }
+    }
+}
 
 /// What the destination has answered so far.
 #[derive(Debug)]
@@ -186,19 +202,19 @@ impl Answers {
     }
 
     /// Waits until this barrier is acknowledged.
-    pub(super) fn wait_ack(&self, number: u64, monitor: &dyn Monitor) -> Result<()> {
-        self.wait(monitor, NOW, |state| (state.acknowledged >= number).then_some(()))
+    pub(super) fn wait_ack(&self, number: u64, waiting: Waiting<'_>) -> Result<()> {
+        self.wait(waiting, |state| (state.acknowledged >= number).then_some(()))
     }
 
     /// Waits for READY.
-    pub(super) fn wait_ready(&self, monitor: &dyn Monitor) -> Result<Ready> {
-        self.wait(monitor, NOW, |state| state.ready.clone())
+    pub(super) fn wait_ready(&self, waiting: Waiting<'_>) -> Result<Ready> {
+        self.wait(waiting, |state| state.ready.clone())
     }
 
     /// Waits for COMMITTED. Nothing can be taken back any more: a user who does not want to wait
-    /// gets what is on its way within `linger`, and does not know otherwise.
-    pub(super) fn wait_committed(&self, monitor: &dyn Monitor, linger: Duration) -> Result<()> {
-        self.wait(monitor, linger, |state| state.is_committed.then_some(()))
+    /// gets what is on its way while it lingers, and does not know otherwise.
+    pub(super) fn wait_committed(&self, waiting: Waiting<'_>) -> Result<()> {
+        self.wait(waiting, |state| state.is_committed.then_some(()))
     }
 
     /// Waits until the destination has said its last word, but not for long.
@@ -208,11 +224,10 @@ impl Answers {
         drop(waited.unwrap_or_else(PoisonError::into_inner));
     }
 
-    /// Waits for what `look` finds, until `linger` after the user has called it off.
+    /// Waits for what `look` finds.
     fn wait<T>(
         &self,
-        monitor: &dyn Monitor,
-        linger: Duration,
+        Waiting { monitor, linger, until }: Waiting<'_>,
         mut look: impl FnMut(&mut State) -> Option<T>,
     ) -> Result<T> {
         let mut cancelled: Option<Instant> = None;
@@ -229,6 +244,11 @@ impl Answers {
                 && cancelled.get_or_insert_with(Instant::now).elapsed() >= linger
             {
                 return Err(Error::Interrupted);
+            }
+            if until.is_some_and(|until| Instant::now() >= until) {
+                let reason = "the guest has been paused for as long as it may, and the destination \
+                              has not answered";
+                return Err(Error::handler(Blame::PeerBehaviour, reason));
             }
             let waited = self.changed.wait_timeout(state, LOOK_INTERVAL);
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
@@ -264,7 +284,7 @@ impl HaveReader for Told<'_> {
 
 impl Told<'_> {
     fn next_had(&self) -> Result<Had> {
-        self.answers.wait(self.monitor, NOW, |state| state.have.pop_front())
+        self.answers.wait(Waiting::patient(self.monitor), |state| state.have.pop_front())
     }
 }
 

@@ -11,7 +11,7 @@ use mig_core::heart::Heart;
 use mig_core::section::{Pass, Pending, SaveHandler, SectionKey, Stage, Start};
 use mig_core::stream::{Breaker, Error, Result};
 
-use super::answers::{Answers, Told};
+use super::answers::{Answers, Told, Waiting};
 use super::connect::Connected;
 use super::policy::{Next, Policy, Round};
 use super::{Outcome, OutgoingOptions, RollBack, Sent};
@@ -19,6 +19,9 @@ use super::{Outcome, OutgoingOptions, RollBack, Sent};
 /// Bytes that a handler sends before the others have their turn, and before a barrier makes durable
 /// what arrived: about what is sent again after a cut.
 const TURN_BYTES: u64 = 256 << 20;
+/// What is waited for one after another when a migration is called off: COMMITTED, where it was
+/// asked for, its reason, the end.
+const FAREWELLS: u32 = 3;
 /// How often it is looked whether all is to stop.
 const LOOK_INTERVAL: Duration = Duration::from_millis(100);
 
@@ -45,7 +48,7 @@ pub(super) fn drive(
     let is_one_way = reader.is_none();
     let result = std::thread::scope(|scope| {
         let _ending = Ending { heart: &heart, answers: &answers, breaker: &breaker };
-        scope.spawn(|| tend(&heart, &channels, options));
+        scope.spawn(|| tend(&heart, &channels, &breaker, options));
         if let Some(reader) = reader {
             scope.spawn(|| answers.read(reader, &breaker));
         }
@@ -57,6 +60,7 @@ pub(super) fn drive(
             keeps: choice.features & RESUME != 0,
             sections: Vec::new(),
             barriers: 0,
+            until: None,
             options,
         };
         driver.run(rollback, policy).map_err(|error| {
@@ -88,12 +92,18 @@ impl Drop for Ending<'_> {
 
 /// Says now and then that this side lives, and lets go of those who wait for bandwidth when all is
 /// to stop.
-fn tend(heart: &Heart, channels: &Channels, options: &OutgoingOptions<'_>) {
+fn tend(heart: &Heart, channels: &Channels, breaker: &Breaker, options: &OutgoingOptions<'_>) {
     let mut silence = Duration::ZERO;
+    let mut called_off: Option<Instant> = None;
     let step = LOOK_INTERVAL.min(options.timing.keepalive);
     heart.run(step, || {
         if options.monitor.is_cancelled() {
             channels.unmeter();
+            // Who is stuck in a write to a peer that does not read cannot look by itself.
+            let since = called_off.get_or_insert_with(Instant::now);
+            if since.elapsed() >= options.timing.linger.saturating_mul(FAREWELLS) {
+                breaker.hang_up();
+            }
         }
         silence = silence.saturating_add(step);
         if silence >= options.timing.keepalive {
@@ -122,6 +132,8 @@ struct Driver<'d> {
     /// Sections by number, from 1.
     sections: Vec<SectionKey>,
     barriers: u64,
+    /// When the guest has been paused for as long as it may.
+    until: Option<Instant>,
     options: &'d OutgoingOptions<'d>,
 }
 
@@ -132,12 +144,17 @@ impl Driver<'_> {
         policy: &mut dyn Policy,
     ) -> Result<(Outcome, Option<Ready>)> {
         self.setup(&mut rollback.handlers)?;
+        if self.state == SessionState::Ready && self.options.has_moved_on {
+            return Err(Error::Stale);
+        }
         self.begin(&mut rollback.handlers)?;
         self.rounds(rollback, policy)?;
+        self.until = self.options.max_pause.and_then(|max| Instant::now().checked_add(max));
         rollback.pause()?;
         self.complete(&mut rollback.handlers)?;
         let ready = self.prepare(&rollback.handlers, policy)?;
         let token = Token(self.channels.hold_main()?);
+        rollback.is_done = true;
         Ok((self.commit(token), ready))
     }
 
@@ -266,7 +283,7 @@ impl Driver<'_> {
         policy.preparing();
         let begun = Instant::now();
         self.channels.control(&Control::Prepare(session))?;
-        let ready = answers.wait_ready(self.options.monitor)?;
+        let ready = answers.wait_ready(self.waiting())?;
         let took = begun.elapsed();
         tracing::debug!(?took, "the destination is ready");
         policy.prepared(took);
@@ -287,10 +304,9 @@ impl Driver<'_> {
             return written.map_or_else(Outcome::Unknown, |()| Outcome::Unconfirmed);
         };
         answers.expect_committed(self.options.session);
-        let (monitor, linger) = (self.options.monitor, self.options.timing.linger);
+        let waiting = Waiting { linger: self.options.timing.linger, ..self.waiting() };
         let begun = Instant::now();
-        let committed =
-            main.control(&commit).and_then(|()| answers.wait_committed(monitor, linger));
+        let committed = main.control(&commit).and_then(|()| answers.wait_committed(waiting));
         tracing::debug!(took = ?begun.elapsed(), "COMMIT was answered");
         if let Err(error) = committed {
             return Outcome::Unknown(self.last_word(error));
@@ -360,10 +376,14 @@ impl Driver<'_> {
         let begun = Instant::now();
         let barrier = self.barrier(handlers, is_durable)?;
         if let Some(answers) = self.answers {
-            answers.wait_ack(barrier, self.options.monitor)?;
+            answers.wait_ack(barrier, self.waiting())?;
             handlers.iter_mut().for_each(|handler| handler.acknowledged());
         }
         Ok(begun.elapsed())
+    }
+
+    fn waiting(&self) -> Waiting<'_> {
+        Waiting { until: self.until, ..Waiting::patient(self.options.monitor) }
     }
 
     fn go_on(&self) -> Result<()> {

@@ -28,12 +28,14 @@ mod policy;
 mod tests;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use block_mig::Monitor;
+use format_spec::Blame;
 use format_spec::native::answer::Ready;
-use mig_core::guest::Guest;
+use mig_core::guest::{Guest, GuestError};
 use mig_core::meter::Meter;
-use mig_core::section::{Fate, SaveHandler};
+use mig_core::section::SaveHandler;
 use mig_core::stream::{Breaker, Compression, Error, Result};
 use mig_core::transport::Dial;
 
@@ -53,6 +55,13 @@ pub struct OutgoingOptions<'a> {
     pub compression: Option<Compression>,
     /// Whether the destination is asked to keep what arrived for another attempt.
     pub resumes: bool,
+    /// Whether what an earlier attempt of this session had prepared is not so any more. A
+    /// destination that is ready with it is told to take it back, and the attempt ends with
+    /// [`Stale`](Error::Stale).
+    pub has_moved_on: bool,
+    /// Longest pause of the guest. When it is over and the destination has not answered, the guest
+    /// goes on, or, where COMMIT was written, the outcome is unknown.
+    pub max_pause: Option<Duration>,
     /// The limit on all connections together.
     pub meter: Arc<Meter>,
     /// Asked now and then whether to stop.
@@ -69,6 +78,8 @@ impl<'a> OutgoingOptions<'a> {
             channels: 1,
             compression: None,
             resumes: true,
+            has_moved_on: false,
+            max_pause: None,
             meter: Arc::default(),
             monitor,
             timing: Timing::default(),
@@ -124,29 +135,44 @@ pub fn send<'a>(
     options: &OutgoingOptions<'_>,
 ) -> Result<Sent> {
     let breaker = Arc::new(Breaker::new());
-    let mut rollback = RollBack { handlers, guest, is_paused: false, is_done: false };
+    let mut rollback = RollBack { handlers, guest, is_paused: false, is_done: false, stuck: None };
     let result = connect::connect(dial, options, &breaker)
         .and_then(|connected| drive::drive(connected, &mut rollback, policy, options));
     let result = result.map_err(|error| breaker.explain(error));
     breaker.hang_up();
-    if result.is_err() {
-        rollback.roll_back();
+    match result {
+        Ok(sent) => {
+            rollback.is_done = true;
+            Ok(sent)
+        }
+        Err(error) => {
+            rollback.roll_back();
+            Err(rollback.explain(error))
+        }
     }
-    result
 }
 
-/// What has to be undone when a migration fails before the handover.
+/// What has to be undone when a migration fails before the handover, also by a panic.
 struct RollBack<'g, 'a> {
     handlers: Vec<Box<dyn SaveHandler + 'a>>,
     guest: &'g mut dyn Guest,
     is_paused: bool,
+    /// Nothing is left to be undone, or nothing may be.
     is_done: bool,
+    /// Why the guest does not go on.
+    stuck: Option<GuestError>,
+}
+
+impl Drop for RollBack<'_, '_> {
+    fn drop(&mut self) {
+        self.roll_back();
+    }
 }
 
 impl RollBack<'_, '_> {
     fn pause(&mut self) -> Result<()> {
         let paused = self.guest.pause();
-        paused.map_err(|e| Error::handler(format_spec::Blame::Device, e))?;
+        paused.map_err(|e| Error::handler(Blame::Device, e))?;
         self.is_paused = true;
         Ok(())
     }
@@ -161,11 +187,14 @@ impl RollBack<'_, '_> {
             && let Err(error) = self.guest.resume()
         {
             tracing::error!(%error, "the guest stays paused");
+            self.stuck = Some(error);
         }
     }
-}
 
-/// What the destination keeps of a failed attempt, by what was agreed.
-pub(crate) fn fate(resumes: bool) -> Fate {
-    if resumes { Fate::Kept } else { Fate::Dropped }
+    /// An error, and that the guest could not go on after it.
+    fn explain(&mut self, error: Error) -> Error {
+        let Some(stuck) = self.stuck.take() else { return error };
+        let why = crate::report::error_chain(&error);
+        Error::handler(Blame::Device, format!("{why}; and the guest stays paused: {stuck}"))
+    }
 }

@@ -61,6 +61,10 @@ pub enum Error {
         /// Both hashes.
         reason: String,
     },
+    /// The destination is ready with what an earlier attempt had sent, which is not so any more. It
+    /// was told to take that back: the next attempt goes on with what it has.
+    #[error("the destination is ready with what has changed since")]
+    Stale,
     /// A handler or a device on this side failed.
     #[error(transparent)]
     Handler(#[from] HandlerError),
@@ -110,7 +114,9 @@ impl Error {
     /// Whose fault it is.
     pub fn blame(&self) -> Blame {
         match self {
-            Self::Connection { .. } | Self::Connect(_) | Self::Ended => Blame::Transport,
+            Self::Connection { .. } | Self::Connect(_) | Self::Ended | Self::Stale => {
+                Blame::Transport
+            }
             Self::Malformed { .. } => Blame::Bytes,
             Self::Protocol { .. } => Blame::PeerBehaviour,
             // The peer's own device or usage is, from here, a failed peer.

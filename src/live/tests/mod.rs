@@ -1,6 +1,7 @@
 //! A guest in threads, its disk in memory, a destination in a directory, connections that may be
 //! cut.
 
+mod handover;
 mod line;
 mod machine;
 

@@ -114,7 +114,7 @@ impl Written {
     /// The attempt has failed. The mark of what was written stays.
     pub(super) fn leave(&self, fate: Fate) -> Result<()> {
         match (&self.kept, fate) {
-            (Some(_), Fate::Kept) => self.checkpoint(),
+            (Some(_), Fate::Kept | Fate::Revoked) => self.checkpoint(),
             (Some(kept), Fate::Dropped) => kept.end(),
             (None, _) => Ok(()),
         }
