@@ -102,10 +102,10 @@ fn what_a_guest_changes_between_comparing_and_sending_is_sent() {
 }
 
 /// What a destination that we play says first, and when it was told to do something.
-struct Peer<'a> {
-    state: SessionState,
-    first: &'a [Answer<'a>],
-    on: &'a (dyn Fn(&Control) -> Vec<Answer<'static>> + Sync),
+pub(super) struct Peer<'a> {
+    pub(super) state: SessionState,
+    pub(super) first: &'a [Answer<'a>],
+    pub(super) on: &'a (dyn Fn(&Control) -> Vec<Answer<'static>> + Sync),
 }
 
 impl Peer<'_> {
@@ -154,7 +154,7 @@ impl Peer<'_> {
     }
 }
 
-fn acknowledge(control: &Control) -> Vec<Answer<'static>> {
+pub(super) fn acknowledge(control: &Control) -> Vec<Answer<'static>> {
     match control {
         Control::Barrier { number, .. } => vec![Answer::Ack(*number)],
         _ => Vec::new(),
@@ -163,10 +163,12 @@ fn acknowledge(control: &Control) -> Vec<Answer<'static>> {
 
 /// A guest that says when it was paused and resumed.
 #[derive(Default)]
-struct Paused {
-    at_pause: Option<Arc<dyn Fn() + Send + Sync>>,
-    resumed: Option<Instant>,
-    pauses: u32,
+pub(super) struct Paused {
+    pub(super) at_pause: Option<Arc<dyn Fn() + Send + Sync>>,
+    pub(super) resumed: Option<Instant>,
+    /// Whether it cannot be resumed.
+    pub(super) is_stuck: bool,
+    pub(super) pauses: u32,
 }
 
 impl mig_core::guest::Guest for Paused {
@@ -178,11 +180,11 @@ impl mig_core::guest::Guest for Paused {
 
     fn resume(&mut self) -> std::result::Result<(), mig_core::guest::GuestError> {
         self.resumed = Some(Instant::now());
-        Ok(())
+        if self.is_stuck { Err("no power".into()) } else { Ok(()) }
     }
 }
 
-fn send_to(
+pub(super) fn send_to(
     peer: &Peer<'_>,
     handlers: Vec<Box<dyn SaveHandler + '_>>,
     guest: &mut Paused,

@@ -3,6 +3,7 @@
 mod cuts;
 mod guest;
 mod lies;
+mod pause;
 mod whole;
 
 use std::collections::{BTreeMap, VecDeque};
