@@ -9,9 +9,13 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with};
+
 use super::commands::{self, Controlled};
 use super::{MAX_CONNECTIONS, MAX_LINE};
 
+/// Connections that the kernel holds until they are accepted.
+const BACKLOG: i32 = 8;
 /// How often an idle thread looks whether it is to stop.
 const TICK: Duration = Duration::from_millis(50);
 /// How long a client may leave an answer unread.
@@ -30,7 +34,6 @@ impl Server {
     /// anything else that has that name is an error.
     pub fn start(path: &Path, controlled: Arc<dyn Controlled>) -> io::Result<Self> {
         let listener = bind(path)?;
-        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
         listener.set_nonblocking(true)?;
         let is_stopped = Arc::new(AtomicBool::new(false));
         let stop = is_stopped.clone();
@@ -52,7 +55,7 @@ impl Drop for Server {
 }
 
 fn bind(path: &Path) -> io::Result<UnixListener> {
-    match UnixListener::bind(path) {
+    match bind_private(path) {
         Err(error) if error.kind() == ErrorKind::AddrInUse => {
             let is_socket = std::fs::symlink_metadata(path)?.file_type().is_socket();
             let is_dead = || {
@@ -63,10 +66,20 @@ fn bind(path: &Path) -> io::Result<UnixListener> {
                 return Err(error);
             }
             std::fs::remove_file(path)?;
-            UnixListener::bind(path)
+            bind_private(path)
         }
         bound => bound,
     }
+}
+
+/// Nobody can connect before the socket is this user's alone: it does not listen until then.
+fn bind_private(path: &Path) -> io::Result<UnixListener> {
+    let flags = SocketFlags::CLOEXEC;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    rustix::net::bind(&socket, &SocketAddrUnix::new(path)?)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
+    rustix::net::listen(&socket, BACKLOG)?;
+    Ok(socket.into())
 }
 
 fn accept(listener: &UnixListener, controlled: &Arc<dyn Controlled>, stop: &Arc<AtomicBool>) {

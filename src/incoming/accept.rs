@@ -84,7 +84,8 @@ fn is_worth_an_answer(error: &Error) -> bool {
         Error::Malformed { source, .. } => {
             source.field == "hello version" || !matches!(source.problem, Problem::Mismatch { .. })
         }
-        Error::Connection { .. } => false,
+        // A further connection is not answered on.
+        Error::Connection { .. } | Error::Stray => false,
         _ => true,
     }
 }
@@ -95,8 +96,10 @@ fn choose(
     destination: &dyn Destination,
     options: &IncomingOptions<'_>,
 ) -> Result<(Offer, Choice)> {
-    let Hello::Offer(offer) = hello else {
-        return Err(Error::protocol(0, 0, "a migration opens with an offer"));
+    let offer = match hello {
+        Hello::Offer(offer) => offer,
+        Hello::Join(_) => return Err(Error::Stray),
+        _ => return Err(Error::protocol(0, 0, "a migration opens with an offer")),
     };
     if nature.is_one_way && !offer.is_one_way {
         let reason = "the source waits for answers, and there is no way back to it";

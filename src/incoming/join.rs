@@ -32,9 +32,15 @@ pub(super) fn accept_all<'s>(
     let waiting: Arc<Waiting> = Arc::default();
     let begun = Instant::now();
     while !session.has_all() && !session.is_over() {
+        let left = timing.join.saturating_sub(begun.elapsed());
+        // Strangers do not make it longer.
+        if left.is_zero() {
+            waiting.hang_up();
+            session.fail(Error::Connect(io::ErrorKind::TimedOut.into()));
+            return;
+        }
         // In slices, so that an end of the session is seen.
-        let slice = timing.join.min(LOOK_INTERVAL);
-        match listen.accept(Some(slice)) {
+        match listen.accept(Some(left.min(LOOK_INTERVAL))) {
             Ok(connection) => {
                 waiting.enter(connection.line.clone());
                 let waiting = waiting.clone();
@@ -44,7 +50,7 @@ pub(super) fn accept_all<'s>(
                     }
                 });
             }
-            Err(e) if e.kind() == io::ErrorKind::TimedOut && begun.elapsed() < timing.join => {}
+            Err(e) if e.kind() == io::ErrorKind::TimedOut => {}
             Err(e) if session.has_all() || session.is_over() => drop(e),
             Err(e) => {
                 waiting.hang_up();

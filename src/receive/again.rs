@@ -30,8 +30,11 @@ pub(super) fn receive_all(
     let mut next = Some(main);
     let mut bytes = 0u64;
     let mut published: Option<Received> = None;
+    let mut is_first = true;
+    // With one connection there is nobody else to wait for.
+    let listens = arrivals.nature().max_connections > 1;
     loop {
-        let door = Arc::new(Door::new(destination(next.is_some()), &session));
+        let door = Arc::new(Door::new(destination(is_first), &session));
         let (on_main, on_others) = (Arc::<Passed>::default(), Arc::<Passed>::default());
         let ended = match next.take().map_or_else(|| come_back(arrivals, observer, &patience), Ok) {
             Ok(main) => {
@@ -43,6 +46,7 @@ pub(super) fn receive_all(
             }
             Err(error) => Err(error),
         };
+        is_first &= !door.is_passed();
         bytes = bytes.saturating_add(on_main.read()).saturating_add(on_others.read());
         let now = Instant::now();
         let error = match ended {
@@ -54,6 +58,11 @@ pub(super) fn receive_all(
                     return Ok(received);
                 }
                 published = Some(received);
+                continue;
+            }
+            // It was late: the one that is waited for comes yet.
+            Err(Error::Stream(stray @ stream::Error::Stray)) if listens => {
+                observer.warning(&format!("a connection was turned away: {stray}"));
                 continue;
             }
             Err(error) => error,

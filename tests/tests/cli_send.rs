@@ -8,6 +8,7 @@ use bitferry_tests::image::make;
 use bitferry_tests::pki::{Authority, Certificate};
 use bitferry_tests::process::Running;
 use bitferry_tests::{Exit, Output, Peer, Run, Scratch, bitferry, json, qemu, require_all};
+use format_spec::native::hello::{Hello, Join};
 use rustix::process::Signal;
 use serde_json::Value;
 
@@ -304,13 +305,15 @@ fn strangers_are_turned_away_and_the_source_is_waited_for() {
     let stranger = || std::net::TcpStream::connect(address).expect("connect");
     drop(stranger());
     stranger().write_all(b"GET / HTTP/1.0\r\n\r\n").expect("write");
+    let late = Hello::Join(Join { session: [7; 16], ticket: [8; 16], channel: 1 });
+    stranger().write_all(&late.encode()).expect("write");
     let _silent = stranger();
     send(&scratch, "--disk vda=a.qcow2").arg(&uri).output().expect_exit(Exit::Done);
     let received = running.wait().expect_exit(Exit::Done);
     qemu::same_disk(&source, &scratch.path("out.qcow2"), &["weekly"]);
     let warnings = json::lines(&received.text());
     let warnings = warnings.iter().filter(|event| event["event"] == "warning");
-    assert!(warnings.count() >= 2, "{received}");
+    assert!(warnings.count() >= 3, "{received}");
 }
 
 #[test]

@@ -61,6 +61,9 @@ pub enum Error {
         /// Both hashes.
         reason: String,
     },
+    /// What should be a migration's first connection is a further one of a migration that is over.
+    #[error("a further connection of a migration that is over came first")]
+    Stray,
     /// The destination is ready with what an earlier attempt had sent, which is not so any more. It
     /// was told to take that back: the next attempt goes on with what it has.
     #[error("the destination is ready with what has changed since")]
@@ -118,7 +121,7 @@ impl Error {
                 Blame::Transport
             }
             Self::Malformed { .. } => Blame::Bytes,
-            Self::Protocol { .. } => Blame::PeerBehaviour,
+            Self::Protocol { .. } | Self::Stray => Blame::PeerBehaviour,
             // The peer's own device or usage is, from here, a failed peer.
             Self::Peer { .. } => Blame::PeerBehaviour,
             Self::Handler(error) => error.blame,
