@@ -3,7 +3,8 @@
 //! is to be sent; both sides run in this process.
 //!
 //! Measured is the time from the call that pauses the guest until the destination has held every
-//! bitmap in its memory against its seal. `cargo run --release --example many_bitmaps`.
+//! bitmap in its memory against its seal. `cargo run --release --example many_bitmaps`; with TRACE
+//! in the environment it says what the pause consists of.
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
 use std::os::unix::net::UnixStream;
@@ -16,6 +17,7 @@ use bitferry::incoming::{self, Destination, IncomingOptions, Place, Sealed, Sess
 use bitferry::live::Outgoing;
 use bitmap_mig::LiveBitmaps;
 use block_mig::{Landing, TrackedDisk, Unwatched};
+use format_spec::native::block::PIECE_BYTES;
 use format_spec::native::hello::SessionState;
 use mig_core::Result;
 use mig_core::bitmap::BitmapInfo;
@@ -165,8 +167,19 @@ impl Guest for Writer<'_> {
     }
 }
 
-/// One migration: from the pause to the last seal, and the whole pause.
-fn migrate(count: usize) -> (Duration, Duration, u64) {
+/// What one migration took.
+struct Taken {
+    /// From the pause to the last seal.
+    sealed: Duration,
+    /// The whole pause. Most of it is this destination's, which hashes all bits once more.
+    downtime: Duration,
+    /// Bytes that were sent.
+    wire: u64,
+    /// Bytes of pieces with bits in them.
+    pieces: u64,
+}
+
+fn migrate(count: usize) -> Taken {
     let bitmaps = Arc::new(LiveBitmaps::new(SIZE));
     let disk = Arc::new(TrackedDisk::new(Void, bitmaps.clone()));
     for n in 0..count {
@@ -201,13 +214,15 @@ fn migrate(count: usize) -> (Duration, Duration, u64) {
         let report = outgoing.build().unwrap().run(&dial, &mut guest).unwrap();
         (guest.paused.unwrap(), report.downtime, report.sent.wire_bytes)
     });
-    let here: u64 = bitmaps.all().iter().map(|b| bitmaps.count(&b.name).unwrap()).sum();
-    assert_eq!(here, *other.bits.lock().unwrap());
-    let sealed = other.sealed.lock().unwrap().unwrap();
-    if std::env::var_os("WINDOW").is_some() {
-        eprintln!("WINDOW {count} {paused:?} {sealed:?}");
+    let (mut here, mut pieces) = (0, 0);
+    for bitmap in bitmaps.all() {
+        let bits = bitmaps.snapshot(&bitmap.name).unwrap();
+        here += bits.count();
+        pieces += (bits.blocks(PIECE_BYTES as u64 * 8).count() * PIECE_BYTES) as u64;
     }
-    (sealed.duration_since(paused), downtime, wire)
+    assert_eq!(here, *other.bits.lock().unwrap());
+    let sealed = other.sealed.lock().unwrap().unwrap().duration_since(paused);
+    Taken { sealed, downtime, wire, pieces }
 }
 
 fn median(mut times: Vec<Duration>) -> Duration {
@@ -222,14 +237,25 @@ fn main() {
     }
     migrate(BITMAPS);
     for _ in 0..PAIRS {
-        let (none, ..) = migrate(0);
-        let (many, downtime, wire) = migrate(BITMAPS);
-        println!("none: {none:?}; {BITMAPS}: {many:?}, pause {downtime:?}, wire {wire} bytes");
-        added.push(many.saturating_sub(none));
-        with.push(many);
+        let none = migrate(0).sealed;
+        let Taken { sealed, downtime, wire, pieces } = migrate(BITMAPS);
+        println!(
+            "none: {none:?}; {BITMAPS}: {sealed:?}, pause {downtime:?}, wire {wire} bytes, {pieces} \
+             of pieces with bits"
+        );
+        added.push(sealed.saturating_sub(none));
+        with.push(sealed);
         without.push(none);
     }
     println!("pause until sealed, median of {PAIRS}: {:?} without bitmaps", median(without));
     println!("with {BITMAPS} of {SIZE} bytes at 65536: {:?}", median(with));
     println!("added, median of pairs: {:?}", median(added));
+    println!("{}", peak());
+}
+
+/// The most memory that this process had at a time, both sides with all bits of source and
+/// destination.
+fn peak() -> String {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    status.lines().find(|line| line.starts_with("VmHWM")).unwrap_or("no VmHWM").to_owned()
 }

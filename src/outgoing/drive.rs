@@ -152,7 +152,7 @@ impl Driver<'_> {
         self.until = self.options.max_pause.and_then(|max| Instant::now().checked_add(max));
         rollback.pause()?;
         self.complete(&mut rollback.handlers)?;
-        let ready = self.prepare(&rollback.handlers, policy)?;
+        let ready = self.prepare(&mut rollback.handlers, policy)?;
         let token = Token(self.channels.hold_main()?);
         rollback.is_done = true;
         Ok((self.commit(token), ready))
@@ -252,7 +252,8 @@ impl Driver<'_> {
     }
 
     /// The final pass, and what it all hashes to. Seals rely on what other connections carried, so
-    /// there is a barrier before them.
+    /// there is a barrier before them. Nothing that is written next depends on its answer: only
+    /// READY is waited for, so that a guest is paused for one answer and not for three.
     fn complete(&mut self, handlers: &mut [Box<dyn SaveHandler + '_>]) -> Result<()> {
         for stage in [Stage::Content, Stage::Seal] {
             let begun = Instant::now();
@@ -261,8 +262,8 @@ impl Driver<'_> {
                 handler.complete(stage, &self.outlet(&**handler))?;
             }
             let sent = begun.elapsed();
-            let answered = self.pass_barrier(handlers, false)?;
-            tracing::debug!(?stage, ?sent, ?answered, "guest paused");
+            self.barrier(handlers, false)?;
+            tracing::debug!(?stage, ?sent, took = ?begun.elapsed(), "guest paused");
         }
         Ok(())
     }
@@ -271,7 +272,7 @@ impl Driver<'_> {
     /// against what was sent. Nobody answers on a one-way stream.
     fn prepare(
         &mut self,
-        handlers: &[Box<dyn SaveHandler + '_>],
+        handlers: &mut [Box<dyn SaveHandler + '_>],
         policy: &mut dyn Policy,
     ) -> Result<Option<Ready>> {
         let session = self.options.session;
@@ -287,6 +288,7 @@ impl Driver<'_> {
         let took = begun.elapsed();
         tracing::debug!(?took, "the destination is ready");
         policy.prepared(took);
+        handlers.iter_mut().for_each(|handler| handler.acknowledged());
         let mut expected = Ready { session, disks: Vec::new(), bitmaps: Vec::new() };
         handlers.iter().for_each(|handler| handler.expect(&mut expected));
         if ready != expected {

@@ -1,10 +1,10 @@
 //! The digest of a bitmap that changes: it costs what changed since it was last made.
 //!
 //! A leaf is hashed by BLAKE3, which cuts it into chunks of 1 KiB and joins their chaining values
-//! two by two. The values of groups of eight chunks are kept, so that a leaf costs the groups that
-//! changed and the path above them, not its 64 KiB. Eight chunks are hashed side by side, in about
-//! the time that one takes. What is kept is a hundredth of the leaf. The same holds for the leaves
-//! below the top.
+//! two by two. Those values are kept, so that a leaf costs the chunks that changed and the path
+//! above them, not its 64 KiB. Of a leaf of which much changed at a time, those of groups of eight
+//! chunks are kept instead: such a group is hashed side by side, in about the time of two of its
+//! chunks, and its values take a hundredth of the leaf. The same holds for the leaves below the top.
 
 use std::sync::LazyLock;
 
@@ -19,7 +19,11 @@ use super::{
 /// Bytes that a bit of [`PatchedDigest::patch`] stands for: a chunk of BLAKE3, and a piece of a
 /// bitmap on the wire.
 pub const PATCH_BYTES: usize = blake3::CHUNK_LEN;
-/// Chunks of which one value is kept.
+/// Chunks of a leaf.
+const CHUNKS: usize = LEAF_BYTES / PATCH_BYTES;
+/// So many that change in a leaf at a time are hashed one by one.
+const FEW_CHUNKS: u32 = 32;
+/// Chunks of a group.
 const GROUP_CHUNKS: usize = 8;
 const GROUP_BYTES: usize = PATCH_BYTES * GROUP_CHUNKS;
 /// Groups of a leaf.
@@ -35,7 +39,7 @@ pub struct PatchedDigest {
     /// zeroes.
     levels: Vec<Vec<Node>>,
     /// What leaves are made of, where it was ever looked at. Empty where none was.
-    inner: Vec<Option<Box<Inner>>>,
+    inner: Vec<Option<Inner>>,
     /// Leaves that changed since the nodes above them were made.
     changed: Vec<u64>,
     digest: Option<BitmapDigest>,
@@ -70,19 +74,23 @@ impl PatchedDigest {
         if self.inner.is_empty() {
             self.inner.resize_with(in_memory(self.leaves), || None);
         }
-        let Some(inner) = self.inner.get_mut(in_memory(leaf_index)) else { return Ok(()) };
-        // What was never looked at was never anything but zero.
-        let inner = inner.get_or_insert_default();
-        let start = leaf_index.saturating_mul(LEAF_BYTES as u64);
-        let mut bytes = [0; GROUP_BYTES];
-        for (group, chunks) in chunks.to_le_bytes().into_iter().enumerate() {
-            if chunks != 0 {
-                let at = group.saturating_mul(GROUP_BYTES) as u64;
-                read(start.saturating_add(at), &mut bytes);
-                inner.set(group, value(at, &bytes));
+        let Some(place) = self.inner.get_mut(in_memory(leaf_index)) else { return Ok(()) };
+        let is_few = chunks.count_ones() <= FEW_CHUNKS;
+        let mut chunks = chunks;
+        let mut inner = match place.take() {
+            Some(inner) if inner.parts() == CHUNKS && !is_few => {
+                chunks = u64::MAX;
+                ZERO_GROUPS.clone()
             }
-        }
+            Some(inner) => inner,
+            // What was never looked at was never anything but zero.
+            None if is_few => ZERO_CHUNKS.clone(),
+            None => ZERO_GROUPS.clone(),
+        };
+        let start = leaf_index.saturating_mul(LEAF_BYTES as u64);
+        inner.patch(chunks, |at, bytes| read(start.saturating_add(at), bytes));
         let node = inner.node();
+        *place = Some(inner);
         self.put(0, leaf_index, node);
         self.changed.push(leaf_index);
         self.digest = None;
@@ -149,30 +157,54 @@ fn in_tree(height: usize) -> u8 {
     u8::try_from(height).unwrap_or(TREE_HEIGHT).min(TREE_HEIGHT)
 }
 
-/// The chaining values inside of one leaf: those of its groups, then those above, level by level,
-/// up to the two that its node is made of.
+/// The chaining values inside of one leaf: those of its parts, [`CHUNKS`] or [`GROUPS`] of them,
+/// then those above, level by level, up to the two that its node is made of.
 #[derive(Debug, Clone)]
-struct Inner([Node; 2 * GROUPS - 2]);
+struct Inner(Box<[Node]>);
 
-static ZEROES: LazyLock<Inner> = LazyLock::new(|| {
-    let mut inner = Inner([Node::default(); 2 * GROUPS - 2]);
-    let zeroes = [0; GROUP_BYTES];
-    for group in 0..GROUPS {
-        inner.set(group, value(group.saturating_mul(GROUP_BYTES) as u64, &zeroes));
-    }
-    inner
-});
-
-impl Default for Inner {
-    /// Of a leaf of zeroes.
-    fn default() -> Self {
-        ZEROES.clone()
-    }
-}
+/// Of leaves of zeroes.
+static ZERO_CHUNKS: LazyLock<Inner> = LazyLock::new(|| Inner::of_zeroes(CHUNKS));
+static ZERO_GROUPS: LazyLock<Inner> = LazyLock::new(|| Inner::of_zeroes(GROUPS));
 
 impl Inner {
-    fn set(&mut self, group: usize, mut value: Node) {
-        let (mut at, mut rest, mut width) = (group, self.0.as_mut_slice(), GROUPS);
+    fn of_zeroes(parts: usize) -> Self {
+        let nodes = vec![Node::default(); parts.saturating_mul(2).saturating_sub(2)];
+        let mut inner = Self(nodes.into_boxed_slice());
+        let part = vec![0; LEAF_BYTES.checked_div(parts).unwrap_or_default()];
+        for at in 0..parts {
+            inner.set(at, value(at.saturating_mul(part.len()) as u64, &part));
+        }
+        inner
+    }
+
+    fn parts(&self) -> usize {
+        (self.0.len() / 2).saturating_add(1)
+    }
+
+    /// Makes the values of these chunks, or of the groups that they are in, and those above. `read`
+    /// fills a buffer with what stands at a byte of the leaf.
+    fn patch(&mut self, chunks: u64, mut read: impl FnMut(u64, &mut [u8])) {
+        let mut bytes = [0; GROUP_BYTES];
+        let (per_part, parts) = match self.parts() {
+            CHUNKS => (1, CHUNKS),
+            _ => (GROUP_CHUNKS, GROUPS),
+        };
+        let len = PATCH_BYTES.saturating_mul(per_part);
+        let bytes = bytes.get_mut(..len).unwrap_or_default();
+        for part in 0..parts {
+            let shift = u32::try_from(part.saturating_mul(per_part)).unwrap_or(u32::MAX);
+            let mask = if per_part == 1 { 1 } else { 0xff };
+            if chunks.checked_shr(shift).unwrap_or(0) & mask != 0 {
+                let at = part.saturating_mul(len) as u64;
+                read(at, bytes);
+                self.set(part, value(at, bytes));
+            }
+        }
+    }
+
+    fn set(&mut self, part: usize, mut value: Node) {
+        let (mut at, mut width) = (part, self.parts());
+        let mut rest = &mut *self.0;
         while let Some((level, above)) = rest.split_at_mut_checked(width) {
             if let Some(place) = level.get_mut(at) {
                 *place = value;
@@ -197,8 +229,8 @@ impl Inner {
     }
 }
 
-/// The chaining value of a group at a byte of its leaf.
-fn value(at: u64, bytes: &[u8; GROUP_BYTES]) -> Node {
+/// The chaining value of a part at a byte of its leaf.
+fn value(at: u64, bytes: &[u8]) -> Node {
     let mut hasher = blake3::Hasher::new_keyed(LEAF_KEY);
     hasher.set_input_offset(at).update(bytes);
     hasher.finalize_non_root()
