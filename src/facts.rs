@@ -4,8 +4,9 @@
 //! asked. A file is named by what it is (device, inode) and by its last change, so that a source
 //! that was written to since is another session and no receipt speaks for it. Two runs that derive
 //! the same session although the content differs (a clock that stands still, a clone with equal
-//! numbers) are told apart by hashes before anything is believed: units by the recheck, a finished
-//! disk by READY (SPEC 9).
+//! numbers) are told apart by hashes where anything is left to be sent: units by the recheck, a
+//! disk that was proved by READY (SPEC 9). A receipt is believed as it is: to hold it against the
+//! source would be to read all of that.
 
 use std::fs::File;
 use std::io;
