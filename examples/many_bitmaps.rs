@@ -240,8 +240,8 @@ fn main() {
         let none = migrate(0).sealed;
         let Taken { sealed, downtime, wire, pieces } = migrate(BITMAPS);
         println!(
-            "none: {none:?}; {BITMAPS}: {sealed:?}, pause {downtime:?}, wire {wire} bytes, {pieces} \
-             of pieces with bits"
+            "none: {none:?}; {BITMAPS}: {sealed:?}, pause {downtime:?}, wire {wire} bytes, \
+             {pieces} of pieces with bits"
         );
         added.push(sealed.saturating_sub(none));
         with.push(sealed);

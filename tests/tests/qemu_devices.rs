@@ -1,6 +1,6 @@
-//! Real QEMUs that migrate whole machines to our destination: the sections of devices, which are not
-//! understood here, are kept as they came. What they are is told by QEMU's own description of them,
-//! which comes behind them: it says how long each is, where our decoder looks for their ends.
+//! Real QEMUs that migrate whole machines to our destination: the sections of devices, which are
+//! not understood here, are kept as they came. What they are is told by QEMU's own description of
+//! them, which comes behind them: it says how long each is, where our decoder looks for their ends.
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
 use std::ops::Range;

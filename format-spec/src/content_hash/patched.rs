@@ -4,7 +4,7 @@
 //! two by two. Those values are kept, so that a leaf costs the chunks that changed and the path
 //! above them, not its 64 KiB. Of a leaf of which much changed at a time, those of groups of eight
 //! chunks are kept instead: such a group is hashed side by side, in about the time of two of its
-//! chunks, and its values take a hundredth of the leaf. The same holds for the leaves below the top.
+//! chunks, and its values take a hundredth of the leaf. The same holds for leaves below the top.
 
 use std::sync::LazyLock;
 

@@ -14,6 +14,7 @@ use bitvec::order::Lsb0;
 use bitvec::slice::BitSlice;
 
 use self::pages::{PAGE_BITS, PAGE_BYTES, Page, Pages};
+use crate::in_memory;
 
 /// A fixed number of bits. All methods treat positions beyond [`len`](Self::len) as absent: reading
 /// answers clear, setting does nothing.
@@ -34,7 +35,7 @@ impl std::fmt::Debug for Bits {
 }
 
 impl Bits {
-    /// `len` clear bits. Takes `len / 4096` bytes: whoever reads `len` from an image has checked it.
+    /// `len` clear bits. Takes `len / 4096` bytes: who reads `len` from an image has checked it.
     pub fn new(len: u64) -> Self {
         Self { len, pages: Pages::new(len.div_ceil(PAGE_BITS)) }
     }
@@ -64,8 +65,8 @@ impl Bits {
         self.pages.held().saturating_mul(PAGE_BYTES as u64)
     }
 
-    /// Views for `bitvec`'s operations: the parts that take memory, in order, each with the position
-    /// of its first bit. All other bits are clear.
+    /// Views for `bitvec`'s operations: the parts that take memory, in order, each with the
+    /// position of its first bit. All other bits are clear.
     pub fn parts(&self) -> impl Iterator<Item = (u64, &BitSlice<u64, Lsb0>)> {
         self.pages.iter().map(|(index, page)| {
             let first = index.saturating_mul(PAGE_BITS);
@@ -207,7 +208,7 @@ impl Bits {
     pub fn read_bytes(&self, offset: u64, buf: &mut [u8]) {
         let (mut at, mut rest) = (offset, buf);
         while !rest.is_empty() {
-            let within = (at % PAGE_BYTES as u64) as usize;
+            let within = in_memory(at % PAGE_BYTES as u64);
             let (head, tail) = rest.split_at_mut(rest.len().min(PAGE_BYTES - within));
             match self.pages.get(at / PAGE_BYTES as u64) {
                 Some(page) => pages::read(page, within, head),
@@ -225,7 +226,7 @@ impl Bits {
         let kept = usize::try_from(room).ok().and_then(|room| bytes.get(..room)).unwrap_or(bytes);
         let (mut at, mut rest) = (offset, kept);
         while !rest.is_empty() {
-            let within = (at % PAGE_BYTES as u64) as usize;
+            let within = in_memory(at % PAGE_BYTES as u64);
             let (head, tail) = rest.split_at(rest.len().min(PAGE_BYTES - within));
             let page = at / PAGE_BYTES as u64;
             let changes = self.pages.get(page).is_some() || head.iter().any(|byte| *byte != 0);

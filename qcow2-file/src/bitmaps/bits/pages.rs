@@ -1,6 +1,8 @@
-//! Memory of bits: pages that exist only where a bit was set, and are shared until they are changed.
+//! Memory of bits: pages that exist only where a bit was set, and are shared until one is changed.
 
 use std::sync::Arc;
+
+use crate::in_memory;
 
 /// Words of a page.
 const PAGE_WORDS: usize = 512;
@@ -80,7 +82,7 @@ impl Pages {
 
     pub(super) fn word(&self, index: u64) -> u64 {
         let page = self.get(index / PAGE_WORDS as u64);
-        let word = page.and_then(|page| page.get((index % PAGE_WORDS as u64) as usize));
+        let word = page.and_then(|page| page.get(in_memory(index % PAGE_WORDS as u64)));
         word.copied().unwrap_or(0)
     }
 }

@@ -145,7 +145,7 @@ fn an_empty_giant_takes_no_memory_and_is_searched_at_once() {
     bits.set_range((1 << 31) - 1..(1 << 31) + 1);
     let copy = bits.clone();
     assert_eq!((bits.held_bytes(), copy.count()), (2 * PAGE_BYTES as u64, 2));
-    assert_eq!(bits.runs().collect::<Vec<_>>(), [(1 << 31) - 1..(1 << 31) + 1]);
+    assert!(bits.runs().eq(std::iter::once((1 << 31) - 1..(1 << 31) + 1)));
     bits.clear_all();
     assert_eq!((bits.held_bytes(), copy.count()), (0, 2));
 }
@@ -158,7 +158,7 @@ fn stray_tail_bits_are_dropped() {
     assert_eq!(bits.next_clear(64), None);
     bits.clear_all();
     bits.write_bytes(8, &[0xff]);
-    assert_eq!(bits.runs().collect::<Vec<_>>(), [64..70]);
+    assert!(bits.runs().eq(std::iter::once(64..70)));
     let mut other = Bits::new(71);
     assert!(!other.merge(&bits));
 }
