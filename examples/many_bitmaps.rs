@@ -3,18 +3,22 @@
 //! is to be sent; both sides run in this process.
 //!
 //! Measured is the time from the call that pauses the guest until the destination has held every
-//! bitmap in its memory against its seal. `cargo run --release --example many_bitmaps`; with TRACE
-//! in the environment it says what the pause consists of.
+//! bitmap in its memory against its seal. `cargo run --release --example many_bitmaps [DIR]`; with
+//! a directory the whole pause is measured too, where the bitmaps go into a new image there. With
+//! TRACE in the environment it says what the pause consists of.
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use bitferry::DiskProof;
+use bitferry::berth::{DiskPlace, FileOptions, Files};
+use bitferry::copy::{Format, TargetOptions};
 use bitferry::incoming::{self, Destination, IncomingOptions, Place, Sealed, SessionId, Wanted};
 use bitferry::live::Outgoing;
+use bitferry::{DiskProof, Renames};
 use bitmap_mig::LiveBitmaps;
 use block_mig::{Landing, TrackedDisk, Unwatched};
 use format_spec::native::block::PIECE_BYTES;
@@ -110,6 +114,20 @@ impl Place for Other {
 
 struct Places(Arc<Other>);
 
+const IMAGE: &str = "many_bitmaps.qcow2";
+
+/// A destination that makes an image.
+fn image(dir: &Path) -> Files {
+    let place = DiskPlace {
+        name: "vda".to_owned(),
+        path: dir.join(IMAGE),
+        format: Format::Qcow2,
+        target: TargetOptions::default(),
+        renames: Renames::default(),
+    };
+    Files::new(vec![place], FileOptions { keeps_nothing: true, ..FileOptions::default() })
+}
+
 impl Destination for Places {
     fn begin(&self, _session: SessionId) -> stream::Result<SessionState> {
         Ok(SessionState::Fresh)
@@ -179,7 +197,8 @@ struct Taken {
     pieces: u64,
 }
 
-fn migrate(count: usize) -> Taken {
+/// The bitmaps stay in memory, or go into a qcow2 image in `dir`.
+fn migrate(count: usize, dir: Option<&Path>) -> Taken {
     let bitmaps = Arc::new(LiveBitmaps::new(SIZE));
     let disk = Arc::new(TrackedDisk::new(Void, bitmaps.clone()));
     for n in 0..count {
@@ -201,7 +220,10 @@ fn migrate(count: usize) -> Taken {
     let is_stopped = AtomicBool::new(false);
     let (paused, downtime, wire) = std::thread::scope(|scope| {
         scope.spawn(|| write(&disk, &is_stopped));
-        let places = Arc::new(Places(other.clone()));
+        let places: Arc<dyn Destination> = match dir {
+            None => Arc::new(Places(other.clone())),
+            Some(dir) => Arc::new(image(dir)),
+        };
         scope.spawn(move || {
             let single = Single::new(Connection::from_unix(there, "source").unwrap());
             let main = single.accept(None).unwrap();
@@ -214,6 +236,10 @@ fn migrate(count: usize) -> Taken {
         let report = outgoing.build().unwrap().run(&dial, &mut guest).unwrap();
         (guest.paused.unwrap(), report.downtime, report.sent.wire_bytes)
     });
+    if let Some(dir) = dir {
+        std::fs::remove_file(dir.join(IMAGE)).unwrap();
+        return Taken { sealed: downtime, downtime, wire, pieces: 0 };
+    }
     let (mut here, mut pieces) = (0, 0);
     for bitmap in bitmaps.all() {
         let bits = bitmaps.snapshot(&bitmap.name).unwrap();
@@ -235,10 +261,10 @@ fn main() {
     if std::env::var_os("TRACE").is_some() {
         tracing_subscriber::fmt().with_max_level(tracing::Level::DEBUG).init();
     }
-    migrate(BITMAPS);
+    migrate(BITMAPS, None);
     for _ in 0..PAIRS {
-        let none = migrate(0).sealed;
-        let Taken { sealed, downtime, wire, pieces } = migrate(BITMAPS);
+        let none = migrate(0, None).sealed;
+        let Taken { sealed, downtime, wire, pieces } = migrate(BITMAPS, None);
         println!(
             "none: {none:?}; {BITMAPS}: {sealed:?}, pause {downtime:?}, wire {wire} bytes, \
              {pieces} of pieces with bits"
@@ -251,6 +277,13 @@ fn main() {
     println!("with {BITMAPS} of {SIZE} bytes at 65536: {:?}", median(with));
     println!("added, median of pairs: {:?}", median(added));
     println!("{}", peak());
+    if let Some(dir) = std::env::args_os().nth(1) {
+        let pause = |count| {
+            let pauses = (0..PAIRS / 2).map(|_| migrate(count, Some(Path::new(&dir))).downtime);
+            median(pauses.collect())
+        };
+        println!("whole pause into qcow2: {:?}, {:?} without bitmaps", pause(BITMAPS), pause(0));
+    }
 }
 
 /// The most memory that this process had at a time, both sides with all bits of source and

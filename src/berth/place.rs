@@ -9,10 +9,11 @@ use bitmap_mig::Bitmap;
 use block_mig::Landing;
 use block_mig::journal::Keeper;
 use block_mig::limits::workers;
-use format_spec::content_hash::{ContentHash, Node};
+use format_spec::content_hash::{BitmapDigest, ContentHash, Node};
 use mig_core::block::BlockSink;
 use mig_core::section::{Fate, Have};
 use mig_core::stream;
+use qcow2_file::bitmaps::Bitmaps;
 use qcow2_file::lock::Lock;
 
 use super::files::{DiskPlace, FileOptions, failed};
@@ -217,18 +218,37 @@ impl FilePlace {
             return Err(mismatch(format!("{said} was sent, {content} was read")));
         }
         let read_after = begun.elapsed();
-        let mut bitmaps = Vec::new();
-        for Bitmap { name, .. } in &sealed.bitmaps {
-            let directory = disk.bitmaps.directory();
-            let directory = directory.ok_or_else(|| mismatch("the bitmaps are gone".to_owned()))?;
-            bitmaps.push(bitmap_mig::load(directory, &self.renames.stored(name))?.digest()?);
-        }
+        let gone = || mismatch("the bitmaps are gone".to_owned());
+        let bitmaps = match (disk.bitmaps.directory(), sealed.bitmaps.as_slice()) {
+            (_, []) => Vec::new(),
+            (directory, bitmaps) => self.digests(directory.ok_or_else(gone)?, bitmaps)?,
+        };
         let proved_after = begun.elapsed();
         unfinished.prepare(content)?;
         let took = begun.elapsed();
         let times = [sealed_after, opened_after, read_after, proved_after, took];
         tracing::debug!(?times, "sealed, opened, rest read, bitmaps read, noted");
         Ok(Some(DiskProof { content, bitmaps }))
+    }
+
+    /// What these bitmaps hash to as they are stored. Some are read by each worker.
+    fn digests(&self, stored: &Bitmaps, bitmaps: &[Bitmap]) -> Result<Vec<BitmapDigest>> {
+        let digest = |Bitmap { name, .. }: &Bitmap| {
+            Ok(bitmap_mig::load(stored, &self.renames.stored(name))?.digest()?)
+        };
+        let each = |some: &[Bitmap]| some.iter().map(digest).collect::<Result<Vec<_>>>();
+        let share = bitmaps.len().div_ceil(workers(self.options.workers).max(1)).max(1);
+        let (first, rest) = bitmaps.split_at(share.min(bitmaps.len()));
+        std::thread::scope(|scope| {
+            let others: Vec<_> =
+                rest.chunks(share).map(|some| scope.spawn(|| each(some))).collect();
+            let mut digests = each(first)?;
+            for other in others {
+                let joined = other.join();
+                digests.extend(joined.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?);
+            }
+            Ok(digests)
+        })
     }
 
     fn note_receipt(&self, sealed: &Sealed, proof: &DiskProof) {

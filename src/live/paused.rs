@@ -58,3 +58,39 @@ impl Guest for Whole<'_> {
         self.guest.resume()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Remembers how much it was slowed down.
+    #[derive(Default)]
+    struct Slow(Vec<u8>);
+
+    impl Guest for Slow {
+        fn pause(&mut self) -> Result<(), GuestError> {
+            Ok(())
+        }
+
+        fn resume(&mut self) -> Result<(), GuestError> {
+            Ok(())
+        }
+
+        fn throttle(&mut self, percent: u8) {
+            self.0.push(percent);
+        }
+    }
+
+    #[test]
+    fn a_guest_hears_of_each_level_once_and_so_does_who_asks() {
+        let (mut guest, migration) = (Slow::default(), Migration::default());
+        let mut whole = Whole { guest: &mut guest, disks: &[], migration: &migration, since: None };
+        whole.throttle(0);
+        for percent in [20, 20, 99] {
+            whole.throttle(percent);
+            assert_eq!(migration.throttle(), percent);
+        }
+        whole.throttle(0);
+        assert_eq!((guest.0, migration.throttle()), (vec![20, 99, 0], 0));
+    }
+}

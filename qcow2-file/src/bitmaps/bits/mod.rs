@@ -15,6 +15,7 @@ use bitvec::slice::BitSlice;
 
 use self::pages::{PAGE_BITS, PAGE_BYTES, Page, Pages};
 use crate::in_memory;
+use crate::zeroes::is_zero;
 
 /// A fixed number of bits. All methods treat positions beyond [`len`](Self::len) as absent: reading
 /// answers clear, setting does nothing.
@@ -229,7 +230,7 @@ impl Bits {
             let within = in_memory(at % PAGE_BYTES as u64);
             let (head, tail) = rest.split_at(rest.len().min(PAGE_BYTES - within));
             let page = at / PAGE_BYTES as u64;
-            let changes = self.pages.get(page).is_some() || head.iter().any(|byte| *byte != 0);
+            let changes = self.pages.get(page).is_some() || !is_zero(head);
             if changes && let Some(page) = self.pages.make(page) {
                 pages::write(page, within, head);
             }
