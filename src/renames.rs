@@ -25,6 +25,12 @@ impl Renames {
         let found = self.0.iter().find(|rename| rename.old == sent);
         found.map_or(sent, |rename| &rename.new).to_owned()
     }
+
+    /// What the source may have called a bitmap that is stored as `stored`.
+    pub(crate) fn sent(&self, stored: &str) -> String {
+        let found = self.0.iter().find(|rename| rename.new == stored);
+        found.map_or(stored, |rename| &rename.old).to_owned()
+    }
 }
 
 /// Why a raw image can hold no bitmaps.

@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
 use format_spec::content_hash::{BitmapDigest, ContentHash};
-use format_spec::native::answer::{Answer, READY, Ready};
+use format_spec::native::answer::{Answer, Published, PublishedBitmap, READY, Ready};
 use format_spec::native::block::{BitmapVersion, BlockRecord, Content, DiskId, Piece, Pieces, Run};
 use format_spec::native::control::{BARRIER, Control};
 use format_spec::native::frame::{self, Record};
@@ -79,6 +79,16 @@ fn answers_survive() {
     check_record!(Answer, Answer::HaveBitmap(version, vec![]));
     check_record!(Answer, Answer::HaveBitmap(version, vec![(0, [1; 32]), (7, [2; 32])]));
     check_record!(Answer, Answer::Committed([6; 16]));
+    let bitmap = |name: &str, sent_as: &str| PublishedBitmap {
+        name: name.to_owned(),
+        sent_as: sent_as.to_owned(),
+        digest: BitmapDigest([7; 32]),
+    };
+    let content = ContentHash([3; 32]);
+    for bitmaps in [vec![], vec![bitmap("b", "b"), bitmap("new", "old")]] {
+        let published = Published { name: "vda".to_owned(), size: 512, content, bitmaps };
+        check_record!(Answer, Answer::Published(published));
+    }
     check_record!(
         Answer,
         Answer::Ready(Ready {

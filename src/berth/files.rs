@@ -4,11 +4,13 @@
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use format_spec::native::answer::Published;
 use format_spec::native::hello::SessionState;
 use mig_core::section::Fate;
 use mig_core::stream;
 use qcow2_file::lock::Lock;
 
+use super::log::Log;
 use super::place::{FilePlace, Known, bitmaps_of};
 use super::receipt::Receipt;
 use super::recover::{Half, Recovered, recover};
@@ -233,6 +235,17 @@ impl Destination for Files {
         let mut state = self.lock();
         (state.found, state.is_fresh) = (SessionState::Fresh, true);
         Ok(())
+    }
+
+    fn published(&self) -> stream::Result<Vec<Published>> {
+        let of = |disk: &DiskPlace| {
+            let receipt = Receipt::read(&Log::beside(&disk.path)?)?;
+            let receipt = receipt.ok_or_else(|| Error::Usage {
+                reason: format!("the receipt of {} is gone", disk.path.display()),
+            })?;
+            Ok(receipt.published(&disk.name, &disk.renames))
+        };
+        self.disks.iter().map(of).collect::<Result<_>>().map_err(failed)
     }
 
     fn place(&self, wanted: &Wanted<'_>) -> stream::Result<Arc<dyn Place>> {

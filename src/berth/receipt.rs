@@ -8,6 +8,7 @@ use std::path::Path;
 use bitmap_mig::Bitmap;
 use format_spec::Reader;
 use format_spec::content_hash::{BitmapDigest, ContentHash};
+use format_spec::native::answer::{Published, PublishedBitmap};
 use format_spec::native::frame::{Record, encode_end};
 use format_spec::native::journal::{JournalRecord, RECEIPT_MAGIC, decode_start, encode_start};
 
@@ -15,7 +16,7 @@ use super::device::Device;
 use super::log::Log;
 use crate::proof::DiskProof;
 use crate::publish::sync_directory;
-use crate::{Error, Result};
+use crate::{Error, Renames, Result};
 
 /// Longest receipt that is read.
 const MAX_RECEIPT_BYTES: u64 = 16 << 20;
@@ -56,6 +57,17 @@ impl Receipt {
         });
         let (content, bitmaps) = (proof.content, bitmaps.collect());
         Self { session, size, content, target, bitmaps }
+    }
+
+    /// What it says, for a source that asks again. `disk` is its name on the wire.
+    pub(crate) fn published(self, disk: &str, renames: &Renames) -> Published {
+        let bitmap = |ReceiptBitmap { name, digest, .. }| {
+            let sent_as = renames.sent(&name);
+            PublishedBitmap { name, sent_as, digest }
+        };
+        let Self { size, content, bitmaps, .. } = self;
+        let bitmaps = bitmaps.into_iter().map(bitmap).collect();
+        Published { name: disk.to_owned(), size, content, bitmaps }
     }
 
     /// The receipt of a destination, if there is one that is whole. That of a device speaks for it

@@ -131,7 +131,7 @@ pub fn receive(
         disks: Vec::new(),
     };
     if received.already_complete {
-        accepted.already_complete(options);
+        accepted.already_complete(&*destination, options)?;
         return Ok(received);
     }
     let known = match accepted.choice.state {
@@ -163,15 +163,22 @@ pub fn receive(
 }
 
 impl Accepted {
-    /// All was published before: says so. A source that hears nothing is read to its end, so that
-    /// it ends as well as it would have.
-    fn already_complete(mut self, options: &IncomingOptions<'_>) {
+    /// All was published before: says so, and what that is. A source that hears nothing is read to
+    /// its end, so that it ends as well as it would have.
+    fn already_complete(
+        mut self,
+        destination: &dyn Destination,
+        options: &IncomingOptions<'_>,
+    ) -> Result<()> {
         if !self.back.is_one_way() {
-            // The choice has told it, too: it may have gone.
-            if let Err(error) = self.back.answer(&Answer::Committed(self.offer.session)) {
-                tracing::debug!(%error, "the source did not wait to hear that all is published");
+            let published = destination.published()?.into_iter().map(Answer::Published);
+            let committed = Answer::Committed(self.offer.session);
+            let told = published.chain([committed]).try_for_each(|said| self.back.answer(&said));
+            // It may ask again.
+            if let Err(error) = told {
+                tracing::debug!(%error, "the source did not wait to hear what is published");
             }
-            return;
+            return Ok(());
         }
         let over = Heart::new();
         std::thread::scope(|scope| {
@@ -185,6 +192,7 @@ impl Accepted {
             });
             self.reader.drain(u64::MAX);
         });
+        Ok(())
     }
 }
 

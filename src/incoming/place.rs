@@ -14,6 +14,7 @@ use std::sync::Arc;
 use bitmap_mig::Bitmap;
 use block_mig::Landing;
 use format_spec::content_hash::ContentHash;
+use format_spec::native::answer::Published;
 use format_spec::native::hello::SessionState;
 use mig_core::section::Fate;
 use mig_core::stream::Result;
@@ -73,6 +74,13 @@ pub trait Destination: Send + Sync {
     /// [`SessionState::Fresh`]. Nothing to do for whoever keeps nothing.
     fn forget(&self) -> Result<()> {
         Ok(())
+    }
+
+    /// What was published of each disk, where [`begin`](Destination::begin) has answered
+    /// [`SessionState::Committed`]: what the receipts say, for the source to hold against what it
+    /// has. Nothing to do for whoever keeps no receipts.
+    fn published(&self) -> Result<Vec<Published>> {
+        Ok(Vec::new())
     }
 
     /// Finds or makes the place of a disk, at least as large as wanted.

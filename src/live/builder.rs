@@ -9,7 +9,7 @@ use mig_core::bitmap::BitmapInfo;
 use mig_core::section::SaveHandler;
 use mig_core::stream::Compression;
 
-use super::run::Unsettled;
+use super::unsettled::Unsettled;
 use crate::incoming::SessionId;
 use crate::policy::Limits;
 use crate::status::Migration;
@@ -18,8 +18,8 @@ use crate::{Error, Observer, Result, Silent, Timing};
 /// Most disks of one guest.
 const MAX_DISKS: usize = block_mig::arrive::MAX_DISKS;
 
-/// Longest pause of the guest unless another one is given: a guest that was away for longer has been
-/// given up by whoever talks to it.
+/// Longest pause of the guest unless another one is given: a guest that was away for longer has
+/// been given up by whoever talks to it.
 const MAX_PAUSE: Duration = Duration::from_secs(60);
 
 /// Decides under which name a bitmap goes along, if it does.

@@ -32,6 +32,7 @@ mod run;
 mod steering;
 #[cfg(test)]
 mod tests;
+mod unsettled;
 
 use std::time::Duration;
 

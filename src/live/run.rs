@@ -10,6 +10,7 @@ use block_mig::plan::{Scope, survey};
 use block_mig::save::SaveCounts;
 use block_mig::{SaveBlocks, SaveDisk, SaveOptions};
 use format_spec::Blame;
+use format_spec::native::answer::Ready;
 use format_spec::native::block::DiskId;
 use mig_core::guest::Guest;
 use mig_core::heart::Heart;
@@ -21,10 +22,11 @@ use mig_core::transport::Dial;
 use super::builder::{LiveDisk, Outgoing};
 use super::paused::Whole;
 use super::steering::{Eye, Steering, millis};
+use super::unsettled::Unsettled;
 use super::{DiskReport, Report};
 use crate::incoming::SessionId;
 use crate::observe::Progress;
-use crate::outgoing::{Outcome, OutgoingOptions, Sent, send};
+use crate::outgoing::{ExpectedDisk, Outcome, OutgoingOptions, Sent, send};
 use crate::policy::Reason;
 use crate::status::{Amounts, Status};
 use crate::{Error, Phase, Result};
@@ -59,22 +61,23 @@ impl Outgoing<'_> {
             info.disk = Some(Amounts { total, remaining: total, ..Amounts::default() });
         });
         let before = unsettled.take();
-        let since = before.map(|before| before.since);
+        let since = before.as_ref().map(|before| before.since);
         let mut whole = Whole { guest, disks: &self.disks, migration, since };
         let mut steering = Steering::new(migration, self.limits);
-        let session = before.map_or(self.session, |before| before.session);
-        let mut tries = Tries { session, counts: Vec::new(), losses: Losses::default() };
+        let session = before.as_ref().map_or(self.session, |before| before.session);
+        let expected = self.expected(before.as_ref());
+        let confirmed = before.and_then(|before| before.confirmed);
+        let mut tries = Tries { session, expected, confirmed, ..Tries::default() };
         let result = self.attempts(dial, &mut whole, &mut steering, &mut tries);
         whole.throttle(0);
         let downtime = whole.since.map(|since| since.elapsed()).unwrap_or_default();
-        let sent = match (result, whole.since) {
-            (Ok(sent), _) => sent,
-            // It was let go of, and nobody has said anything else since.
-            (Err(error), Some(_)) => Sent::unknown(error),
-            (Err(error), None) => return Err(self.note_failure(error, steering.reason)),
+        let sent = match result {
+            Ok(sent) => sent,
+            Err(error) => return Err(self.note_failure(error, steering.reason)),
         };
-        let Tries { session, counts, losses } = tries;
-        *unsettled = settle(&sent, &mut whole)?.map(|since| Unsettled { session, since });
+        let Tries { session, confirmed, counts, losses, .. } = tries;
+        let since = settle(&sent, &mut whole)?;
+        *unsettled = since.map(|since| Unsettled { session, since, confirmed });
         self.note_end(&sent, downtime);
         let disks = self.disks.iter().zip(&counts);
         let disks = disks.map(|(disk, counts)| report(&disk.name, counts)).collect();
@@ -82,7 +85,8 @@ impl Outgoing<'_> {
         Ok(Report { sent, session, downtime, passes, reconnects, disks })
     }
 
-    /// Attempts until one ends otherwise than by a connection that may be made again.
+    /// Attempts until one ends otherwise than by a connection that may be made again. A guest that
+    /// is paused behind one of them has been let go of, and the same session is asked for again.
     fn attempts(
         &self,
         dial: &dyn Dial,
@@ -90,6 +94,7 @@ impl Outgoing<'_> {
         steering: &mut Steering<'_>,
         tries: &mut Tries,
     ) -> Result<Sent, stream::Error> {
+        let mut was_unknown = false;
         loop {
             let error = match self.attempt(dial, whole, steering, tries) {
                 Err(stream::Error::Stale) => {
@@ -97,22 +102,42 @@ impl Outgoing<'_> {
                     steering.restart();
                     continue;
                 }
-                Err(error) if self.may_go_on(&error) => error,
-                // The guest is paused: the same session is asked for again.
-                Ok(Sent { outcome: Outcome::Unknown(error), .. }) if self.may_go_on(&error) => {
+                Ok(Sent {
+                    outcome: Outcome::Unknown(error), peer, confirmed, wire_bytes, ..
+                }) => {
+                    was_unknown = true;
+                    (tries.peer, tries.wire_bytes) = (peer, wire_bytes);
+                    self.note_unknown(confirmed, whole, tries)?;
                     error
                 }
-                ended => return ended,
+                // It was this run whose last answer was lost.
+                Ok(sent) if was_unknown => return Ok(tries.answered(sent)),
+                Ok(sent) => return Ok(sent),
+                Err(error) => error,
             };
-            let is_connected = !matches!(error, stream::Error::Connect(_));
-            let since = tries.losses.note(is_connected, self.sent_bytes());
-            if since.elapsed() >= self.reconnect {
-                return Err(error);
+            if !self.may_go_on(&error) || tries.is_over(&error, self) {
+                return tries.give_up(error, whole);
             }
             tracing::warn!(%error, "the connection was lost; trying again");
             steering.restart();
             std::thread::sleep(RETRY_PAUSE.min(self.reconnect));
         }
+    }
+
+    /// Nobody knows who has the guest: it does not run here, and what it was is what the
+    /// destination must have.
+    fn note_unknown(
+        &self,
+        confirmed: Option<Ready>,
+        whole: &mut Whole<'_>,
+        tries: &mut Tries,
+    ) -> Result<(), stream::Error> {
+        // In another process, it was let go of.
+        let Some(since) = whole.since else { return pause(whole) };
+        tries.confirmed = confirmed.or_else(|| tries.confirmed.take());
+        let (session, confirmed) = (tries.session, tries.confirmed.clone());
+        tries.expected = self.expected(Some(&Unsettled { session, since, confirmed }));
+        Ok(())
     }
 
     /// One attempt, from the first connection on. On an error everything is as before it.
@@ -158,10 +183,12 @@ impl Outgoing<'_> {
             meter: meter.clone(),
             monitor: &eye,
             timing: self.timing,
+            expected: tries.expected.clone(),
         };
-        if whole.since.is_none() {
-            self.migration.enter(Status::Active);
-        }
+        // A guest that was let go of is not waited for: what is left is the handover.
+        steering.is_let_go = whole.since.is_some();
+        let status = if steering.is_let_go { Status::Device } else { Status::Active };
+        self.migration.enter(status);
         let watch = Heart::new();
         std::thread::scope(|scope| {
             // Whoever waits for bandwidth learns of a new limit, and of a call to stop.
@@ -225,36 +252,75 @@ impl Outgoing<'_> {
     }
 }
 
+fn pause(whole: &mut Whole<'_>) -> Result<(), stream::Error> {
+    whole.pause().map_err(|source| stream::Error::handler(Blame::Device, source))
+}
+
 /// Lets go of a guest that the destination has. Answers since when it is paused where nobody knows
 /// whether it does.
 fn settle(sent: &Sent, whole: &mut Whole<'_>) -> Result<Option<Instant>> {
     match (&sent.outcome, whole.since) {
-        (Outcome::Unknown(_), since) => return Ok(since),
         (_, Some(_)) => {}
         // It has taken over in an earlier process: the guest must not go on here.
         (_, None) => {
             tracing::warn!("the destination had taken over already");
-            let paused = whole.pause();
-            paused.map_err(|source| stream::Error::handler(Blame::Device, source))?;
+            pause(whole)?;
         }
+    }
+    if matches!(sent.outcome, Outcome::Unknown(_)) {
+        return Ok(whole.since);
     }
     whole.retire();
     Ok(None)
 }
 
 /// What the attempts of one run leave to the next one.
+#[derive(Default)]
 struct Tries {
     session: SessionId,
+    /// What a destination must have that says it had finished.
+    expected: Vec<ExpectedDisk>,
+    /// What it proved to have before the guest was let go of.
+    confirmed: Option<Ready>,
+    /// Who was told to take over, and what had been written by then.
+    peer: String,
+    wire_bytes: u64,
     counts: Vec<Arc<SaveCounts>>,
     losses: Losses,
 }
 
-/// A session that may have been handed over.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Unsettled {
-    session: SessionId,
-    /// Since when the guest is paused.
-    since: Instant,
+impl Tries {
+    /// Notes a lost connection. Whether that lasts for too long.
+    fn is_over(&mut self, error: &stream::Error, outgoing: &Outgoing<'_>) -> bool {
+        let is_connected = !matches!(error, stream::Error::Connect(_));
+        let since = self.losses.note(is_connected, outgoing.sent_bytes());
+        since.elapsed() >= outgoing.reconnect
+    }
+
+    /// An answer to what was unknown: what is complete became so in this run.
+    fn answered(&mut self, sent: Sent) -> Sent {
+        match sent.outcome {
+            Outcome::AlreadyComplete => {
+                let confirmed = self.confirmed.take();
+                Sent { outcome: Outcome::Completed, confirmed, ..sent }
+            }
+            _ => sent,
+        }
+    }
+
+    /// No more attempts. A guest that is still paused was let go of, and nobody has said anything
+    /// else since.
+    fn give_up(&self, error: stream::Error, whole: &Whole<'_>) -> Result<Sent, stream::Error> {
+        match whole.since {
+            Some(_) => Ok(Sent {
+                peer: self.peer.clone(),
+                confirmed: self.confirmed.clone(),
+                wire_bytes: self.wire_bytes,
+                ..Sent::unknown(error)
+            }),
+            None => Err(error),
+        }
+    }
 }
 
 /// Connections that were lost.

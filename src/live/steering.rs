@@ -33,6 +33,8 @@ pub(super) struct Steering<'a> {
     handover: Handover,
     /// Whether an attempt came as far as PREPARE: the destination may be ready with it.
     has_prepared: bool,
+    /// Whether the guest is paused and was let go of: it is handed over, however long that takes.
+    pub(super) is_let_go: bool,
     /// Why it gave up, if it did.
     pub(super) reason: Option<Reason>,
 }
@@ -50,6 +52,7 @@ impl<'a> Steering<'a> {
             settled: VecDeque::new(),
             handover: Handover::default(),
             has_prepared: false,
+            is_let_go: false,
             reason: None,
         }
     }
@@ -133,6 +136,9 @@ impl Policy for Steering<'_> {
     fn next(&mut self, round: &Round) -> Next {
         let now = self.standing(round);
         self.publish(&now, round);
+        if self.is_let_go && !now.has_bulk {
+            return Next::Complete;
+        }
         let downtime = Duration::from_millis(self.migration.parameters().downtime_limit);
         let decision = policy::decide(&Limits { downtime, ..self.limits }, &now);
         tracing::debug!(?now, ?decision, "decided");

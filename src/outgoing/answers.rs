@@ -129,7 +129,7 @@ impl Answers {
             Some(Answer::Committed(session)) if state.asked_to_commit == Some(session) => {
                 state.is_committed = true;
             }
-            Some(Answer::Ready(_) | Answer::Committed(_)) => {
+            Some(Answer::Ready(_) | Answer::Committed(_) | Answer::Published(_)) => {
                 return Err(arrival.protocol("it answers what was not asked"));
             }
         }

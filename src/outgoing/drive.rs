@@ -9,11 +9,12 @@ use format_spec::native::hello::{RESUME, SessionState};
 use mig_core::channels::{CONTROL, CONTROL_ID, Channels, Main, Outlet};
 use mig_core::heart::Heart;
 use mig_core::section::{Pass, Pending, SaveHandler, SectionKey, Stage, Start};
-use mig_core::stream::{Breaker, Error, Result};
+use mig_core::stream::{Breaker, Error, Result, StreamReader};
 
 use super::answers::{Answers, Told, Waiting};
 use super::connect::Connected;
 use super::policy::{Next, Policy, Round};
+use super::receipt;
 use super::{Outcome, OutgoingOptions, RollBack, Sent};
 
 /// Bytes that a handler sends before the others have their turn, and before a barrier makes durable
@@ -41,6 +42,7 @@ pub(super) fn drive(
         confirmed: None,
     };
     if choice.state == SessionState::Committed {
+        sent.outcome = finished(reader, &breaker, options)?;
         return Ok(sent);
     }
     let answers = Answers::new(choice.state == SessionState::Resumable);
@@ -73,6 +75,22 @@ pub(super) fn drive(
     sent.wire_bytes = channels.written();
     (sent.outcome, sent.confirmed) = (outcome, confirmed);
     Ok(sent)
+}
+
+/// The destination had finished this session: hears what it has published. Where that is not heard
+/// to its end it is not known what became of it; that it is not what this side has is an error.
+fn finished(
+    reader: Option<StreamReader>,
+    breaker: &Breaker,
+    options: &OutgoingOptions<'_>,
+) -> Result<Outcome> {
+    let Some(reader) = reader else { return Ok(Outcome::AlreadyComplete) };
+    match receipt::hear(reader, breaker, options) {
+        Ok(published) => {
+            receipt::hold(&options.expected, &published).map(|()| Outcome::AlreadyComplete)
+        }
+        Err(error) => Ok(Outcome::Unknown(error)),
+    }
 }
 
 /// However driving ends, a panic included, the threads beside it end too.

@@ -24,6 +24,7 @@ mod connect;
 mod drive;
 mod image;
 mod policy;
+mod receipt;
 #[cfg(test)]
 mod tests;
 
@@ -41,6 +42,7 @@ use mig_core::transport::Dial;
 
 pub use self::image::{SentDisk, SentImage, send_image};
 pub use self::policy::{AtRest, Next, Policy, Round};
+pub use self::receipt::ExpectedDisk;
 use crate::Timing;
 use crate::incoming::SessionId;
 
@@ -68,6 +70,9 @@ pub struct OutgoingOptions<'a> {
     pub monitor: &'a dyn Monitor,
     /// How patient to be.
     pub timing: Timing,
+    /// What is known of the disks, for a destination that says it had finished: something else is
+    /// an error then. Nothing is held against anything where it is empty.
+    pub expected: Vec<ExpectedDisk>,
 }
 
 impl<'a> OutgoingOptions<'a> {
@@ -83,6 +88,7 @@ impl<'a> OutgoingOptions<'a> {
             meter: Arc::default(),
             monitor,
             timing: Timing::default(),
+            expected: Vec::new(),
         }
     }
 }

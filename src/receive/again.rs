@@ -6,6 +6,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use format_spec::Blame;
+use format_spec::native::answer::Published;
 use format_spec::native::hello::SessionState;
 use mig_core::section::{Fate, Registry};
 use mig_core::stream;
@@ -139,6 +140,10 @@ impl Destination for Door {
 
     fn forget(&self) -> stream::Result<()> {
         self.inner.forget()
+    }
+
+    fn published(&self) -> stream::Result<Vec<Published>> {
+        self.inner.published()
     }
 
     fn place(&self, wanted: &Wanted<'_>) -> stream::Result<Arc<dyn Place>> {

@@ -10,7 +10,7 @@ use mig_core::transport::Dial;
 
 use super::SendOptions;
 use crate::Result;
-use crate::outgoing::{Outcome, Sent};
+use crate::outgoing::{ExpectedDisk, Outcome, Sent};
 use crate::reconnect::{Counted, Passed, Patience, RETRY_PAUSE};
 
 /// What moved, in all attempts together.
@@ -37,6 +37,19 @@ impl Moved {
     /// Another attempt begins.
     pub(super) fn begin(&mut self, counts: Vec<Arc<SaveCounts>>) {
         self.attempts.push(counts);
+    }
+
+    /// The same disks, with what they hashed to where an attempt came that far: a disk at rest
+    /// does not change from one attempt to the next.
+    pub(super) fn sealed_of(&self, disks: &[ExpectedDisk]) -> Vec<ExpectedDisk> {
+        let root = |index: usize| {
+            let of = |counts: &Vec<Arc<SaveCounts>>| {
+                counts.get(index).and_then(|counts| counts.root.get().copied())
+            };
+            self.attempts.iter().rev().find_map(of)
+        };
+        let disks = disks.iter().cloned().enumerate();
+        disks.map(|(index, disk)| ExpectedDisk { content: root(index), ..disk }).collect()
     }
 
     /// Of each disk.
@@ -102,6 +115,8 @@ pub(super) fn attempts(
                 crate::Error::Stream(cut) if may_go_on(cut, &mut patience) => {
                     tracing::warn!(%error, "the connection was lost");
                 }
+                // It has published, and not what was sent.
+                crate::Error::Stream(stream::Error::Mismatch { .. }) => return Err(error),
                 // Once it was asked to publish, only the destination can say that it did not.
                 _ => match unknown {
                     Some(sent) => return Ok((sent, moved)),

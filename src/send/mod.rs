@@ -12,8 +12,11 @@ use block_mig::device::ChainSource;
 use block_mig::limits::workers;
 use block_mig::save::SaveCounts;
 use block_mig::{SaveBlocks, SaveDisk, SaveOptions};
+use format_spec::Blame;
+use format_spec::content_hash::HashError;
 use format_spec::native::block::DiskId;
 use mig_core::section::SaveHandler;
+use mig_core::stream;
 use mig_core::transport::{Dial, Nature};
 
 use self::attempts::{Moved, MovedDisk, attempts};
@@ -24,7 +27,7 @@ use self::plan::{Planned, decide, describe};
 use crate::carry::{self, Asked};
 use crate::facts::{Facts, FileFacts, host};
 use crate::observe::Progress;
-use crate::outgoing::{Next, Outcome, OutgoingOptions, Policy, Round, Sent, send};
+use crate::outgoing::{ExpectedDisk, Next, Outcome, OutgoingOptions, Policy, Round, Sent, send};
 use crate::report::{BitmapOutcome, DiskReport, Report, Status, Verified, error_chain};
 use crate::{Error, Observer, Phase, Result};
 
@@ -44,13 +47,16 @@ pub fn run(options: &SendOptions, dial: &dyn Dial, observer: &dyn Observer) -> R
     }
     let bitmaps: Vec<Vec<Bitmap>> = disks.iter().map(Planned::load).collect::<Result<_>>()?;
     let session = session(options, &disks)?;
+    let expected = expected(&disks, &bitmaps)?;
     let (sent, moved) = attempts(options, dial, |dial, moved| {
         let content = disks.iter().map(Planned::content_bytes).fold(0, u64::saturating_add);
         let progress = Progress::begin(observer, Phase::Transfer, content);
         let sources: Vec<_> = disks.iter().map(|d| ChainSource(&d.disk.chain)).collect();
         let (handlers, counts) = handlers(options, (&disks, &sources, &bitmaps), &progress)?;
+        let expected = moved.sealed_of(&expected);
         moved.begin(counts);
-        let outgoing = outgoing_options(options, session, &progress);
+        let outgoing =
+            OutgoingOptions { expected, ..outgoing_options(options, session, &progress) };
         let sent = send(dial, handlers, &mut (), &mut OneRound(observer), &outgoing)?;
         progress.end();
         Ok(sent)
@@ -108,6 +114,21 @@ fn outgoing_options<'a>(
         meter: options.meter.clone(),
         ..OutgoingOptions::new(session, progress)
     }
+}
+
+/// What a destination must have published that says it had finished.
+fn expected(disks: &[Planned], bitmaps: &[Vec<Bitmap>]) -> Result<Vec<ExpectedDisk>> {
+    let of = |(planned, bitmaps): (&Planned, &Vec<Bitmap>)| {
+        let named = |bitmap: &Bitmap| Ok((bitmap.name.clone(), bitmap.digest()?));
+        let digests = bitmaps.iter().map(named).collect::<Result<_, HashError>>();
+        Ok(ExpectedDisk {
+            name: planned.option.id.clone(),
+            size: planned.disk.chain.virtual_size(),
+            content: None,
+            bitmaps: Some(digests.map_err(|e| stream::Error::handler(Blame::Caller, e))?),
+        })
+    };
+    disks.iter().zip(bitmaps).map(of).collect()
 }
 
 /// The session of this command: the same command finds what an earlier run of it left, as long as

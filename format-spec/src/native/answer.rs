@@ -1,6 +1,6 @@
 //! What the destination answers on the reverse direction of main. SPEC 8 to 10.
 
-use super::block::{BitmapVersion, DiskId};
+use super::block::{BitmapVersion, DiskId, MAX_BITMAP_NAME, MAX_DISK_NAME};
 use super::control::{decode_blame, reason};
 use super::frame::{self, OPTIONAL, Record};
 use super::hello::{self, MAX_REFUSAL_TEXT};
@@ -24,6 +24,8 @@ pub const COMMITTED: u16 = 6;
 pub const FAILED: u16 = 7;
 /// What is there of a bitmap.
 pub const HAVE_BITMAP: u16 = 9;
+/// What was published of a disk.
+pub const PUBLISHED: u16 = 10;
 /// The destination is still there.
 pub const KEEPALIVE: u16 = OPTIONAL | 8;
 /// The stream offset of a failure that has none.
@@ -38,6 +40,31 @@ pub struct Ready {
     pub disks: Vec<(DiskId, ContentHash)>,
     /// Digest of each bitmap.
     pub bitmaps: Vec<(BitmapVersion, BitmapDigest)>,
+}
+
+/// What the receipt of a finished session says of one disk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Published {
+    /// The disk's name on the wire, 1 to [`MAX_DISK_NAME`] bytes.
+    pub name: String,
+    /// Guest-visible bytes.
+    pub size: u64,
+    /// Root of its content.
+    pub content: ContentHash,
+    /// Its bitmaps.
+    pub bitmaps: Vec<PublishedBitmap>,
+}
+
+/// What the receipt of a finished session says of one bitmap.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PublishedBitmap {
+    /// By which it is stored, 1 to [`MAX_BITMAP_NAME`] bytes.
+    pub name: String,
+    /// By which the source may have sent it, as the destination's user renames bitmaps; else the
+    /// same.
+    pub sent_as: String,
+    /// What it hashes to, its shape included.
+    pub digest: BitmapDigest,
 }
 
 /// Any answer. Nodes are borrowed.
@@ -66,6 +93,8 @@ pub enum Answer<'a> {
     },
     /// What is there of a bitmap: its leaves that are not zero and their nodes, in rising order.
     HaveBitmap(BitmapVersion, Vec<(u64, Node)>),
+    /// What was published of one disk, before COMMITTED of a session that had been finished.
+    Published(Published),
     /// The destination is still there.
     Keepalive,
 }
@@ -73,7 +102,7 @@ pub enum Answer<'a> {
 impl<'a> Answer<'a> {
     /// Decodes a record; `None` for an unknown one that may be skipped.
     pub fn decode(record: &Record<'a>) -> Result<Option<Self>, Malformed> {
-        if !matches!(record.header.kind, ACK..=FAILED | HAVE_BITMAP | KEEPALIVE) {
+        if !matches!(record.header.kind, ACK..=FAILED | HAVE_BITMAP | PUBLISHED | KEEPALIVE) {
             return record.skip_unknown().map(|()| None);
         }
         let mut body = record.plain_body()?;
@@ -85,6 +114,7 @@ impl<'a> Answer<'a> {
             READY => Self::Ready(Ready::decode(&mut body)?),
             COMMITTED => Self::Committed(*body.array("session")?),
             HAVE_BITMAP => Self::HaveBitmap(BitmapVersion::decode(&mut body)?, leaves(&mut body)?),
+            PUBLISHED => Self::Published(Published::decode(&mut body)?),
             KEEPALIVE => Self::Keepalive,
             _ => {
                 let blame = decode_blame(&mut body)?;
@@ -136,6 +166,10 @@ impl<'a> Answer<'a> {
                 }
                 HAVE_BITMAP
             }
+            Self::Published(published) => {
+                published.encode(&mut body);
+                PUBLISHED
+            }
             Self::Keepalive => KEEPALIVE,
         };
         frame::encode(kind, &[&body.into_bytes()], out);
@@ -171,6 +205,29 @@ impl Ready {
         for (version, digest) in &self.bitmaps {
             version.encode(body);
             body.bytes(&digest.0);
+        }
+    }
+}
+
+impl Published {
+    fn decode(body: &mut Reader<'_>) -> Result<Self, Malformed> {
+        let size = body.be64("size")?;
+        let content = ContentHash(*body.array("content hash")?);
+        let name = body.name16(MAX_DISK_NAME, "disk name")?.to_owned();
+        let mut bitmaps = Vec::new();
+        while body.left() > 0 {
+            let digest = BitmapDigest(*body.array("bitmap digest")?);
+            let name = body.name16(MAX_BITMAP_NAME, "bitmap name")?.to_owned();
+            let sent_as = body.name16(MAX_BITMAP_NAME, "name of the bitmap as sent")?.to_owned();
+            bitmaps.push(PublishedBitmap { name, sent_as, digest });
+        }
+        Ok(Self { name, size, content, bitmaps })
+    }
+
+    fn encode(&self, body: &mut Writer) {
+        body.be64(self.size).bytes(&self.content.0).text16(&self.name, MAX_DISK_NAME);
+        for PublishedBitmap { name, sent_as, digest } in &self.bitmaps {
+            body.bytes(&digest.0).text16(name, MAX_BITMAP_NAME).text16(sent_as, MAX_BITMAP_NAME);
         }
     }
 }

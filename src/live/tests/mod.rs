@@ -1,9 +1,9 @@
 //! A guest in threads, its disk in memory, a destination in a directory, connections that may be
 //! cut.
 
-mod handover;
 mod line;
 mod machine;
+mod reconnect;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};

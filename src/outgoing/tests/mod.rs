@@ -3,6 +3,7 @@
 mod cuts;
 mod guest;
 mod lies;
+mod net;
 mod pause;
 mod whole;
 
@@ -15,6 +16,7 @@ use std::time::Duration;
 use bitmap_mig::{Bitmap, SaveBitmap, SaveBitmaps};
 use block_mig::{Landing, SaveBlocks, SaveDisk, SaveOptions, Unwatched};
 use format_spec::content_hash::{LEDGER_HEIGHT, subtree};
+use format_spec::native::answer::{Published, PublishedBitmap};
 use format_spec::native::block::DiskId;
 use format_spec::native::hello::SessionState;
 use mig_core::block::{BlockSink, BlockSource, Extent, ExtentKind, is_zero};
@@ -23,6 +25,7 @@ use mig_core::stream::{self, Compression};
 use mig_core::transport::{Connection, Dial, Listen, Nature};
 use qcow2_file::bitmaps::Bits;
 
+use self::net::{Fault, Net};
 use super::*;
 use crate::DiskProof;
 use crate::incoming::{Destination, IncomingOptions, Place, Received, Sealed, Wanted, receive};
@@ -146,6 +149,11 @@ impl Destination for Shelf {
         })
     }
 
+    fn published(&self) -> stream::Result<Vec<Published>> {
+        let state = self.0.lock().unwrap();
+        Ok(state.places.iter().map(|(name, place)| place.published(name)).collect())
+    }
+
     fn place(&self, wanted: &Wanted<'_>) -> stream::Result<Arc<dyn Place>> {
         if wanted.name == "nowhere" {
             return Err(crate::Error::Usage { reason: "no such place".into() }.into());
@@ -179,6 +187,20 @@ impl Destination for Shelf {
 }
 
 impl ShelfPlace {
+    fn published(&self, disk: &str) -> Published {
+        let bitmap = |b: &Bitmap| PublishedBitmap {
+            name: b.name.clone(),
+            sent_as: b.name.clone(),
+            digest: b.digest().unwrap(),
+        };
+        Published {
+            name: disk.to_owned(),
+            size: BlockSource::size(&self.disk),
+            content: self.disk.hash(),
+            bitmaps: self.bitmaps.lock().unwrap().iter().map(bitmap).collect(),
+        }
+    }
+
     fn unit(&self, unit: u64) -> Vec<u8> {
         let start = unit * UNIT;
         let len = UNIT.min(BlockSource::size(&self.disk) - start);
@@ -253,141 +275,6 @@ impl Place for ShelfPlace {
     }
 }
 
-/// What happens to the bytes of one direction of one connection.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Fault {
-    connection: usize,
-    from_source: bool,
-    at: u64,
-    is_flip: bool,
-}
-
-/// Connections in this process.
-struct Net {
-    state: Mutex<NetState>,
-    changed: Condvar,
-    nature: Nature,
-    fault: Option<Fault>,
-    patience: Duration,
-}
-
-#[derive(Default)]
-struct NetState {
-    dialled: usize,
-    waiting: VecDeque<Connection>,
-    is_closed: bool,
-}
-
-impl Net {
-    fn new(fault: Option<Fault>) -> Self {
-        Self {
-            state: Mutex::default(),
-            changed: Condvar::new(),
-            nature: Nature { is_one_way: false, max_connections: 8 },
-            fault,
-            patience: Duration::from_secs(20),
-        }
-    }
-
-    /// One end of a socket, with the fault of its direction.
-    fn end(&self, stream: &UnixStream, connection: usize, is_source: bool) -> Connection {
-        stream.set_read_timeout(Some(self.patience)).unwrap();
-        stream.set_write_timeout(Some(self.patience)).unwrap();
-        let is_ours = |f: &Fault| f.connection == connection && f.from_source == is_source;
-        let tap = Tap {
-            stream: stream.try_clone().unwrap(),
-            passed: 0,
-            fault: self.fault.filter(is_ours),
-        };
-        Connection {
-            reader: Box::new(stream.try_clone().unwrap()),
-            writer: Box::new(tap),
-            line: Arc::new(stream.try_clone().unwrap()),
-            peer: format!("connection {connection}"),
-        }
-    }
-
-    /// A connection whose other end is ours to abuse.
-    fn stranger(&self) -> UnixStream {
-        let (ours, theirs) = UnixStream::pair().unwrap();
-        let mut state = self.state.lock().unwrap();
-        let connection = self.end(&theirs, 99, false);
-        state.waiting.push_back(connection);
-        self.changed.notify_all();
-        ours
-    }
-}
-
-impl Dial for Net {
-    fn nature(&self) -> Nature {
-        self.nature
-    }
-
-    fn dial(&self) -> io::Result<Connection> {
-        let (ours, theirs) = UnixStream::pair()?;
-        let mut state = self.state.lock().unwrap();
-        let connection = state.dialled;
-        state.dialled += 1;
-        state.waiting.push_back(self.end(&theirs, connection, false));
-        self.changed.notify_all();
-        Ok(self.end(&ours, connection, true))
-    }
-}
-
-impl Listen for Net {
-    fn nature(&self) -> Nature {
-        self.nature
-    }
-
-    fn accept(&self, limit: Option<Duration>) -> io::Result<Connection> {
-        let idle = |s: &mut NetState| s.waiting.is_empty() && !s.is_closed;
-        let limit = limit.unwrap_or(self.patience);
-        let state = self.state.lock().unwrap();
-        let mut state = self.changed.wait_timeout_while(state, limit, idle).unwrap().0;
-        match state.waiting.pop_front() {
-            Some(connection) => Ok(connection),
-            None if state.is_closed => Err(io::Error::other("closed")),
-            None => Err(io::ErrorKind::TimedOut.into()),
-        }
-    }
-
-    fn close(&self) {
-        self.state.lock().unwrap().is_closed = true;
-        self.changed.notify_all();
-    }
-}
-
-/// A writer that cuts its connection, or flips a bit, behind a number of bytes.
-struct Tap {
-    stream: UnixStream,
-    passed: u64,
-    fault: Option<Fault>,
-}
-
-impl Write for Tap {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let Some(fault) = self.fault else { return self.stream.write(bytes) };
-        let before = usize::try_from(fault.at - self.passed.min(fault.at)).unwrap();
-        let mut bytes = bytes.to_vec();
-        if self.passed <= fault.at && before < bytes.len() {
-            if fault.is_flip {
-                bytes[before] ^= 0x10;
-            } else if before == 0 {
-                self.stream.shutdown(std::net::Shutdown::Both)?;
-            } else {
-                bytes.truncate(before);
-            }
-        }
-        let len = self.stream.write(&bytes)?;
-        self.passed += len as u64;
-        Ok(len)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
 /// What is sent.
 struct Cargo {
     disks: Vec<(String, MemoryDisk)>,
@@ -449,6 +336,20 @@ impl Cargo {
         vec![Box::new(blocks), Box::new(bitmaps)]
     }
 
+    /// All that is known of it.
+    fn expected(&self) -> Vec<ExpectedDisk> {
+        let of = |(at, (name, disk)): (usize, &(String, MemoryDisk))| {
+            let mine = self.bitmaps.iter().filter(|(of, _)| *of == at);
+            ExpectedDisk {
+                name: name.clone(),
+                size: BlockSource::size(disk),
+                content: Some(disk.hash()),
+                bitmaps: Some(mine.map(|(_, b)| (b.name.clone(), b.digest().unwrap())).collect()),
+            }
+        };
+        self.disks.iter().enumerate().map(of).collect()
+    }
+
     /// Whether a shelf holds just this.
     fn is_on(&self, shelf: &Shelf) -> bool {
         let state = shelf.0.lock().unwrap();
@@ -498,6 +399,7 @@ fn attempt(
             compression: way.compression,
             resumes: way.resumes,
             timing: timing(),
+            expected: cargo.expected(),
             ..OutgoingOptions::new(SESSION, &Unwatched)
         };
         let handlers = cargo.handlers(way.hashes);

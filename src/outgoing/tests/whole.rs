@@ -46,6 +46,44 @@ fn asking_again_sends_nothing() {
 }
 
 #[test]
+fn something_else_that_was_published_is_an_error() {
+    let is_found = |words: &str, change: &dyn Fn(&ShelfPlace)| {
+        let (cargo, shelf) = (Cargo::small(), Arc::new(Shelf::default()));
+        attempt(&cargo, &shelf, &Net::new(None), PLAIN).0.unwrap();
+        change(&shelf.0.lock().unwrap().places["vda"]);
+        let error = attempt(&cargo, &shelf, &Net::new(None), PLAIN).0.unwrap_err();
+        assert!(matches!(&error, Error::Mismatch { reason } if reason.contains(words)), "{error}");
+    };
+    is_found("published as", &|place| place.disk.with(7, 1, |bytes| bytes[0] ^= 1));
+    is_found("bytes there", &|place| place.disk.0.lock().unwrap().truncate(512));
+    is_found("lacks bitmap", &|place| drop(place.bitmaps.lock().unwrap().pop()));
+    is_found("not sent", &|place| place.bitmaps.lock().unwrap()[0].name.push('x'));
+    is_found("bitmap \"fine\" as", &|place| {
+        place.bitmaps.lock().unwrap()[0].bits.set_range(9..10);
+    });
+}
+
+#[test]
+fn a_finished_session_that_is_not_heard_to_its_end_is_unknown() {
+    let (cargo, shelf) = (Cargo::small(), Arc::new(Shelf::default()));
+    attempt(&cargo, &shelf, &Net::new(None), PLAIN).0.unwrap();
+    let mut heard = 0;
+    for at in 0..700 {
+        let fault = Fault { connection: 0, from_source: false, at, is_flip: false };
+        match attempt(&cargo, &shelf, &Net::new(Some(fault)), PLAIN).0 {
+            // Not even that it had finished.
+            Err(error) => assert!(error.is_secondary() && at < 100, "{at}: {error}"),
+            Ok(Sent { outcome: Outcome::Unknown(_), .. }) => {}
+            Ok(sent) => {
+                heard += 1;
+                assert!(matches!(sent.outcome, Outcome::AlreadyComplete), "{at}: {sent:?}");
+            }
+        }
+    }
+    assert!((1..500).contains(&heard), "{heard}");
+}
+
+#[test]
 fn without_proof_nothing_is_hashed_and_all_arrives() {
     let (cargo, shelf) = (Cargo::small(), Arc::new(Shelf::default()));
     let way = Way { hashes: false, channels: 2, ..PLAIN };

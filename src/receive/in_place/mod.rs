@@ -13,6 +13,7 @@ mod written;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use format_spec::native::answer::Published;
 use format_spec::native::hello::SessionState;
 use mig_core::section::Fate;
 use mig_core::stream;
@@ -117,6 +118,11 @@ impl Destination for InPlace {
     fn forget(&self) -> stream::Result<()> {
         lock(&self.state).is_fresh = true;
         Ok(())
+    }
+
+    fn published(&self) -> stream::Result<Vec<Published>> {
+        let published = self.targets.iter().map(|target| target.published());
+        Ok(published.collect::<Result<_>>()?)
     }
 
     fn place(&self, wanted: &Wanted<'_>) -> stream::Result<Arc<dyn Place>> {

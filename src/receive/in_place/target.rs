@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use block_mig::journal::Replayed;
+use format_spec::native::answer::Published;
 use qcow2_file::layout::header::incompatible;
 use qcow2_file::{Access, Chain, HostFile, Opener, Storage as _};
 
@@ -139,6 +140,17 @@ impl Target {
         } else {
             Trace::Nothing
         })
+    }
+
+    /// What its receipt says.
+    pub(super) fn published(&self) -> Result<Published> {
+        let (path, devices) = self.log_place();
+        let log = log_of(path, devices)?;
+        let receipt = log.map(|log| Receipt::read(&log)).transpose()?.flatten();
+        let receipt = receipt.ok_or_else(|| Error::Usage {
+            reason: format!("the receipt of {} is gone", self.path.display()),
+        })?;
+        Ok(receipt.published(&self.id, &self.renames))
     }
 
     /// Whether a receipt speaks for it, and it does not say of itself that it is unfinished.
