@@ -3,7 +3,7 @@
 
 use std::fs::{self, File};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bitferry_tests::image::make;
 use bitferry_tests::qemu::{Nbd, qemu_img};
@@ -13,6 +13,13 @@ use qcow2_file::lock::{Lock, Mode, acquire, acquire_temporary};
 use qcow2_file::{Error, Result};
 
 const MIB: u64 = 1 << 20;
+
+/// One test at a time: a process that another one is about to start holds the locks of this one for
+/// a moment.
+fn alone() -> MutexGuard<'static, ()> {
+    static TURN: Mutex<()> = Mutex::new(());
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 fn take(path: &Path, mode: Mode) -> Result<Lock> {
     let file = File::options().read(true).write(true).open(path).unwrap();
@@ -38,6 +45,7 @@ fn qemu_reads(path: &Path, format: &str) -> bool {
 
 #[test]
 fn we_respect_qemu() {
+    let _alone = alone();
     if !require_all(&[Peer::QemuImg, Peer::QemuIo, Peer::QemuNbd]) {
         return;
     }
@@ -60,6 +68,7 @@ fn we_respect_qemu() {
 
 #[test]
 fn we_respect_a_running_machine() {
+    let _alone = alone();
     if !require_all(&[Peer::QemuImg, Peer::QemuIo]) || require(Peer::Qemu10).is_none() {
         return;
     }
@@ -82,6 +91,7 @@ fn we_respect_a_running_machine() {
 
 #[test]
 fn qemu_respects_us() {
+    let _alone = alone();
     if !require_all(&[Peer::QemuImg, Peer::QemuIo]) {
         return;
     }
@@ -104,6 +114,7 @@ fn qemu_respects_us() {
 
 #[test]
 fn we_respect_ourselves() {
+    let _alone = alone();
     let scratch = Scratch::new();
     let path = scratch.path("a");
     fs::write(&path, "x").unwrap();
@@ -131,6 +142,7 @@ fn we_respect_ourselves() {
 
 #[test]
 fn a_temporary_file_has_one_writer_and_the_right_name() {
+    let _alone = alone();
     let scratch = Scratch::new();
     let path = scratch.path(".a.bitferry-part");
     let open = || File::options().read(true).write(true).create(true).truncate(false).open(&path);
