@@ -8,7 +8,8 @@ use format_spec::Blame;
 /// Result of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// Why an operation failed. Nothing has been published when one of these is returned.
+/// Why an operation failed. Nothing has been published when one of these is returned, but by
+/// [`HalfPublished`](Error::HalfPublished), which says what.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -49,6 +50,14 @@ pub enum Error {
         path: PathBuf,
         /// Both hashes.
         reason: String,
+    },
+    /// Of several files that belong together some were published, and could not be taken back.
+    #[error("{} published already, and stays", names(.published))]
+    HalfPublished {
+        /// The final names of those.
+        published: Vec<PathBuf>,
+        /// Why the next one was not.
+        source: Box<Error>,
     },
     /// A file operation beside the image itself failed.
     #[error("cannot {action} {}", .path.display())]
@@ -140,6 +149,12 @@ impl From<block_mig::Error> for Error {
     }
 }
 
+fn names(paths: &[PathBuf]) -> String {
+    let names: Vec<_> = paths.iter().map(|path| path.display().to_string()).collect();
+    let verb = if names.len() == 1 { "is" } else { "are" };
+    format!("{} {verb}", names.join(", "))
+}
+
 impl Error {
     /// What a handler of ours failed with, as it was before it travelled through the engine.
     fn from_handler(error: mig_core::stream::HandlerError) -> Self {
@@ -161,6 +176,7 @@ impl Error {
             Self::WouldLose { .. } => Blame::WouldLose,
             Self::Exists { .. } | Self::NoSpace { .. } | Self::File { .. } => Blame::Device,
             Self::ProofMismatch { .. } => Blame::Device,
+            Self::HalfPublished { source, .. } => source.blame(),
             Self::Interrupted => Blame::Caller,
             Self::NotConverged(_) => Blame::Transport,
             Self::Image(e) => e.blame(),

@@ -32,13 +32,16 @@ pub(crate) struct Draft {
     target: PathBuf,
     is_published: AtomicBool,
     is_kept: AtomicBool,
+    /// Whether something had its final name before.
+    has_replaced: AtomicBool,
     _lock: Lock,
 }
 
 impl Draft {
     fn new(file: Arc<HostFile>, (temporary, target): (PathBuf, PathBuf), lock: Lock) -> Self {
         let (is_published, is_kept) = (AtomicBool::new(false), AtomicBool::new(false));
-        Self { file, temporary, target, is_published, is_kept, _lock: lock }
+        let has_replaced = AtomicBool::new(false);
+        Self { file, temporary, target, is_published, is_kept, has_replaced, _lock: lock }
     }
 
     /// Opens and locks the temporary file that an earlier try left for `target`, if there is one.
@@ -138,6 +141,8 @@ impl Draft {
             return Ok(());
         }
         if replaces {
+            let has_replaced = fs::symlink_metadata(&self.target).is_ok();
+            self.has_replaced.store(has_replaced, Ordering::Relaxed);
             fs::rename(&self.temporary, &self.target).map_err(failed("rename to", &self.target))?;
         } else {
             rename_new(&self.temporary, &self.target)?;
@@ -146,12 +151,19 @@ impl Draft {
         Ok(())
     }
 
-    /// Takes the final name away again.
-    fn withdraw(&self) {
+    /// Takes the final name away again; `false` where it stays, since what it replaced is gone.
+    fn withdraw(&self) -> bool {
+        if self.has_replaced.load(Ordering::Relaxed) {
+            return false;
+        }
         match fs::rename(&self.target, &self.temporary) {
             Ok(()) => self.is_published.store(false, Ordering::Relaxed),
-            Err(error) => tracing::warn!(%error, "{} stays", self.target.display()),
+            Err(error) => {
+                tracing::warn!(%error, "{} stays", self.target.display());
+                return false;
+            }
         }
+        true
     }
 }
 
@@ -167,18 +179,25 @@ impl Drop for Draft {
 }
 
 /// Publishes drafts whose content is durable, in the order given, and makes their names durable.
-/// Where the second of them cannot be published and the first replaced nothing, the first is taken
-/// back.
+/// Where one of them cannot be published, those before it are taken back that replaced nothing; if
+/// others are left, the error names them.
 pub(crate) fn publish<D: Borrow<Draft>>(drafts: Vec<D>, replaces: bool) -> Result<()> {
     for (index, draft) in drafts.iter().enumerate() {
         if let Err(error) = draft.borrow().rename(replaces) {
-            if !replaces {
-                drafts.iter().take(index).rev().for_each(|done| done.borrow().withdraw());
-            }
-            return Err(error);
+            let done = drafts.iter().take(index).rev().map(Borrow::borrow);
+            let left: Vec<_> = done.filter(|done| !done.withdraw()).collect();
+            return Err(left_published(&left, error));
         }
     }
     drafts.iter().try_for_each(|draft| sync_directory(&draft.borrow().target))
+}
+
+fn left_published(left: &[&Draft], error: Error) -> Error {
+    if left.is_empty() {
+        return error;
+    }
+    let published = left.iter().rev().map(|draft| draft.target.clone()).collect();
+    Error::HalfPublished { published, source: Box::new(error) }
 }
 
 /// Removes the temporary file of a process that died. One that is locked stays, and is an error.
@@ -348,6 +367,25 @@ mod tests {
         publish(pair(), true).unwrap();
         assert_eq!(names(dir.path()), ["data", "top"]);
         assert!(fs::read(path("top")).unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_second_rename_that_fails_takes_the_first_one_back_or_is_told() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        let pair =
+            || vec![Draft::create(&path("data")).unwrap(), Draft::create(&path("top")).unwrap()];
+        fs::create_dir(path("top")).unwrap();
+        let error = publish(pair(), true).unwrap_err();
+        assert!(matches!(&error, Error::File { path: of, .. } if *of == path("top")), "{error:?}");
+        assert_eq!(names(dir.path()), ["top"], "nothing is published");
+        // What replaced something cannot be taken back.
+        fs::write(path("data"), b"old").unwrap();
+        let error = publish(pair(), true).unwrap_err();
+        let Error::HalfPublished { published, .. } = &error else { panic!("{error:?}") };
+        assert_eq!(*published, [path("data")]);
+        assert!(fs::read(path("data")).unwrap().is_empty());
+        assert_eq!(names(dir.path()), ["data", "top"]);
     }
 
     #[test]
