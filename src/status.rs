@@ -36,12 +36,15 @@ pub enum Status {
     Cancelling,
     /// Called off; the guest runs at the source.
     Cancelled,
+    /// The destination was told to take over, and nobody knows whether it did: the guest is paused
+    /// until it is asked again. Not one of QEMU's words, which has no such end.
+    Unknown,
 }
 
 impl Status {
-    /// Whether nothing will change any more.
+    /// Whether nothing will change any more, unless somebody asks again what is unknown.
     pub fn is_final(self) -> bool {
-        matches!(self, Self::Completed | Self::Failed | Self::Cancelled)
+        matches!(self, Self::Completed | Self::Failed | Self::Cancelled | Self::Unknown)
     }
 }
 
@@ -181,6 +184,16 @@ impl Migration {
         }
     }
 
+    /// What is unknown is asked for again: it goes on. Nothing else does.
+    pub fn ask_again(&self) {
+        let mut timed = self.lock();
+        if timed.info.status == Status::Unknown {
+            timed.info.status = Status::Setup;
+            timed.info.error_desc = None;
+            timed.ended = None;
+        }
+    }
+
     /// Enters a status.
     pub fn enter(&self, status: Status) {
         self.update(|info| info.status = status);
@@ -255,6 +268,20 @@ mod tests {
         assert_eq!(value["disk"]["dirty-sync-count"], 0);
         assert!(value["total-time"].is_u64() && value["setup-time"].is_u64());
         assert!(value.get("ram").is_none() && value.get("downtime").is_none());
+    }
+
+    #[test]
+    fn what_is_unknown_has_ended_until_somebody_asks_again() {
+        let migration = Migration::default();
+        migration.enter(Status::Device);
+        migration.enter(Status::Unknown);
+        assert_eq!(serde_json::to_value(migration.info()).unwrap()["status"], "unknown");
+        migration.enter(Status::Active);
+        assert!(migration.info().status.is_final() && !migration.cancel());
+        migration.ask_again();
+        migration.enter(Status::Completed);
+        migration.ask_again();
+        assert_eq!(migration.info().status, Status::Completed);
     }
 
     #[test]

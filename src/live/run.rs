@@ -55,6 +55,7 @@ impl Outgoing<'_> {
             }
         };
         let migration = &*self.migration;
+        migration.ask_again();
         migration.update(|info| {
             info.status = Status::Setup;
             let total = self.disks.iter().map(|disk| disk.disk.size()).sum();
@@ -228,6 +229,7 @@ impl Outgoing<'_> {
             match &sent.outcome {
                 Outcome::Unknown(error) => {
                     info.error_desc = Some(crate::report::error_chain(error));
+                    info.status = Status::Unknown;
                 }
                 _ => info.status = Status::Completed,
             }

@@ -141,11 +141,13 @@ mod tests {
         Published { name: "vda".to_owned(), size: 512, content: ROOT, bitmaps }
     }
 
+    type Change = fn(&mut Published);
+
     #[test]
     fn what_was_published_is_what_is_here_or_an_error() {
         hold(&[expected()], &[published()]).unwrap();
         hold(&[], &[published()]).unwrap();
-        let changes: [(&str, fn(&mut Published)); 7] = [
+        let changes: [(&str, Change); 7] = [
             ("no disk", |p| p.name.push('x')),
             ("1024 bytes", |p| p.size = 1024),
             ("published as", |p| p.content = ContentHash([2; 32])),
