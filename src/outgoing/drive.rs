@@ -120,6 +120,7 @@ fn tend(heart: &Heart, channels: &Channels, breaker: &Breaker, options: &Outgoin
             // Who is stuck in a write to a peer that does not read cannot look by itself.
             let since = called_off.get_or_insert_with(Instant::now);
             if since.elapsed() >= options.timing.linger.saturating_mul(FAREWELLS) {
+                breaker.note(Error::Interrupted);
                 breaker.hang_up();
             }
         }

@@ -356,3 +356,52 @@ fn whoever_stops_does_not_wait_for_bandwidth() {
     assert!(matches!(error.unwrap_err(), Error::Interrupted));
     assert!(soon.0.elapsed() < Duration::from_secs(20), "{:?}", soon.0.elapsed());
 }
+
+#[test]
+fn whoever_is_stuck_in_a_write_is_freed() {
+    struct Soon(Instant);
+    impl block_mig::Monitor for Soon {
+        fn is_cancelled(&self) -> bool {
+            self.0.elapsed() > Duration::from_millis(400)
+        }
+    }
+    let bytes = pattern(4_000_000, &[(0, 4_000_000, 1)]);
+    let cargo = Cargo { disks: vec![("vda".into(), MemoryDisk::new(bytes))], bitmaps: vec![] };
+    let net = Net::new(None);
+    let is_over = AtomicBool::new(false);
+    // Acknowledges what introduces the disk, and reads nothing.
+    let deaf = || {
+        let main = net.accept(None).unwrap();
+        let (mut reader, mut writer) = (StreamReader::new(main.reader, 0), main.writer);
+        let Hello::Offer(offer) = reader.hello().unwrap() else { panic!() };
+        let choice = Choice {
+            session: offer.session,
+            ticket: [0; 16],
+            state: SessionState::Fresh,
+            features: 0,
+            channels: 1,
+            program: "played".to_owned(),
+        };
+        let mut said = Hello::Choice(choice).encode();
+        writer.write_all(&said).unwrap();
+        std::thread::sleep(Duration::from_millis(100));
+        said.clear();
+        Answer::Ack(1).encode(&mut said);
+        writer.write_all(&said).unwrap();
+        while !is_over.load(Ordering::Acquire) {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    };
+    let soon = Soon(Instant::now());
+    let timing = Timing { linger: Duration::from_millis(100), ..timing() };
+    let options = OutgoingOptions { timing, ..OutgoingOptions::new(SESSION, &soon) };
+    let took = std::thread::scope(|scope| {
+        scope.spawn(deaf);
+        let begun = Instant::now();
+        let sent = send(&net, cargo.handlers(true), &mut (), &mut AtRest, &options);
+        is_over.store(true, Ordering::Release);
+        assert!(matches!(sent, Err(Error::Interrupted)), "{sent:?}");
+        begun.elapsed()
+    });
+    assert!(took < Duration::from_secs(5), "{took:?}");
+}
