@@ -113,6 +113,10 @@ impl Listen for Counted<'_, dyn Listen + '_> {
         self.way.nature()
     }
 
+    fn has_strangers(&self) -> bool {
+        self.way.has_strangers()
+    }
+
     fn accept(&self, limit: Option<Duration>) -> io::Result<Connection> {
         Ok(self.passed.count(self.way.accept(limit)?))
     }

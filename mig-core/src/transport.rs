@@ -61,6 +61,12 @@ pub trait Listen: Send + Sync {
     /// What the transport can carry.
     fn nature(&self) -> Nature;
 
+    /// Whether anybody may connect, so that who turns out to be somebody else is turned away and
+    /// another one waited for. Where not, who comes was asked for, and comes in its own time.
+    fn has_strangers(&self) -> bool {
+        self.nature().max_connections > 1
+    }
+
     /// Waits for one more connection. `None` as a limit waits until one comes or the listener is
     /// closed. Fails with [`io::ErrorKind::TimedOut`] when the limit is over.
     fn accept(&self, limit: Option<Duration>) -> io::Result<Connection>;

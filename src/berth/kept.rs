@@ -34,6 +34,18 @@ impl Kept {
         is_fresh: bool,
     ) -> Result<Option<Self>> {
         let Some(log) = log_of(path, devices)? else { return Ok(None) };
+        let is_of_device = log.is_of_device();
+        match Self::open(log, identity, is_fresh) {
+            // Its journal saves work: where there is no place for it, the transfer goes on.
+            Err(error) if is_of_device => {
+                tracing::warn!(%error, "no journal is kept, so that a cut means to begin again");
+                Ok(None)
+            }
+            opened => opened,
+        }
+    }
+
+    fn open(log: Log, identity: Option<Identity>, is_fresh: bool) -> Result<Option<Self>> {
         log.remove_receipt()?;
         let Some(identity) = identity else { return log.remove().map(|()| None) };
         let found = if is_fresh { None } else { log.find(&identity)? };
@@ -63,7 +75,13 @@ impl Kept {
     /// Makes what has arrived durable with `sync`, and the journal say so.
     pub(crate) fn checkpoint(&self, sync: impl FnOnce() -> mig_core::Result<()>) -> Result<()> {
         self.keeper.checkpoint(|| sync().map_err(block_mig::Error::Sink))?;
-        self.log.compact(&self.keeper)
+        match self.log.compact(&self.keeper) {
+            Err(error) if self.log.is_of_device() => {
+                tracing::warn!(%error, "the journal is not written anew");
+                Ok(())
+            }
+            compacted => compacted,
+        }
     }
 
     /// Its names.
@@ -82,7 +100,7 @@ impl Kept {
 pub(crate) fn log_of(path: &Path, devices: Option<&Path>) -> Result<Option<Log>> {
     let Ok(found) = std::fs::metadata(path) else { return Ok(None) };
     match (Device::of(&found), devices) {
-        (Some(device), Some(devices)) => Ok(Some(Log::of_device(device, devices))),
+        (Some(device), Some(devices)) => Ok(Some(Log::of_device(&device, devices))),
         (None, _) if found.is_file() => Log::beside(path).map(Some),
         _ => Ok(None),
     }

@@ -27,8 +27,8 @@ pub(crate) struct Log {
     receipt: PathBuf,
     /// A receipt until it is whole.
     half_receipt: PathBuf,
-    /// What they belong to, where a name does not say it.
-    device: Option<Device>,
+    /// Whether they belong to a device, and stand where there may be no room for them.
+    is_of_device: bool,
 }
 
 impl Log {
@@ -37,29 +37,28 @@ impl Log {
         let name = target.file_name().ok_or_else(|| Error::Usage {
             reason: format!("{} is no file name", target.display()),
         })?;
-        Ok(Self::named(directory(target), OsStr::as_bytes(name), None))
+        Ok(Self::named(directory(target), OsStr::as_bytes(name), false))
     }
 
     /// Of a block device, in a directory for the purpose, which need not exist.
-    pub(crate) fn of_device(device: Device, directory: &Path) -> Self {
-        let name = device.file_name();
-        Self::named(directory, name.as_bytes(), Some(device))
+    pub(crate) fn of_device(device: &Device, directory: &Path) -> Self {
+        Self::named(directory, device.file_name().as_bytes(), true)
     }
 
-    fn named(directory: &Path, name: &[u8], device: Option<Device>) -> Self {
+    fn named(directory: &Path, name: &[u8], is_of_device: bool) -> Self {
         let at = |name: Vec<u8>| directory.join(OsString::from_vec(name));
         Self {
             journal: at(journal_name(name)),
             anew: at(journal_anew_name(name)),
             receipt: at(receipt_name(name)),
             half_receipt: at(receipt_half_name(name)),
-            device,
+            is_of_device,
         }
     }
 
-    /// The device that they belong to, unless it is a file.
-    pub(crate) fn device(&self) -> Option<&Device> {
-        self.device.as_ref()
+    /// Whether they belong to a device.
+    pub(crate) fn is_of_device(&self) -> bool {
+        self.is_of_device
     }
 
     /// Where the receipt stands.
@@ -72,24 +71,22 @@ impl Log {
         &self.half_receipt
     }
 
-    /// Starts a journal anew. `None` where `identity` cannot be told apart from others in one, or
-    /// the directory for those of devices cannot be made.
+    /// Starts a journal anew. `None` where `identity` cannot be told apart from others in one.
     pub(crate) fn start(&self, identity: Identity) -> Result<Option<Journal>> {
         self.remove()?;
         if identity.target.len() > MAX_TARGET {
             return Ok(None);
         }
-        if let Err(error) = self.make_place() {
-            tracing::warn!(%error, "no journal is kept, so that a cut means to begin again");
-            return Ok(None);
-        }
+        self.make_place()?;
         let file = Arc::new(HostFile::create_new(&self.journal)?);
         Ok(Some(Journal::start(file, identity)?))
     }
 
     /// Makes the directory where the journals of devices are.
     fn make_place(&self) -> Result<()> {
-        let Some(place) = self.device.as_ref().and(self.journal.parent()) else { return Ok(()) };
+        let Some(place) = self.journal.parent().filter(|_| self.is_of_device) else {
+            return Ok(());
+        };
         let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(place);
         made.map_err(failed("make the directory", place))
     }

@@ -12,7 +12,6 @@ use format_spec::native::answer::{Published, PublishedBitmap};
 use format_spec::native::frame::{Record, encode_end};
 use format_spec::native::journal::{JournalRecord, RECEIPT_MAGIC, decode_start, encode_start};
 
-use super::device::Device;
 use super::log::Log;
 use crate::proof::DiskProof;
 use crate::publish::sync_directory;
@@ -70,8 +69,7 @@ impl Receipt {
         Published { name: disk.to_owned(), size, content, bitmaps }
     }
 
-    /// The receipt of a destination, if there is one that is whole. That of a device speaks for it
-    /// as long as it is there: what has its number later is another one.
+    /// The receipt beside a destination, if there is one that is whole.
     pub(crate) fn read(log: &Log) -> Result<Option<Self>> {
         let path = log.receipt();
         if !fs::symlink_metadata(path).is_ok_and(|m| m.is_file()) {
@@ -80,30 +78,11 @@ impl Receipt {
         let mut bytes = Vec::new();
         let file = fs::File::open(path).map_err(failed("open", path))?;
         file.take(MAX_RECEIPT_BYTES).read_to_end(&mut bytes).map_err(failed("read", path))?;
-        Ok(Self::decode(&bytes).and_then(|receipt| receipt.speaking_for(log.device())))
+        Ok(Self::decode(&bytes))
     }
 
-    /// Itself, if it is about this device, or about a file.
-    fn speaking_for(mut self, device: Option<&Device>) -> Option<Self> {
-        if let Some(device) = device {
-            let mark = format!("\n{}", device.incarnation()?);
-            self.target = self.target.strip_suffix(&mark)?.to_owned();
-        }
-        Some(self)
-    }
-
-    /// Writes it durably, whole or not at all. Of a device that could not be told from another one
-    /// later there is none.
+    /// Writes it durably, whole or not at all.
     pub(crate) fn write(&self, log: &Log) -> Result<()> {
-        let mut receipt = self.clone();
-        if let Some(device) = log.device() {
-            let Some(incarnation) = device.incarnation() else { return Ok(()) };
-            receipt.target = format!("{}\n{incarnation}", self.target);
-        }
-        receipt.store(log)
-    }
-
-    fn store(&self, log: &Log) -> Result<()> {
         let (path, half) = (log.receipt(), log.half_receipt());
         if let Err(e) = fs::remove_file(half)
             && e.kind() != io::ErrorKind::NotFound

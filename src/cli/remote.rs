@@ -197,6 +197,9 @@ fn receive_args(args: &CopyArgs, remote: &Remote, format: Format) -> Result<Vec<
         (args.no_verify, "--no-verify"),
     ];
     words.extend(set(&switches));
+    if let Some(directory) = args.state_dir.named() {
+        words.extend(["--state-dir".to_owned(), text_of(directory)?.to_owned()]);
+    }
     words.push("-".to_owned());
     Ok(words.into_iter().map(OsString::from).collect())
 }
@@ -231,10 +234,15 @@ fn set(switches: &[(bool, &str)]) -> impl Iterator<Item = String> {
     switches.iter().filter(|(is_set, _)| *is_set).map(|(_, word)| (*word).to_owned())
 }
 
-fn disk_word(path: &Path, format: Option<Format>) -> Result<String> {
-    let text = path.to_str().ok_or_else(|| Error::Usage {
+/// A path at the other host.
+fn text_of(path: &Path) -> Result<&str> {
+    path.to_str().ok_or_else(|| Error::Usage {
         reason: format!("{} is not UTF-8, which paths at other hosts must be", path.display()),
-    })?;
+    })
+}
+
+fn disk_word(path: &Path, format: Option<Format>) -> Result<String> {
+    let text = text_of(path)?;
     let format = format.map(|format| format!(",format={format}")).unwrap_or_default();
     Ok(format!("{DISK}={}{format}", doubled(text)))
 }

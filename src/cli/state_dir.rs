@@ -1,7 +1,7 @@
 //! `--state-dir`: where the journals of block devices are kept, beside which there is no place.
 
 use std::env;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args as Group;
 
@@ -20,6 +20,11 @@ pub(crate) struct StateDirArgs {
 }
 
 impl StateDirArgs {
+    /// The directory, if one was named.
+    pub(crate) fn named(&self) -> Option<&Path> {
+        self.state_dir.as_deref()
+    }
+
     /// The directory that was named, or the usual one. `None` for somebody without a home.
     pub(crate) fn directory(&self) -> Option<PathBuf> {
         if self.state_dir.is_some() {

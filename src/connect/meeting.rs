@@ -19,7 +19,7 @@ use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
-use rustix::process::geteuid;
+use rustix::process::{Uid, geteuid};
 
 use super::Options;
 use super::descriptor::pair;
@@ -96,8 +96,7 @@ impl Meeting {
     fn take_over(&self, stream: UnixStream) -> Result<Connection> {
         let peer = "a further ssh".to_owned();
         let stranger = |what| Error::NoIntroduction { peer: peer.clone(), what };
-        let failed = |errno: rustix::io::Errno| system("look at who connects", errno);
-        if socket_peercred(&stream).map_err(failed)?.uid != geteuid() {
+        if owner(&stream)? != geteuid() {
             return Err(stranger("is another user's"));
         }
         let timeout = stream.set_read_timeout(Some(INTRODUCTION));
@@ -157,6 +156,10 @@ impl Listen for Meeting {
         Dial::nature(self)
     }
 
+    fn has_strangers(&self) -> bool {
+        false
+    }
+
     fn accept(&self, limit: Option<Duration>) -> io::Result<Connection> {
         if self.has_begun.swap(true, Ordering::AcqRel) {
             return self.further(limit);
@@ -189,9 +192,20 @@ pub fn meet(name: &str) -> Result<()> {
             Err(error) => return Err(failed(error)),
         }
     };
+    // Whoever took the name after its owner had ended gets nothing.
+    if owner(&stream)? != geteuid() {
+        let what = "is another user's";
+        return Err(Error::NoIntroduction { peer: name.to_owned(), what });
+    }
     send(&stream).map_err(failed)?;
     // Nothing comes but the end.
     io::copy(&mut stream, &mut io::sink()).map(drop).map_err(failed)
+}
+
+/// The user at the other end.
+fn owner(stream: &UnixStream) -> Result<Uid> {
+    let failed = |errno: rustix::io::Errno| system("look at who connects", errno);
+    Ok(socket_peercred(stream).map_err(failed)?.uid)
 }
 
 fn address(name: &str) -> io::Result<SocketAddr> {

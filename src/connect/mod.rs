@@ -327,6 +327,10 @@ impl Listen for Listener {
         self.inner().nature()
     }
 
+    fn has_strangers(&self) -> bool {
+        self.inner().has_strangers()
+    }
+
     fn accept(&self, limit: Option<Duration>) -> io::Result<Connection> {
         self.inner().accept(limit)
     }

@@ -121,6 +121,10 @@ impl Listen for Ssh {
         Dial::nature(self)
     }
 
+    fn has_strangers(&self) -> bool {
+        false
+    }
+
     fn accept(&self, limit: Option<Duration>) -> io::Result<Connection> {
         if let Some(connection) = self.connect()? {
             return Ok(connection);

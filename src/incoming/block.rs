@@ -66,10 +66,11 @@ impl BlockSection {
     pub(super) fn received(&self) -> Vec<ReceivedDisk> {
         let prepared = std::mem::take(&mut *lock(&self.prepared));
         let counts = self.blocks.counts().into_iter().zip(prepared);
-        let disk = |((name, counts), prepared): ((String, Arc<_>), Prepared)| {
+        let disk = |((name, size, counts), prepared): ((String, u64, Arc<_>), Prepared)| {
             let counts: &block_mig::arrive::LoadCounts = &counts;
             ReceivedDisk {
                 name,
+                size,
                 bytes_data: counts.data.load(Ordering::Relaxed),
                 bytes_zero: counts.zero.load(Ordering::Relaxed),
                 proof: prepared.proof,

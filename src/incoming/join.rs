@@ -42,7 +42,7 @@ pub(super) fn accept_all<'s>(
         // In slices, so that an end of the session is seen.
         match listen.accept(Some(left.min(LOOK_INTERVAL))) {
             Ok(connection) => {
-                waiting.enter(connection.line.clone());
+                waiting.enter(connection.line.clone(), listen.has_strangers());
                 let waiting = waiting.clone();
                 scope.spawn(move || {
                     if let Some(mut reader) = greet(connection, session, choice, &waiting) {
@@ -58,7 +58,9 @@ pub(super) fn accept_all<'s>(
                 return;
             }
         }
-        waiting.expire(timing.hello);
+        if listen.has_strangers() {
+            waiting.expire(timing.hello);
+        }
     }
     waiting.hang_up();
 }
@@ -115,8 +117,8 @@ struct Waiting {
 impl Waiting {
     /// Adds a connection. Where there are too many, the oldest has to go, unless one says its hello
     /// at once: a source that was overtaken by many strangers gets through.
-    fn enter(&self, line: Arc<dyn HangUp>) {
-        let full = |lines: &mut VecDeque<_>| lines.len() >= MAX_WAITING_JOINS;
+    fn enter(&self, line: Arc<dyn HangUp>, has_strangers: bool) {
+        let full = |lines: &mut VecDeque<_>| has_strangers && lines.len() >= MAX_WAITING_JOINS;
         let waited = self.left.wait_timeout_while(self.lock(), GRACE, full);
         let mut lines = waited.unwrap_or_else(PoisonError::into_inner).0;
         if full(&mut lines)

@@ -85,6 +85,8 @@ impl<'a> IncomingOptions<'a> {
 pub struct ReceivedDisk {
     /// Its name on the wire.
     pub name: String,
+    /// Guest-visible bytes.
+    pub size: u64,
     /// Bytes of content that came.
     pub bytes_data: u64,
     /// Bytes that came as runs of zeroes.

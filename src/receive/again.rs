@@ -6,14 +6,17 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use format_spec::Blame;
-use format_spec::native::answer::Published;
+use format_spec::content_hash::BitmapDigest;
+use format_spec::native::answer::{Published, PublishedBitmap};
 use format_spec::native::hello::SessionState;
 use mig_core::section::{Fate, Registry};
 use mig_core::stream;
 use mig_core::transport::{Connection, Listen};
 
 use super::{Arrivals, Dialect, first};
-use crate::incoming::{Destination, IncomingOptions, Place, Received, SessionId, Wanted, receive};
+use crate::incoming::{
+    Destination, IncomingOptions, Place, Received, ReceivedDisk, SessionId, Wanted, receive,
+};
 use crate::reconnect::{Counted, Passed, Patience, RETRY_PAUSE};
 use crate::report::error_chain;
 use crate::{Error, Observer, Phase, Result};
@@ -32,10 +35,9 @@ pub(super) fn receive_all(
     let mut bytes = 0u64;
     let mut published: Option<Received> = None;
     let mut is_first = true;
-    // With one connection there is nobody else to wait for.
-    let listens = arrivals.nature().max_connections > 1;
+    let listens = arrivals.has_strangers();
     loop {
-        let door = Arc::new(Door::new(destination(is_first), &session));
+        let door = Arc::new(Door::new(destination(is_first), &session, told(published.as_ref())));
         let (on_main, on_others) = (Arc::<Passed>::default(), Arc::<Passed>::default());
         let ended = match next.take().map_or_else(|| come_back(arrivals, observer, &patience), Ok) {
             Ok(main) => {
@@ -100,18 +102,43 @@ fn come_back(
     }
 }
 
+/// What a source that asks again is told of what was published in this run; `None` where that is
+/// not known without what lies on storage.
+fn told(received: Option<&Received>) -> Option<Vec<Published>> {
+    let received = received.filter(|received| !received.already_complete)?;
+    let of = |disk: &ReceivedDisk| {
+        let proof = disk.proof.as_ref()?;
+        let bitmap = |(name, digest): (&String, &BitmapDigest)| PublishedBitmap {
+            name: name.clone(),
+            sent_as: name.clone(),
+            digest: *digest,
+        };
+        let bitmaps = disk.bitmaps.iter().zip(&proof.bitmaps).map(bitmap).collect();
+        let (name, size, content) = (disk.name.clone(), disk.size, proof.content);
+        Some(Published { name, size, content, bitmaps })
+    };
+    received.disks.iter().map(of).collect()
+}
+
 /// Lets one session in: that of the first source that was let in.
 struct Door {
     inner: Arc<dyn Destination>,
     session: Arc<OnceLock<SessionId>>,
+    /// What was published of it, for a source that missed the last word: it has let go, and nothing
+    /// may be taken back, whatever there is left on storage that says so.
+    published: Option<Vec<Published>>,
     is_passed: AtomicBool,
     is_refused: AtomicBool,
 }
 
 impl Door {
-    fn new(inner: Arc<dyn Destination>, session: &Arc<OnceLock<SessionId>>) -> Self {
+    fn new(
+        inner: Arc<dyn Destination>,
+        session: &Arc<OnceLock<SessionId>>,
+        published: Option<Vec<Published>>,
+    ) -> Self {
         let (is_passed, is_refused) = (AtomicBool::new(false), AtomicBool::new(false));
-        Self { inner, session: session.clone(), is_passed, is_refused }
+        Self { inner, session: session.clone(), published, is_passed, is_refused }
     }
 
     /// Whether somebody was let in.
@@ -132,7 +159,10 @@ impl Destination for Door {
             let reason = "another migration was cut off here, and is waited for";
             return Err(stream::Error::handler(Blame::Caller, reason));
         }
-        let state = self.inner.begin(session)?;
+        let state = match self.published {
+            Some(_) => SessionState::Committed,
+            None => self.inner.begin(session)?,
+        };
         let _ = self.session.set(session);
         self.is_passed.store(true, Ordering::Release);
         Ok(state)
@@ -143,7 +173,7 @@ impl Destination for Door {
     }
 
     fn published(&self) -> stream::Result<Vec<Published>> {
-        self.inner.published()
+        self.published.as_ref().map_or_else(|| self.inner.published(), |told| Ok(told.clone()))
     }
 
     fn place(&self, wanted: &Wanted<'_>) -> stream::Result<Arc<dyn Place>> {

@@ -42,6 +42,10 @@ impl Listen for Arrivals<'_> {
         self.listen.nature()
     }
 
+    fn has_strangers(&self) -> bool {
+        self.listen.has_strangers()
+    }
+
     fn accept(&self, limit: Option<Duration>) -> io::Result<Connection> {
         let end = limit.and_then(|limit| Instant::now().checked_add(limit));
         loop {

@@ -78,8 +78,8 @@ fn first(
         let peer = connection.peer.clone();
         match dialect::recognise(connection) {
             Ok(recognised) => return Ok(recognised),
-            // With one connection there is nobody else to wait for.
-            Err(error) if arrivals.nature().max_connections == 1 => return Err(error),
+            // There is nobody else to wait for.
+            Err(error) if !arrivals.has_strangers() => return Err(error),
             Err(error) => {
                 let why = crate::report::error_chain(&error);
                 observer.warning(&format!("a connection from {peer} was turned away: {why}"));

@@ -112,9 +112,10 @@ impl LoadBlocks {
         disks.iter().map(seal).collect()
     }
 
-    /// Names and counts, in the order of the numbers.
-    pub fn counts(&self) -> Vec<(String, Arc<LoadCounts>)> {
-        self.read().values().map(|disk| (disk.name.clone(), disk.counts.clone())).collect()
+    /// Names, sizes in bytes and counts, in the order of the numbers.
+    pub fn counts(&self) -> Vec<(String, u64, Arc<LoadCounts>)> {
+        let of = |disk: &Arc<Arriving>| (disk.name.clone(), disk.size, disk.counts.clone());
+        self.read().values().map(of).collect()
     }
 
     fn find(&self, id: DiskId, at: &Arrival) -> Result<Arc<Arriving>> {

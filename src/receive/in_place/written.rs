@@ -104,9 +104,13 @@ impl Written {
         }
     }
 
-    /// All images are finished: the receipt takes the journal's place.
+    /// All images are finished: the receipt takes the journal's place. What a device holds later
+    /// nobody can tell without reading it, so that its journal stays, which is read again before it
+    /// is believed.
     pub(super) fn end(&self) -> Result<()> {
-        let Some(kept) = &self.kept else { return Ok(()) };
+        let Some(kept) = self.kept.as_ref().filter(|kept| !kept.log().is_of_device()) else {
+            return Ok(());
+        };
         lock(&self.receipt).take().map_or(Ok(()), |receipt| receipt.write(kept.log()))?;
         kept.end()
     }
