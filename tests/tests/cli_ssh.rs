@@ -258,7 +258,18 @@ fn what_the_other_end_says_after_publishing_comes_with_the_summary() {
 fn an_ssh_that_fails_is_told() {
     let Some(hosts) = Hosts::new() else { return };
     disk(&hosts.here, "a.qcow2");
-    let run = hosts.copy(&["a.qcow2", "host:b.qcow2"]).env("BITFERRY_REMOTE", "no-such-program");
-    let output = run.output().expect_no_crash().expect_exit(Exit::Transport);
-    assert!(output.complaint().contains("127"), "{output}");
+    for channels in ["1", "3"] {
+        for (source, destination) in [("a.qcow2", "host:b.qcow2"), ("host:a.qcow2", "b.qcow2")] {
+            let said = hosts.here.path("said");
+            // Of another host nothing is asked before.
+            let words = ["--channels", channels, "-f", "qcow2", source, destination];
+            let run = hosts.copy(&words).env("BITFERRY_REMOTE", "no-such-program");
+            let output = run.env("SAID", &said).output().expect_no_crash();
+            let output = output.expect_exit(Exit::Transport);
+            assert!(output.complaint().contains("127"), "{output}");
+            let started = std::fs::read_to_string(&said).expect("commands").lines().count();
+            assert_eq!(started, 1, "{channels} {source}");
+            std::fs::remove_file(said).expect("it is there");
+        }
+    }
 }
