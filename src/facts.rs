@@ -5,8 +5,8 @@
 //! that was written to since is another session and no receipt speaks for it. Two runs that derive
 //! the same session although the content differs (a clock that stands still, a clone with equal
 //! numbers) are told apart by hashes where anything is left to be sent: units by the recheck, a
-//! disk that was proved by READY (SPEC 9). A receipt is believed as it is: to hold it against the
-//! source would be to read all of that.
+//! disk that was proved by READY (SPEC 9). A receipt is held against what the source knows without
+//! reading its disks: names, sizes, bitmaps.
 
 use std::fs::File;
 use std::io;

@@ -239,11 +239,8 @@ impl Destination for Files {
 
     fn published(&self) -> stream::Result<Vec<Published>> {
         let of = |disk: &DiskPlace| {
-            let receipt = Receipt::read(&Log::beside(&disk.path)?)?;
-            let receipt = receipt.ok_or_else(|| Error::Usage {
-                reason: format!("the receipt of {} is gone", disk.path.display()),
-            })?;
-            Ok(receipt.published(&disk.name, &disk.renames))
+            let log = Log::beside(&disk.path)?;
+            Receipt::published(Some(&log), &disk.path, (&disk.name, &disk.renames))
         };
         self.disks.iter().map(of).collect::<Result<_>>().map_err(failed)
     }

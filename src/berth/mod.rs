@@ -5,7 +5,7 @@
 //! unfinished   a new raw or qcow2 disk under temporary names, gone on with where it was begun
 //! kept         the journal of a disk that is written in place
 //! log          the journal beside it, by name
-//! device       where the journal of a block device stands, and which one it was
+//! device       what the journal of a block device is named after
 //! receipt      what is left when it was published
 //! recover      a publication that a crash interrupted is finished
 //! trace        what is answered to a source because of what lies there

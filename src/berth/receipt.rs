@@ -58,15 +58,24 @@ impl Receipt {
         Self { session, size, content, target, bitmaps }
     }
 
-    /// What it says, for a source that asks again. `disk` is its name on the wire.
-    pub(crate) fn published(self, disk: &str, renames: &Renames) -> Published {
+    /// What the receipt of the disk at `path` says, for a source that asks again. `disk` is its
+    /// name on the wire.
+    pub(crate) fn published(
+        log: Option<&Log>,
+        path: &Path,
+        (disk, renames): (&str, &Renames),
+    ) -> Result<Published> {
+        let receipt = log.map(Self::read).transpose()?.flatten();
+        let receipt = receipt.ok_or_else(|| Error::Usage {
+            reason: format!("the receipt of {} is gone", path.display()),
+        })?;
         let bitmap = |ReceiptBitmap { name, digest, .. }| {
             let sent_as = renames.sent(&name);
             PublishedBitmap { name, sent_as, digest }
         };
-        let Self { size, content, bitmaps, .. } = self;
+        let Self { size, content, bitmaps, .. } = receipt;
         let bitmaps = bitmaps.into_iter().map(bitmap).collect();
-        Published { name: disk.to_owned(), size, content, bitmaps }
+        Ok(Published { name: disk.to_owned(), size, content, bitmaps })
     }
 
     /// The receipt beside a destination, if there is one that is whole.

@@ -3,7 +3,7 @@
 //! at a name in the abstract namespace, which leaves nothing behind when a process is killed; only
 //! processes of the same user meet.
 
-use std::io::{self, IoSlice, IoSliceMut, Read, Write};
+use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::linux::net::SocketAddrExt as _;
@@ -24,6 +24,7 @@ use rustix::process::{Uid, geteuid};
 use super::Options;
 use super::descriptor::pair;
 use super::error::{Error, Result};
+use super::held::Held;
 use super::limits::{INTRODUCTION, MAX_CONNECTIONS};
 use super::line::system;
 use super::once::Once;
@@ -105,36 +106,11 @@ impl Meeting {
         let [stdin, stdout] =
             <[OwnedFd; 2]>::try_from(handed).map_err(|_| stranger("hands nothing over"))?;
         let mut connection = pair((stdin, stdout), peer, &self.options)?;
+        // That process waits until both directions are dropped.
         let stream = Arc::new(stream);
-        connection.reader = Box::new(Lent { end: connection.reader, _until: stream.clone() });
-        connection.writer = Box::new(Lent { end: connection.writer, _until: stream });
+        connection.reader = Box::new(Held { end: connection.reader, _with: stream.clone() });
+        connection.writer = Box::new(Held { end: connection.writer, _with: stream });
         Ok(connection)
-    }
-}
-
-/// One direction of what another process has handed over, which waits until both are dropped.
-struct Lent<E> {
-    end: E,
-    _until: Arc<UnixStream>,
-}
-
-impl Read for Lent<Box<dyn Read + Send>> {
-    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        self.end.read(buf)
-    }
-}
-
-impl Write for Lent<Box<dyn Write + Send>> {
-    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
-        self.end.write(buf)
-    }
-
-    fn write_vectored(&mut self, bufs: &[IoSlice<'_>]) -> io::Result<usize> {
-        self.end.write_vectored(bufs)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.end.flush()
     }
 }
 

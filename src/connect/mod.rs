@@ -12,6 +12,7 @@ mod control;
 mod descriptor;
 mod error;
 mod file;
+mod held;
 mod inherited;
 pub mod limits;
 mod line;

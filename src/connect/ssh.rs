@@ -1,7 +1,7 @@
 //! `bitferry` at another host, started with ssh: no daemon, no port.
 
 use std::ffi::{OsStr, OsString};
-use std::io::{self, Read};
+use std::io;
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,6 +12,7 @@ use mig_core::transport::{Connection, Dial, Listen, Nature};
 
 use super::child::{Pipes, Running};
 use super::error::Error;
+use super::held::Held;
 
 /// Names the program to start instead of `ssh`.
 pub const SSH: &str = "BITFERRY_SSH";
@@ -83,20 +84,8 @@ impl Ssh {
         let mut first = self.running.start(command, name, Pipes::Both, self.idle)?;
         let life = Arc::new(());
         latest.first = Arc::downgrade(&life);
-        first.reader = Box::new(Alive { reader: first.reader, _life: life });
+        first.reader = Box::new(Held { end: first.reader, _with: life });
         Ok(first)
-    }
-}
-
-/// The first connection's reader, by which it is seen whether that is still there.
-struct Alive {
-    reader: Box<dyn Read + Send>,
-    _life: Arc<()>,
-}
-
-impl Read for Alive {
-    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        self.reader.read(buf)
     }
 }
 

@@ -146,11 +146,7 @@ impl Target {
     pub(super) fn published(&self) -> Result<Published> {
         let (path, devices) = self.log_place();
         let log = log_of(path, devices)?;
-        let receipt = log.map(|log| Receipt::read(&log)).transpose()?.flatten();
-        let receipt = receipt.ok_or_else(|| Error::Usage {
-            reason: format!("the receipt of {} is gone", self.path.display()),
-        })?;
-        Ok(receipt.published(&self.id, &self.renames))
+        Receipt::published(log.as_ref(), path, (&self.id, &self.renames))
     }
 
     /// Whether a receipt speaks for it, and it does not say of itself that it is unfinished.
