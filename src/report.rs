@@ -2,6 +2,7 @@
 //!
 //! Outcomes are made where the thing happened and are never guessed here.
 
+use format_spec::native::answer::Published;
 use serde::Serialize;
 
 use crate::error::Error;
@@ -13,7 +14,8 @@ use crate::error::Error;
 pub enum Status {
     /// Everything was done that could be; the disks say how well.
     Completed,
-    /// A receipt says that an earlier run had finished.
+    /// A receipt says that an earlier run had finished. `verified` is `yes` where that run had
+    /// proved it and nobody has written to the disk since.
     AlreadyComplete,
     /// It failed and nothing was published.
     Failed,
@@ -171,13 +173,24 @@ pub fn error_chain(error: &dyn std::error::Error) -> String {
 /// The exit status that a report stands for. Pure; see CLI.md "Exit status".
 pub fn exit_status(report: &Report) -> u8 {
     match report.status {
-        Status::AlreadyComplete => 0,
         Status::Interrupted => 130,
         Status::Unknown => 8,
         _ if report.disks.iter().any(|d| d.verified == Verified::Mismatch) => 1,
         Status::Failed => 3,
-        Status::Completed if report.disks.iter().any(has_lost_something) => 6,
-        Status::Completed => 0,
+        _ if report.disks.iter().any(has_lost_something) => 6,
+        Status::Completed | Status::AlreadyComplete => 0,
+    }
+}
+
+/// What is to be said of a disk that an earlier run had published, and, where it is not `yes`, of
+/// its bitmaps.
+pub(crate) fn verified_before(published: Option<&Published>) -> (Verified, BitmapOutcome) {
+    match published {
+        Some(Published { is_unchanged: false, .. }) | None => {
+            (Verified::Unconfirmed, BitmapOutcome::Sent)
+        }
+        Some(Published { content: None, .. }) => (Verified::No, BitmapOutcome::Preserved),
+        Some(_) => (Verified::Yes, BitmapOutcome::Preserved),
     }
 }
 

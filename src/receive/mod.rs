@@ -11,6 +11,7 @@ mod relay;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use format_spec::native::answer::{Published, PublishedBitmap};
 use mig_core::heart::Heart;
 use mig_core::stream;
 use mig_core::transport::{Connection, Listen};
@@ -28,7 +29,9 @@ use crate::incoming::{Destination, IncomingOptions, Received, ReceivedDisk, turn
 use crate::observe::Stops;
 use crate::options::DiskOption;
 use crate::renames::Renames;
-use crate::report::{BitmapOutcome, BitmapReport, DiskReport, Report, Status, Verified};
+use crate::report::{
+    BitmapOutcome, BitmapReport, DiskReport, Report, Status, Verified, verified_before,
+};
 use crate::{Error, Observer, Phase, Result, qemu};
 
 /// How often the observer is told how far it is.
@@ -190,6 +193,8 @@ fn unused<'a>(options: &'a ReceiveOptions, report: &Report) -> Vec<&'a str> {
 fn report(options: &ReceiveOptions, received: Received, started: Instant) -> Report {
     let status =
         if received.already_complete { Status::AlreadyComplete } else { Status::Completed };
+    let before = received.published.iter().map(published_before);
+    let now = received.disks.into_iter().map(|disk| disk_report(options, disk));
     Report {
         status,
         error: None,
@@ -198,8 +203,30 @@ fn report(options: &ReceiveOptions, received: Received, started: Instant) -> Rep
         wire_bytes: received.wire_bytes,
         repeated_bytes: 0,
         resumed: received.resumed,
-        disks: received.disks.into_iter().map(|disk| disk_report(options, disk)).collect(),
+        disks: now.chain(before).collect(),
         ram: None,
+    }
+}
+
+fn bitmap_report(name: String, stored: &str, outcome: BitmapOutcome) -> BitmapReport {
+    let changed = (stored != name).then(|| format!("name: {name} -> {stored}"));
+    let changed = changed.into_iter().collect();
+    BitmapReport { name, outcome, changed, reason: None, is_wanted: true }
+}
+
+/// A disk that an earlier run had published.
+fn published_before(disk: &Published) -> DiskReport {
+    let (verified, outcome) = verified_before(Some(disk));
+    let bitmap =
+        |found: &PublishedBitmap| bitmap_report(found.sent_as.clone(), &found.name, outcome);
+    DiskReport {
+        id: disk.name.clone(),
+        bytes_data: 0,
+        bytes_zero: 0,
+        content_hash: disk.content.map(|root| root.to_string()),
+        verified,
+        not_carried: Vec::new(),
+        bitmaps: disk.bitmaps.iter().map(bitmap).collect(),
     }
 }
 
@@ -208,14 +235,7 @@ fn disk_report(options: &ReceiveOptions, disk: ReceivedDisk) -> DiskReport {
     let renames = of_disk.map(|option| Renames::of(&options.renames, &option.id));
     let bitmap = |name: String| {
         let stored = renames.as_ref().map_or_else(|| name.clone(), |r| r.stored(&name));
-        let changed = (stored != name).then(|| format!("name: {name} -> {stored}"));
-        BitmapReport {
-            name,
-            outcome: BitmapOutcome::Preserved,
-            changed: changed.into_iter().collect(),
-            reason: None,
-            is_wanted: true,
-        }
+        bitmap_report(name, &stored, BitmapOutcome::Preserved)
     };
     DiskReport {
         id: disk.name,

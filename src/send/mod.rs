@@ -14,6 +14,7 @@ use block_mig::save::SaveCounts;
 use block_mig::{SaveBlocks, SaveDisk, SaveOptions};
 use format_spec::Blame;
 use format_spec::content_hash::HashError;
+use format_spec::native::answer::Published;
 use format_spec::native::block::DiskId;
 use mig_core::section::SaveHandler;
 use mig_core::stream;
@@ -28,7 +29,9 @@ use crate::carry::{self, Asked};
 use crate::facts::{Facts, FileFacts, host};
 use crate::observe::Progress;
 use crate::outgoing::{ExpectedDisk, Next, Outcome, OutgoingOptions, Policy, Round, Sent, send};
-use crate::report::{BitmapOutcome, DiskReport, Report, Status, Verified, error_chain};
+use crate::report::{
+    BitmapOutcome, DiskReport, Report, Status, Verified, error_chain, verified_before,
+};
 use crate::{Error, Observer, Phase, Result};
 
 /// What would be sent. Connects nothing.
@@ -172,6 +175,20 @@ impl Policy for OneRound<'_> {
     }
 }
 
+/// The same, of a disk that an earlier run had sent.
+fn sent_before(sent: DiskReport, planned: &Planned, published: &[Published]) -> DiskReport {
+    let found = published.iter().find(|found| found.name == planned.option.id);
+    let (verified, outcome) = verified_before(found);
+    DiskReport {
+        bytes_data: 0,
+        bytes_zero: 0,
+        content_hash: found.and_then(|found| found.content).map(|root| root.to_string()),
+        verified,
+        bitmaps: carry::reports(&planned.bitmaps, outcome),
+        ..sent
+    }
+}
+
 fn report(
     options: &SendOptions,
     disks: &[Planned],
@@ -180,7 +197,7 @@ fn report(
 ) -> Report {
     let (status, error) = match &sent.outcome {
         Outcome::Completed | Outcome::Unconfirmed => (Status::Completed, None),
-        Outcome::AlreadyComplete => (Status::AlreadyComplete, None),
+        Outcome::AlreadyComplete(_) => (Status::AlreadyComplete, None),
         Outcome::Unknown(error) => (Status::Unknown, Some(error_chain(error))),
     };
     let (verified, outcome) = match &sent.outcome {
@@ -188,14 +205,20 @@ fn report(
         _ if options.no_verify => (Verified::No, BitmapOutcome::Preserved),
         _ => (Verified::Yes, BitmapOutcome::Preserved),
     };
-    let disk = |(planned, moved): (&Planned, MovedDisk)| DiskReport {
-        id: planned.option.id.clone(),
-        bytes_data: moved.data,
-        bytes_zero: planned.disk.chain.virtual_size().saturating_sub(moved.data + moved.kept),
-        content_hash: moved.content_hash,
-        verified,
-        not_carried: planned.not_carried(),
-        bitmaps: carry::reports(&planned.bitmaps, outcome),
+    let disk = |(planned, moved): (&Planned, MovedDisk)| {
+        let report = DiskReport {
+            id: planned.option.id.clone(),
+            bytes_data: moved.data,
+            bytes_zero: planned.disk.chain.virtual_size().saturating_sub(moved.data + moved.kept),
+            content_hash: moved.content_hash,
+            verified,
+            not_carried: planned.not_carried(),
+            bitmaps: carry::reports(&planned.bitmaps, outcome),
+        };
+        match &sent.outcome {
+            Outcome::AlreadyComplete(published) => sent_before(report, planned, published),
+            _ => report,
+        }
     };
     Report {
         status,
