@@ -240,7 +240,7 @@ fn run(
         for _ in 0..options.workers.max(1) {
             scope.spawn(|| session.work());
         }
-        if choice.channels > 1 {
+        if choice.channels > 1 || listen.has_strangers() {
             scope.spawn(move || join::accept_all(scope, session, listen, choice, &options.timing));
         }
         // Also where somebody panics: who waits inside this scope would wait for good.
