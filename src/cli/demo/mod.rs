@@ -195,7 +195,7 @@ fn report(moved: &Moved, total_time_ms: u64) -> Report {
         total_time_ms,
         downtime_ms: Some(u64::try_from(moved.downtime.as_millis()).unwrap_or(u64::MAX)),
         wire_bytes: sent.wire_bytes,
-        repeated_bytes: 0,
+        repeated_bytes: moved.repeated,
         resumed: false,
         disks: vec![DiskReport {
             id: "disk0".to_owned(),
