@@ -229,18 +229,11 @@ pub(crate) struct CompareArgs {
     /// Let a longer image equal a shorter one where the rest is zero
     #[arg(long)]
     pub(crate) allow_size: bool,
-    /// Whether bitmaps count; without this they do where both images can hold some
-    #[arg(long, value_name = "all|none", hide_possible_values = true)]
-    pub(crate) bitmaps: Option<BitmapsCount>,
-}
-
-/// Whether bitmaps are compared.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum BitmapsCount {
-    /// All of them
-    All,
-    /// None
-    None,
+    /// Bitmaps that count: all, none or names, written behind an equals sign; all without a value.
+    /// Without this option they count where both images can hold some
+    #[arg(long, value_name = "all|none|NAME,…", num_args = 0..=1, require_equals = true)]
+    #[arg(default_missing_value = "all")]
+    pub(crate) bitmaps: Option<BitmapSelection>,
 }
 
 /// Print the content hash of an image and the digests of its bitmaps
