@@ -62,7 +62,7 @@ pub(crate) struct ReceiveArgs {
     pub(crate) state_dir: StateDirArgs,
     /// Grant at most so many data connections
     #[arg(long, value_name = "N", help_heading = "Transport")]
-    #[arg(value_parser = clap::value_parser!(u16).range(1..=255))]
+    #[arg(value_parser = clap::value_parser!(u16).range(1..=255), allow_negative_numbers = true)]
     pub(crate) channels: Option<u16>,
     /// Open the backing and data files that existing images name
     #[arg(long)]
@@ -76,7 +76,8 @@ pub(crate) struct ReceiveArgs {
     /// Do not insist on the proof: the source decides
     #[arg(long)]
     pub(crate) no_verify: bool,
-    /// What the source must speak: native or qemu[:VERSION]; recognised unless given
+    /// What the source must speak: native, or qemu:VERSION with the older of its QEMU's version and
+    /// its machine type's; recognised unless given
     #[arg(long, value_name = "native|qemu[:VERSION]", help_heading = "From a QEMU")]
     pub(crate) dialect: Option<DialectArg>,
     /// The source migrates with -i: what it does not send is in the images already
@@ -100,6 +101,9 @@ pub(crate) fn run(args: ReceiveArgs, output: &Output) -> Outcome {
 
 fn go(args: ReceiveArgs, output: &Output) -> Outcome {
     let watch = Watch::with_events(output, true)?;
+    if let Some(dialect) = args.dialect {
+        dialect.check_source(args.shared_base)?;
+    }
     let options = ReceiveOptions {
         disks: args.disk,
         target: target_options::parse(&args.target_options)?,

@@ -13,8 +13,8 @@ use mig_core::stream;
 
 use super::dialect::{DialectArg, QemuArgs};
 use super::outcome::Peer;
-use super::size::{self, human};
-use super::transport::{Compress, TransportArgs};
+use super::size::human;
+use super::transport::{Compress, TransportArgs, pause, rate};
 use super::watch::{Summary, Watch};
 use super::{Outcome, Output, WOULD_LOSE, outcome, table};
 
@@ -63,18 +63,20 @@ pub(crate) struct SendArgs {
     /// Data connections
     #[arg(long, value_name = "N", default_value_t = 1, hide_default_value = true)]
     #[arg(value_parser = clap::value_parser!(u16).range(1..=255), help_heading = "Transport")]
+    #[arg(allow_negative_numbers = true)]
     pub(crate) channels: u16,
     /// Compress on the wire: none, zlib[:LEVEL] or zstd[:LEVEL]
     #[arg(long, value_name = "METHOD", default_value = "none", hide_default_value = true)]
     #[arg(help_heading = "Transport")]
     pub(crate) compress: Compress,
     /// Bytes per second at most, on all connections together; K, M, G and T are powers of 1024
-    #[arg(long, value_name = "RATE", value_parser = size::parse, help_heading = "Transport")]
+    #[arg(long, value_name = "RATE", value_parser = rate, help_heading = "Transport")]
+    #[arg(allow_negative_numbers = true)]
     pub(crate) bandwidth: Option<u64>,
     /// How long a guest may be paused, in milliseconds: what `query-migrate-parameters` shows.
     /// Disks at rest need no pause
     #[arg(long, value_name = "MS", help_heading = "Transport")]
-    #[arg(value_parser = clap::value_parser!(u64).range(..=bitferry::control::MAX_DOWNTIME_MS))]
+    #[arg(value_parser = pause, allow_negative_numbers = true)]
     pub(crate) downtime: Option<u64>,
     /// The other end of - or exec: answers, on standard input or the command's output
     #[arg(long, help_heading = "Transport")]

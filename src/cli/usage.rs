@@ -2,6 +2,7 @@
 //! lines as of any other error, and with `--json` the same last word.
 
 use std::ffi::OsString;
+use std::io::Write as _;
 use std::process::ExitCode;
 
 use clap::error::ErrorKind;
@@ -36,7 +37,8 @@ pub(crate) fn answer(error: &clap::Error, words: &[OsString]) -> ExitCode {
     }
     failure::print_lines(&said.error, &said.hint(raw.verb.as_deref()));
     if let Some(usage) = &said.usage {
-        eprintln!("\n{usage}");
+        // A reader that went away is no reason to panic.
+        let _ = writeln!(std::io::stderr(), "\n{usage}");
     }
     ExitCode::from(USAGE)
 }

@@ -1,5 +1,6 @@
 //! Who watches a long operation for the user: the bar, the events, the warnings, Ctrl-C.
 
+use std::io::Write as _;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -138,7 +139,8 @@ impl Observer for Watch<'_> {
         let line = format!("warning: {}", failure::one_line(message));
         match &self.bar {
             Some(bar) => bar.line(&line),
-            None => eprintln!("{line}"),
+            // Not `eprintln`, which panics where nobody reads.
+            None => _ = writeln!(std::io::stderr(), "{line}"),
         }
     }
 
