@@ -6,7 +6,6 @@ mod metered;
 mod new;
 mod options;
 mod plan;
-mod preserve;
 mod prove;
 mod resolve;
 mod shape;

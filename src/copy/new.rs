@@ -17,14 +17,14 @@ use super::metered::Metered;
 use super::options::{CopyOptions, Existing};
 use super::plan::Job;
 use super::target::Target;
-use super::{Done, bitmaps, preserve, prove};
+use super::{Done, bitmaps, prove};
 use crate::berth::{Half, NewDisk, NewKind, Recovered, Unfinished, recover};
 use crate::carry::Asked;
 use crate::facts::{Facts, FileFacts, host};
 use crate::observe::Progress;
 use crate::publish::directory;
 use crate::report::Verified;
-use crate::{Error, Observer, Phase, Result};
+use crate::{Error, Observer, Phase, Result, preserve};
 
 /// Copies to a new destination. Nothing has a final name before everything is durable and proved.
 /// What an error leaves is gone on with by the same command, where there is a journal and the error
