@@ -194,6 +194,7 @@ impl LoadHandler for BlockSection {
                 Error::protocol(0, 0, reason)
             }
         };
+        self.destination.complete()?;
         let mut prepared = Vec::new();
         for (disk, content) in self.blocks.sealed().map_err(unsealed("disk"))? {
             let arrived = self.bitmaps.take(disk).map_err(unsealed("bitmap"))?;

@@ -21,10 +21,10 @@ use mig_core::stream;
 use self::target::Target;
 use self::written::Written;
 use super::ReceiveOptions;
-use crate::berth::state;
+use crate::berth::{all_came, no_place, state};
 use crate::incoming::{Destination, Place, SessionId, Wanted};
 use crate::report::BitmapReport;
-use crate::{Error, Observer, Result};
+use crate::{Observer, Result};
 
 /// Existing images, open and locked.
 pub(super) struct InPlace {
@@ -84,7 +84,9 @@ impl InPlace {
 
     fn begin_disk(&self, wanted: &Wanted<'_>) -> Result<Arc<Written>> {
         let known = self.targets.iter().find(|target| target.id == wanted.name);
-        let target = known.ok_or_else(|| no_place(wanted.name, &self.targets))?;
+        let target = known.ok_or_else(|| {
+            no_place(wanted.name, self.targets.iter().map(|target| target.id.as_str()))
+        })?;
         let mut state = lock(&self.state);
         // Where content is kept that is not sent, a journal does not say all.
         let session = (self.keeps && !wanted.keeps_rest).then_some(state.session);
@@ -129,6 +131,12 @@ impl Destination for InPlace {
         Ok(self.begin_disk(wanted)?)
     }
 
+    fn complete(&self) -> stream::Result<()> {
+        let state = lock(&self.state);
+        let came = state.places.iter().map(|place| place.target.id.as_str());
+        Ok(all_came(self.targets.iter().map(|target| target.id.as_str()), came)?)
+    }
+
     fn commit(&self) -> stream::Result<()> {
         Ok(self.finish()?)
     }
@@ -140,13 +148,6 @@ impl Destination for InPlace {
             }
         }
     }
-}
-
-fn no_place(name: &str, targets: &[Arc<Target>]) -> Error {
-    let names: Vec<_> = targets.iter().map(|target| target.id.as_str()).collect();
-    let reason =
-        format!("the source sends a disk named {name:?}, and there are places for {names:?}");
-    Error::Usage { reason }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
