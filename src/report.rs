@@ -45,7 +45,7 @@ pub enum Verified {
 pub enum BitmapOutcome {
     /// It is valid at the destination, bit for bit.
     Preserved,
-    /// It was sent; only the peer could confirm it.
+    /// It was sent, or stored without being read back; only the peer could confirm it, if anybody.
     Sent,
     /// It is not at the destination.
     Dropped,
@@ -92,6 +92,38 @@ pub struct DiskReport {
     pub bitmaps: Vec<BitmapReport>,
 }
 
+impl DiskReport {
+    /// A disk that was asked for, before anything is known of it but its name.
+    pub fn untouched(id: String) -> Self {
+        Self {
+            id,
+            bytes_data: 0,
+            bytes_zero: 0,
+            content_hash: None,
+            verified: Verified::No,
+            not_carried: Vec::new(),
+            bitmaps: Vec::new(),
+        }
+    }
+
+    /// Claims of bitmaps no more than was seen, by what was seen of the disk.
+    pub(crate) fn as_seen(mut self) -> Self {
+        use BitmapOutcome::{Dropped, Preserved, Sent};
+        let (claimed, outcome, reason) = match self.verified {
+            Verified::No => (Preserved, Sent, "nobody read it back (--no-verify)"),
+            Verified::Mismatch => {
+                (Preserved, Dropped, "the copy does not read back as what was sent")
+            }
+            Verified::Unconfirmed => (Sent, Sent, "only the destination could confirm it"),
+            Verified::Yes => return self,
+        };
+        for bitmap in self.bitmaps.iter_mut().filter(|bitmap| bitmap.outcome == claimed) {
+            (bitmap.outcome, bitmap.reason) = (outcome, Some(reason.to_owned()));
+        }
+        self
+    }
+}
+
 /// Guest memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -132,7 +164,8 @@ pub struct Report {
 }
 
 impl Report {
-    /// The summary of an operation that failed before it had anything to report.
+    /// The summary of an operation that failed before it had anything to report. Its disks are to
+    /// be added where they are known.
     pub fn failure(error: &Error, total_time_ms: u64) -> Self {
         let status = match error {
             Error::Interrupted => Status::Interrupted,

@@ -14,7 +14,7 @@ use bitferry::options::DiskOption;
 use bitferry::receive::{self, Arrivals, ReceiveOptions};
 
 use super::dialect::DialectArg;
-use super::outcome::Peer;
+use super::outcome::{Asked, Peer};
 use super::state_dir::StateDirArgs;
 use super::transport::TransportArgs;
 use super::watch::Watch;
@@ -93,13 +93,14 @@ struct Listening {
 
 pub(crate) fn run(args: ReceiveArgs, output: &Output) -> Outcome {
     let started = Instant::now();
-    let result = go(args, output);
-    outcome::failed(&result, started, output)?;
+    let asked = Asked::disks(&args.disk);
+    let watch = Watch::with_events(output, !args.no_verify)?;
+    let result = go(args, &watch, output);
+    outcome::failed(&result, watch.met().unwrap_or(started), &asked, output)?;
     result
 }
 
-fn go(args: ReceiveArgs, output: &Output) -> Outcome {
-    let watch = Watch::with_events(output, true)?;
+fn go(args: ReceiveArgs, watch: &Watch<'_>, output: &Output) -> Outcome {
     if let Some(dialect) = args.dialect {
         dialect.check_source(args.shared_base)?;
     }
@@ -122,7 +123,7 @@ fn go(args: ReceiveArgs, output: &Output) -> Outcome {
     let (listener, refused) = listen(&args.transport)?;
     announce(&listener, &args.transport.uri, output)?;
     let limits = (None, Duration::ZERO);
-    let report = args.transport.control.supervise(limits, &watch, |observer| {
+    let report = args.transport.control.supervise(limits, watch, |observer| {
         let arrivals = Arrivals::new(&listener, observer, refused);
         receive::run(&options, &arrivals, observer)
     })?;

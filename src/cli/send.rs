@@ -12,7 +12,7 @@ use bitferry::send::{self, Plan, PlannedDisk, SendOptions};
 use mig_core::stream;
 
 use super::dialect::{DialectArg, QemuArgs};
-use super::outcome::Peer;
+use super::outcome::{Asked, Peer};
 use super::size::human;
 use super::transport::{Compress, TransportArgs, pause, rate};
 use super::watch::{Summary, Watch};
@@ -96,8 +96,9 @@ pub(crate) struct SendArgs {
 
 pub(crate) fn run(args: SendArgs, output: &Output) -> Outcome {
     let started = Instant::now();
+    let asked = Asked::disks(&args.disk);
     let result = go(args, output);
-    outcome::failed(&result, started, output)?;
+    outcome::failed(&result, started, &asked, output)?;
     result
 }
 

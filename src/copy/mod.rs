@@ -75,7 +75,8 @@ fn report(job: &Job<'_>, done: Done, started: Instant) -> Report {
         verified: proof.verified,
         not_carried: not_carried(job, &moved),
         bitmaps,
-    };
+    }
+    .as_seen();
     let is_bad = proof.verified == Verified::Mismatch;
     Report {
         status: if is_bad { Status::Failed } else { Status::Completed },

@@ -2,6 +2,7 @@
 
 mod again;
 mod arrivals;
+mod arriving;
 mod dialect;
 mod image;
 mod in_place;
@@ -17,6 +18,7 @@ use mig_core::transport::{Connection, Listen};
 
 use self::again::receive_all;
 pub use self::arrivals::Arrivals;
+use self::arriving::Arriving;
 pub use self::dialect::Dialect;
 pub use self::image::{new_image, receive_image};
 use self::in_place::InPlace;
@@ -41,16 +43,16 @@ pub fn run(
     arrivals: &Arrivals<'_>,
     observer: &dyn Observer,
 ) -> Result<Report> {
-    let started = Instant::now();
     options.check()?;
     observer.phase(Phase::Wait);
     let (dialect, main) = first(arrivals, observer, None)?;
+    // How long nobody came is nobody's work.
+    let started = Instant::now();
     if let Some(wanted) = options.dialect.filter(|wanted| *wanted != dialect) {
         let peer = &main.peer;
         let reason = format!("{peer} speaks the {dialect} dialect, and {wanted} was asked for");
         return Err(Error::Usage { reason });
     }
-    observer.phase(Phase::Transfer);
     match dialect {
         Dialect::Native => {
             if let Err(error) = options.check_for(dialect) {
@@ -116,7 +118,13 @@ fn qemu(
         is_one_way: arrivals.nature().is_one_way,
         devices: None,
     };
-    qemu::incoming::run(main, &incoming, observer)
+    let mut report = qemu::incoming::run(main, &incoming, observer)?;
+    if options.no_verify {
+        // What was stored is read back all the same: that costs nothing beside a QEMU.
+        let read_back = report.disks.iter_mut().filter(|d| d.verified != Verified::Mismatch);
+        read_back.for_each(|disk| disk.verified = Verified::No);
+    }
+    Ok(report)
 }
 
 fn native(
@@ -125,6 +133,8 @@ fn native(
     (observer, started): (&dyn Observer, Instant),
 ) -> Result<Report> {
     let relay = Arc::new(Relay::default());
+    let watched = Arriving::new(observer);
+    let observer: &dyn Observer = &watched;
     let in_place = match options.existing {
         Existing::InPlace => Some(Arc::new(InPlace::open(options, observer, relay.clone())?)),
         Existing::Refuse | Existing::Replace => None,
@@ -139,9 +149,16 @@ fn native(
         Arc::clone(in_place) as _
     };
     let monitor = Stops(observer);
-    let incoming =
-        IncomingOptions { max_channels: options.max_channels, ..IncomingOptions::new(&monitor) };
-    let (over, tell) = (Heart::new(), || relay.hand_on(observer));
+    let incoming = IncomingOptions {
+        max_channels: options.max_channels,
+        tally: watched.tally(),
+        ..IncomingOptions::new(&monitor)
+    };
+    let tell = || {
+        relay.hand_on(observer);
+        watched.tell();
+    };
+    let over = Heart::new();
     let received = std::thread::scope(|scope| {
         scope.spawn(|| over.run(TELL_INTERVAL, tell));
         let arriving = (main, arrivals);
@@ -226,4 +243,5 @@ fn disk_report(options: &ReceiveOptions, disk: ReceivedDisk) -> DiskReport {
         not_carried: Vec::new(),
         bitmaps: disk.bitmaps.into_iter().map(bitmap).collect(),
     }
+    .as_seen()
 }

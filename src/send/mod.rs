@@ -184,11 +184,11 @@ fn report(
         Outcome::Unknown(error) => (Status::Unknown, Some(error_chain(error))),
     };
     let (verified, outcome) = match &sent.outcome {
-        Outcome::Unconfirmed | Outcome::Unknown(_) => (Verified::Unconfirmed, BitmapOutcome::Sent),
         _ if options.no_verify => (Verified::No, BitmapOutcome::Preserved),
+        Outcome::Unconfirmed | Outcome::Unknown(_) => (Verified::Unconfirmed, BitmapOutcome::Sent),
         _ => (Verified::Yes, BitmapOutcome::Preserved),
     };
-    let disk = |(planned, moved): (&Planned, MovedDisk)| DiskReport {
+    let report = |(planned, moved): (&Planned, MovedDisk)| DiskReport {
         id: planned.option.id.clone(),
         bytes_data: moved.data,
         bytes_zero: planned.disk.chain.virtual_size().saturating_sub(moved.data + moved.kept),
@@ -205,7 +205,7 @@ fn report(
         wire_bytes: sent.wire_bytes,
         repeated_bytes: moved.disks().map(|disk| disk.repeated).fold(0, u64::saturating_add),
         resumed: sent.resumed,
-        disks: disks.iter().zip(moved.disks()).map(disk).collect(),
+        disks: disks.iter().zip(moved.disks()).map(report).map(DiskReport::as_seen).collect(),
         ram: None,
     }
 }
