@@ -89,7 +89,7 @@ pub(crate) struct SendArgs {
     /// Begin anew instead of going on with what an interrupted run left at the destination
     #[arg(long)]
     pub(crate) fresh: bool,
-    /// Say what would be sent and what would be lost; connect nothing
+    /// Say what would be sent, the space it needs there and what would be lost; connect nothing
     #[arg(long)]
     pub(crate) dry_run: bool,
 }
@@ -239,6 +239,10 @@ fn show_plan(plan: &Plan, watch: &Watch<'_>, output: &Output) -> Outcome {
 
 fn plan_text(plan: &Plan, output: &Output) -> String {
     let mut text: String = plan.disks.iter().map(|disk| disk_text(disk, output)).collect();
+    if plan.disks.len() > 1 {
+        let space = human(plan.space_needed);
+        text.push_str(&format!("space for all: at most {space} at the destination\n"));
+    }
     for why in &plan.refusals {
         text.push_str(&format!("refused: {}\n", output.bad(outcome::without_prefix(why))));
     }
@@ -252,6 +256,7 @@ fn disk_text(disk: &PlannedDisk, output: &Output) -> String {
         ("  source", format!("{} ({})", disk.source, disk.source_format)),
         ("  virtual size", human(disk.virtual_size)),
         ("  to send", format!("{data}, and {zero} of zeroes")),
+        ("  space", format!("at most {} at the destination", human(disk.space_needed))),
     ];
     fields.extend(disk.not_carried.iter().map(|what| ("  not carried", what.clone())));
     let mut text = format!("{}\n{}", output.strong(&table::name(&disk.id)), table::fields(&fields));

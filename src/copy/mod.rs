@@ -9,7 +9,7 @@ mod plan;
 mod prove;
 mod resolve;
 mod shape;
-mod space;
+pub(crate) mod space;
 mod target;
 
 use std::time::Instant;

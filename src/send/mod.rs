@@ -34,7 +34,7 @@ use crate::{Error, Observer, Phase, Result};
 /// What would be sent. Connects nothing.
 pub fn plan(options: &SendOptions, observer: &dyn Observer) -> Result<Plan> {
     let (disks, refusals) = decide(options, observer)?;
-    Ok(describe(&disks, &refusals))
+    describe(&disks, &refusals)
 }
 
 /// Sends. On an error the destination has published nothing, or says by itself what it has.
