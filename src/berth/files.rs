@@ -205,6 +205,7 @@ impl Files {
         let places = std::mem::take(&mut self.lock().places);
         let open: Vec<_> = places.iter().filter(|place| place.unfinished().is_some()).collect();
         let disks: Vec<_> = open.iter().filter_map(|place| place.unfinished()).collect();
+        disks.iter().try_for_each(|disk| disk.open_to_others())?;
         publish_together(&disks, self.options.replaces, |index| {
             open.get(index).map_or(Ok(()), |place| place.write_receipt())
         })

@@ -22,7 +22,7 @@ use super::sink::Sink;
 use crate::copy::{DataFileTarget, Shape};
 use crate::publish::{Draft, publish};
 use crate::renames::{NO_PLACE_IN_RAW, NO_PLACE_IN_VERSION_2};
-use crate::{Error, Result};
+use crate::{Error, Result, preserve};
 
 /// What a new disk is to be.
 #[derive(Debug)]
@@ -223,6 +223,13 @@ impl Unfinished {
     /// Makes the files durable.
     pub(crate) fn sync(&self) -> Result<()> {
         self.drafts.iter().try_for_each(sync)
+    }
+
+    /// Gives the files owner and mode of what they replace, or those of new files: until here they
+    /// were ours alone.
+    pub(super) fn open_to_others(&self) -> Result<()> {
+        self.drafts.iter().try_for_each(preserve::as_usual)?;
+        self.sync()
     }
 
     /// Notes durably that everything is there, and what was proved, or

@@ -6,12 +6,11 @@ mod metered;
 mod new;
 mod options;
 mod plan;
-mod preserve;
 mod prove;
 mod receipt;
 mod resolve;
 mod shape;
-mod space;
+pub(crate) mod space;
 mod target;
 
 use std::time::Instant;
@@ -76,7 +75,8 @@ fn report(job: &Job<'_>, done: Done, started: Instant) -> Report {
         verified: proof.verified,
         not_carried: not_carried(job, &moved),
         bitmaps,
-    };
+    }
+    .as_seen();
     let is_bad = proof.verified == Verified::Mismatch;
     Report {
         status: if is_bad { Status::Failed } else { Status::Completed },

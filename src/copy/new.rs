@@ -18,7 +18,7 @@ use super::metered::Metered;
 use super::options::{CopyOptions, Existing};
 use super::plan::Job;
 use super::target::Target;
-use super::{Done, bitmaps, preserve, prove, receipt};
+use super::{Done, bitmaps, prove, receipt};
 use crate::berth::{
     Half, NewDisk, NewKind, Receipt, Recovered, Unfinished, publish_together, recover,
 };
@@ -27,7 +27,7 @@ use crate::facts::{Facts, FileFacts, host};
 use crate::observe::Progress;
 use crate::publish::directory;
 use crate::report::{Verified, error_chain};
-use crate::{Error, Observer, Phase, Result};
+use crate::{Error, Observer, Phase, Result, preserve};
 
 /// Copies to a new destination. Nothing has a final name before everything is durable and proved.
 /// What an error leaves is gone on with by the same command, where there is a journal and the error

@@ -19,7 +19,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use bitmap_mig::KeptBitmaps;
 use block_mig::Monitor;
-use block_mig::arrive::Known;
+use block_mig::arrive::{Known, Tally};
 use format_spec::Blame;
 use format_spec::native::answer::{Answer, Published};
 use format_spec::native::hello::{MAX_CHANNELS, RESUME, SessionState};
@@ -50,6 +50,8 @@ pub struct IncomingOptions<'a> {
     pub timing: Timing,
     /// Where bitmaps are kept from one attempt to the next: share it between them.
     pub kept: Arc<KeptSession>,
+    /// Where it is counted what has come.
+    pub tally: Arc<Tally>,
 }
 
 /// The bitmaps of a session that was cut off, in memory.
@@ -77,6 +79,7 @@ impl<'a> IncomingOptions<'a> {
             workers: mig_core::limits::LOAD_WORKERS,
             timing: Timing::default(),
             kept: Arc::default(),
+            tally: Arc::default(),
         }
     }
 }
@@ -147,7 +150,8 @@ pub fn receive(
         _ => Known::Nothing,
     };
     let kept = options.kept.take(received.session).filter(|_| known == Known::Some);
-    let block = Arc::new(BlockSection::new(destination.clone(), known, kept));
+    let block =
+        Arc::new(BlockSection::new(destination.clone(), known, kept, options.tally.clone()));
     let mut sections = others;
     sections.add(block_mig::save::SECTION, block.clone());
     let resumes = accepted.choice.features & RESUME != 0;

@@ -41,6 +41,7 @@ pub(super) fn receive_all(
         let (on_main, on_others) = (Arc::<Passed>::default(), Arc::<Passed>::default());
         let ended = match next.take().map_or_else(|| come_back(arrivals, observer, &patience), Ok) {
             Ok(main) => {
+                incoming.tally.reset();
                 observer.phase(Phase::Transfer);
                 let listen = Counted { way: arrivals as &dyn Listen, passed: on_others.clone() };
                 let others = Registry::new();

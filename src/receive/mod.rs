@@ -2,6 +2,7 @@
 
 mod again;
 mod arrivals;
+mod arriving;
 mod dialect;
 mod image;
 mod in_place;
@@ -18,6 +19,7 @@ use mig_core::transport::{Connection, Listen};
 
 use self::again::receive_all;
 pub use self::arrivals::Arrivals;
+use self::arriving::Arriving;
 pub use self::dialect::Dialect;
 pub use self::image::{new_image, receive_image};
 use self::in_place::InPlace;
@@ -29,9 +31,7 @@ use crate::incoming::{Destination, IncomingOptions, Received, ReceivedDisk, turn
 use crate::observe::Stops;
 use crate::options::DiskOption;
 use crate::renames::Renames;
-use crate::report::{
-    BitmapOutcome, BitmapReport, DiskReport, Report, Status, Verified, verified_before,
-};
+use crate::report::{BitmapOutcome, BitmapReport, DiskReport, Report, Status, Verified};
 use crate::{Error, Observer, Phase, Result, qemu};
 
 /// How often the observer is told how far it is.
@@ -44,16 +44,16 @@ pub fn run(
     arrivals: &Arrivals<'_>,
     observer: &dyn Observer,
 ) -> Result<Report> {
-    let started = Instant::now();
     options.check()?;
     observer.phase(Phase::Wait);
     let (dialect, main) = first(arrivals, observer, None)?;
+    // How long nobody came is nobody's work.
+    let started = Instant::now();
     if let Some(wanted) = options.dialect.filter(|wanted| *wanted != dialect) {
         let peer = &main.peer;
         let reason = format!("{peer} speaks the {dialect} dialect, and {wanted} was asked for");
         return Err(Error::Usage { reason });
     }
-    observer.phase(Phase::Transfer);
     match dialect {
         Dialect::Native => {
             if let Err(error) = options.check_for(dialect) {
@@ -119,7 +119,13 @@ fn qemu(
         is_one_way: arrivals.nature().is_one_way,
         devices: None,
     };
-    qemu::incoming::run(main, &incoming, observer)
+    let mut report = qemu::incoming::run(main, &incoming, observer)?;
+    if options.no_verify {
+        // What was stored is read back all the same: that costs nothing beside a QEMU.
+        let read_back = report.disks.iter_mut().filter(|d| d.verified != Verified::Mismatch);
+        read_back.for_each(|disk| disk.verified = Verified::No);
+    }
+    Ok(report)
 }
 
 fn native(
@@ -128,6 +134,8 @@ fn native(
     (observer, started): (&dyn Observer, Instant),
 ) -> Result<Report> {
     let relay = Arc::new(Relay::default());
+    let watched = Arriving::new(observer);
+    let observer: &dyn Observer = &watched;
     let in_place = match options.existing {
         Existing::InPlace => Some(Arc::new(InPlace::open(options, observer, relay.clone())?)),
         Existing::Refuse | Existing::Replace => None,
@@ -142,9 +150,16 @@ fn native(
         Arc::clone(in_place) as _
     };
     let monitor = Stops(observer);
-    let incoming =
-        IncomingOptions { max_channels: options.max_channels, ..IncomingOptions::new(&monitor) };
-    let (over, tell) = (Heart::new(), || relay.hand_on(observer));
+    let incoming = IncomingOptions {
+        max_channels: options.max_channels,
+        tally: watched.tally(),
+        ..IncomingOptions::new(&monitor)
+    };
+    let tell = || {
+        relay.hand_on(observer);
+        watched.tell();
+    };
+    let over = Heart::new();
     let received = std::thread::scope(|scope| {
         scope.spawn(|| over.run(TELL_INTERVAL, tell));
         let arriving = (main, arrivals);
@@ -208,26 +223,19 @@ fn report(options: &ReceiveOptions, received: Received, started: Instant) -> Rep
     }
 }
 
-fn bitmap_report(name: String, stored: &str, outcome: BitmapOutcome) -> BitmapReport {
+fn bitmap_report(name: String, stored: &str) -> BitmapReport {
     let changed = (stored != name).then(|| format!("name: {name} -> {stored}"));
     let changed = changed.into_iter().collect();
+    let outcome = BitmapOutcome::Preserved;
     BitmapReport { name, outcome, changed, reason: None, is_wanted: true }
 }
 
 /// A disk that an earlier run had published.
 fn published_before(disk: &Published) -> DiskReport {
-    let (verified, outcome) = verified_before(Some(disk));
-    let bitmap =
-        |found: &PublishedBitmap| bitmap_report(found.sent_as.clone(), &found.name, outcome);
-    DiskReport {
-        id: disk.name.clone(),
-        bytes_data: 0,
-        bytes_zero: 0,
-        content_hash: disk.content.map(|root| root.to_string()),
-        verified,
-        not_carried: Vec::new(),
-        bitmaps: disk.bitmaps.iter().map(bitmap).collect(),
-    }
+    let bitmap = |found: &PublishedBitmap| bitmap_report(found.sent_as.clone(), &found.name);
+    let bitmaps = disk.bitmaps.iter().map(bitmap).collect();
+    let untouched = DiskReport::untouched(disk.name.clone());
+    DiskReport { bitmaps, ..untouched }.of_before(Some(disk)).as_seen()
 }
 
 fn disk_report(options: &ReceiveOptions, disk: ReceivedDisk) -> DiskReport {
@@ -235,7 +243,7 @@ fn disk_report(options: &ReceiveOptions, disk: ReceivedDisk) -> DiskReport {
     let renames = of_disk.map(|option| Renames::of(&options.renames, &option.id));
     let bitmap = |name: String| {
         let stored = renames.as_ref().map_or_else(|| name.clone(), |r| r.stored(&name));
-        bitmap_report(name, &stored, BitmapOutcome::Preserved)
+        bitmap_report(name, &stored)
     };
     DiskReport {
         id: disk.name,
@@ -246,4 +254,5 @@ fn disk_report(options: &ReceiveOptions, disk: ReceivedDisk) -> DiskReport {
         not_carried: Vec::new(),
         bitmaps: disk.bitmaps.into_iter().map(bitmap).collect(),
     }
+    .as_seen()
 }

@@ -14,7 +14,6 @@ use block_mig::save::SaveCounts;
 use block_mig::{SaveBlocks, SaveDisk, SaveOptions};
 use format_spec::Blame;
 use format_spec::content_hash::HashError;
-use format_spec::native::answer::Published;
 use format_spec::native::block::DiskId;
 use mig_core::section::SaveHandler;
 use mig_core::stream;
@@ -29,15 +28,13 @@ use crate::carry::{self, Asked};
 use crate::facts::{Facts, FileFacts, host};
 use crate::observe::Progress;
 use crate::outgoing::{ExpectedDisk, Next, Outcome, OutgoingOptions, Policy, Round, Sent, send};
-use crate::report::{
-    BitmapOutcome, DiskReport, Report, Status, Verified, error_chain, verified_before,
-};
+use crate::report::{BitmapOutcome, DiskReport, Report, Status, Verified, error_chain};
 use crate::{Error, Observer, Phase, Result};
 
 /// What would be sent. Connects nothing.
 pub fn plan(options: &SendOptions, observer: &dyn Observer) -> Result<Plan> {
     let (disks, refusals) = decide(options, observer)?;
-    Ok(describe(&disks, &refusals))
+    describe(&disks, &refusals)
 }
 
 /// Sends. On an error the destination has published nothing, or says by itself what it has.
@@ -175,20 +172,6 @@ impl Policy for OneRound<'_> {
     }
 }
 
-/// The same, of a disk that an earlier run had sent.
-fn sent_before(sent: DiskReport, planned: &Planned, published: &[Published]) -> DiskReport {
-    let found = published.iter().find(|found| found.name == planned.option.id);
-    let (verified, outcome) = verified_before(found);
-    DiskReport {
-        bytes_data: 0,
-        bytes_zero: 0,
-        content_hash: found.and_then(|found| found.content).map(|root| root.to_string()),
-        verified,
-        bitmaps: carry::reports(&planned.bitmaps, outcome),
-        ..sent
-    }
-}
-
 fn report(
     options: &SendOptions,
     disks: &[Planned],
@@ -201,11 +184,11 @@ fn report(
         Outcome::Unknown(error) => (Status::Unknown, Some(error_chain(error))),
     };
     let (verified, outcome) = match &sent.outcome {
-        Outcome::Unconfirmed | Outcome::Unknown(_) => (Verified::Unconfirmed, BitmapOutcome::Sent),
         _ if options.no_verify => (Verified::No, BitmapOutcome::Preserved),
+        Outcome::Unconfirmed | Outcome::Unknown(_) => (Verified::Unconfirmed, BitmapOutcome::Sent),
         _ => (Verified::Yes, BitmapOutcome::Preserved),
     };
-    let disk = |(planned, moved): (&Planned, MovedDisk)| {
+    let report = |(planned, moved): (&Planned, MovedDisk)| {
         let report = DiskReport {
             id: planned.option.id.clone(),
             bytes_data: moved.data,
@@ -216,7 +199,10 @@ fn report(
             bitmaps: carry::reports(&planned.bitmaps, outcome),
         };
         match &sent.outcome {
-            Outcome::AlreadyComplete(published) => sent_before(report, planned, published),
+            Outcome::AlreadyComplete(published) => {
+                let found = published.iter().find(|found| found.name == report.id);
+                report.of_before(found)
+            }
             _ => report,
         }
     };
@@ -228,7 +214,7 @@ fn report(
         wire_bytes: sent.wire_bytes,
         repeated_bytes: moved.disks().map(|disk| disk.repeated).fold(0, u64::saturating_add),
         resumed: sent.resumed,
-        disks: disks.iter().zip(moved.disks()).map(disk).collect(),
+        disks: disks.iter().zip(moved.disks()).map(report).map(DiskReport::as_seen).collect(),
         ram: None,
     }
 }

@@ -159,6 +159,33 @@ fn the_same_copy_again_is_complete_until_somebody_touches_it() {
 }
 
 #[test]
+fn compare_takes_bitmaps_with_a_value_and_without() {
+    let scratch = Scratch::new();
+    if !image(&scratch) {
+        return;
+    }
+    run("copy --bitmaps on a.qcow2 b.qcow2", &scratch).expect_exit(Exit::Done);
+    run("copy -O raw --bitmaps none a.qcow2 c.raw", &scratch).expect_exit(Exit::Done);
+    let compared = |line: &str, exit| {
+        let output = run(&format!("compare --json -F {line}"), &scratch).expect_exit(exit);
+        let document = json::document(&output.text());
+        let bitmaps = document["bitmaps"].as_array().expect("a list").iter();
+        let names = bitmaps.map(|b| b["name"].as_str().expect("text").to_owned());
+        names.collect::<Vec<_>>()
+    };
+    let none = [""; 0];
+    assert_eq!(compared("raw a.qcow2 c.raw", Exit::Done), none);
+    assert_eq!(compared("raw --bitmaps a.qcow2 c.raw", Exit::Different), ["off", "on"]);
+    assert_eq!(compared("raw a.qcow2 --bitmaps c.raw", Exit::Different), ["off", "on"]);
+    assert_eq!(compared("raw --bitmaps=none a.qcow2 c.raw", Exit::Done), none);
+    assert_eq!(compared("qcow2 a.qcow2 b.qcow2", Exit::Different), ["off", "on"]);
+    assert_eq!(compared("qcow2 --bitmaps=on a.qcow2 b.qcow2", Exit::Done), ["on"]);
+    assert_eq!(compared("qcow2 a.qcow2 b.qcow2 --bitmaps=all", Exit::Different), ["off", "on"]);
+    let output = run("compare --bitmaps=on,nope a.qcow2 b.qcow2", &scratch);
+    assert!(output.expect_exit(Exit::Usage).complaint().contains("\"nope\""));
+}
+
+#[test]
 fn a_dry_run_writes_nothing() {
     let scratch = Scratch::new();
     if !image(&scratch) {

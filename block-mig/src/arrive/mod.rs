@@ -3,6 +3,7 @@
 
 mod coverage;
 mod disk;
+mod tally;
 mod units;
 
 use std::collections::BTreeMap;
@@ -18,6 +19,7 @@ use mig_core::stream::{Arrival, Result};
 
 use self::disk::Arriving;
 pub use self::disk::LoadCounts;
+pub use self::tally::Tally;
 use crate::Landing;
 use crate::error::Error;
 use crate::ledger::UNIT_BYTES;
@@ -39,6 +41,7 @@ pub enum Known {
 /// Receives disks.
 pub struct LoadBlocks {
     known: Known,
+    tally: Arc<Tally>,
     /// In the order of their numbers.
     disks: RwLock<BTreeMap<DiskId, Arc<Arriving>>>,
 }
@@ -46,7 +49,12 @@ pub struct LoadBlocks {
 impl LoadBlocks {
     /// No disk yet.
     pub fn new(known: Known) -> Self {
-        Self { known, disks: RwLock::default() }
+        Self { known, tally: Arc::default(), disks: RwLock::default() }
+    }
+
+    /// Counts what comes there.
+    pub fn counted_in(self, tally: Arc<Tally>) -> Self {
+        Self { tally, ..self }
     }
 
     /// A disk is introduced; `land` finds its place. Tells the source what is there already.
@@ -69,7 +77,11 @@ impl LoadBlocks {
             return Err(Error::Size { source_bytes, sink_bytes }.into());
         }
         let is_whole = disk.keeps_rest || self.known == Known::All;
-        let arriving = Arc::new(Arriving::new(disk.name, disk.size, is_whole, landing));
+        let arriving = Arc::new(Arriving::new(
+            (disk.name, disk.size, is_whole),
+            landing,
+            Arc::clone(&self.tally),
+        ));
         if self.known == Known::Some {
             tell(disk.disk, &arriving, answers)?;
         }
