@@ -71,6 +71,9 @@ pub struct BitmapReport {
     pub is_wanted: bool,
 }
 
+/// Said of a disk whose bitmaps alone were sent.
+pub(crate) const ONLY_BITMAPS: &str = "content: bitmaps alone were sent";
+
 /// One disk.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]

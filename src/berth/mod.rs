@@ -33,5 +33,6 @@ pub(crate) use log::{Log, has_traces};
 pub(crate) use prover::Prover;
 pub(crate) use receipt::Receipt;
 pub(crate) use recover::{Half, Recovered, recover};
+pub(crate) use sink::Closed;
 pub(crate) use trace::{Trace, state};
 pub(crate) use unfinished::{NewDisk, NewKind, Unfinished, short_words};

@@ -90,7 +90,7 @@ impl Known {
             }
             bitmaps.push(found.digest);
         }
-        Ok(DiskProof { content: proved, bitmaps })
+        Ok(DiskProof { content: Some(proved), bitmaps })
     }
 }
 
@@ -228,7 +228,7 @@ impl FilePlace {
         let took = begun.elapsed();
         let times = [sealed_after, opened_after, read_after, proved_after, took];
         tracing::debug!(?times, "sealed, opened, rest read, bitmaps read, noted");
-        Ok(Some(DiskProof { content, bitmaps }))
+        Ok(Some(DiskProof { content: Some(content), bitmaps }))
     }
 
     /// What these bitmaps hash to as they are stored. Some are read by each worker.

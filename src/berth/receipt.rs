@@ -8,7 +8,7 @@ use std::path::Path;
 use bitmap_mig::Bitmap;
 use format_spec::Reader;
 use format_spec::content_hash::{BitmapDigest, ContentHash};
-use format_spec::native::answer::{Published, PublishedBitmap};
+use format_spec::native::answer::{NO_CONTENT, Published, PublishedBitmap};
 use format_spec::native::frame::{Record, encode_end};
 use format_spec::native::journal::{JournalRecord, RECEIPT_MAGIC, decode_start, encode_start};
 
@@ -54,7 +54,7 @@ impl Receipt {
             is_enabled: bitmap.is_enabled,
             digest: *digest,
         });
-        let (content, bitmaps) = (proof.content, bitmaps.collect());
+        let (content, bitmaps) = (proof.content.unwrap_or(NO_CONTENT), bitmaps.collect());
         Self { session, size, content, target, bitmaps }
     }
 

@@ -205,6 +205,7 @@ impl SendArgs {
 fn options(args: SendArgs) -> bitferry::Result<SendOptions> {
     Ok(SendOptions {
         disks: args.disk,
+        blocks: !args.qemu.no_blocks,
         allow_backing: args.allow_backing || args.flatten,
         bitmaps: args.bitmaps,
         renames: args.rename_bitmap,

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use format_spec::Blame;
 use format_spec::content_hash::BitmapDigest;
-use format_spec::native::answer::{Published, PublishedBitmap};
+use format_spec::native::answer::{NO_CONTENT, Published, PublishedBitmap};
 use format_spec::native::hello::SessionState;
 use mig_core::section::{Fate, Registry};
 use mig_core::stream;
@@ -114,7 +114,8 @@ fn told(received: Option<&Received>) -> Option<Vec<Published>> {
             digest: *digest,
         };
         let bitmaps = disk.bitmaps.iter().zip(&proof.bitmaps).map(bitmap).collect();
-        let (name, size, content) = (disk.name.clone(), disk.size, proof.content);
+        let (name, size, content) =
+            (disk.name.clone(), disk.size, proof.content.unwrap_or(NO_CONTENT));
         Some(Published { name, size, content, bitmaps })
     };
     received.disks.iter().map(of).collect()

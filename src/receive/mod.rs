@@ -28,7 +28,9 @@ use crate::incoming::{Destination, IncomingOptions, Received, ReceivedDisk, turn
 use crate::observe::Stops;
 use crate::options::DiskOption;
 use crate::renames::Renames;
-use crate::report::{BitmapOutcome, BitmapReport, DiskReport, Report, Status, Verified};
+use crate::report::{
+    BitmapOutcome, BitmapReport, DiskReport, ONLY_BITMAPS, Report, Status, Verified,
+};
 use crate::{Error, Observer, Phase, Result, qemu};
 
 /// How often the observer is told how far it is.
@@ -217,13 +219,15 @@ fn disk_report(options: &ReceiveOptions, disk: ReceivedDisk) -> DiskReport {
             is_wanted: true,
         }
     };
+    let only_bitmaps = disk.proof.as_ref().is_some_and(|proof| proof.content.is_none());
+    let content = disk.proof.and_then(|proof| proof.content);
     DiskReport {
         id: disk.name,
         bytes_data: disk.bytes_data,
         bytes_zero: disk.bytes_zero,
-        verified: if disk.proof.is_some() { Verified::Yes } else { Verified::No },
-        content_hash: disk.proof.map(|proof| proof.content.to_string()),
-        not_carried: Vec::new(),
+        verified: if content.is_some() { Verified::Yes } else { Verified::No },
+        content_hash: content.map(|content| content.to_string()),
+        not_carried: only_bitmaps.then(|| ONLY_BITMAPS.to_owned()).into_iter().collect(),
         bitmaps: disk.bitmaps.into_iter().map(bitmap).collect(),
     }
 }

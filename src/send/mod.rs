@@ -97,7 +97,10 @@ fn handlers<'a>(
     }
     let hashes = !options.no_verify;
     let save = SaveOptions { hashes, workers: workers(None), monitor: progress };
-    let blocks = SaveBlocks::new(saved, save)?;
+    let blocks = match options.blocks {
+        true => SaveBlocks::new(saved, save)?,
+        false => SaveBlocks::without_content(saved, save)?,
+    };
     let counts = blocks.counts();
     let bitmaps = SaveBitmaps::new(saved_bitmaps, hashes)?;
     Ok((vec![Box::new(blocks), Box::new(bitmaps)], counts))
@@ -151,7 +154,7 @@ fn session(options: &SendOptions, disks: &[Planned]) -> Result<[u8; 16]> {
         host: host(),
         disks: disks.iter().map(facts).collect::<Result<_>>()?,
         destination: options.destination.clone().into_bytes(),
-        wishes: vec!["send".to_owned(), bitmaps],
+        wishes: vec![options.verb(), bitmaps],
     };
     Ok(facts.session())
 }
@@ -179,13 +182,13 @@ fn report(
     };
     let (verified, outcome) = match &sent.outcome {
         Outcome::Unconfirmed | Outcome::Unknown(_) => (Verified::Unconfirmed, BitmapOutcome::Sent),
-        _ if options.no_verify => (Verified::No, BitmapOutcome::Preserved),
+        _ if options.no_verify || !options.blocks => (Verified::No, BitmapOutcome::Preserved),
         _ => (Verified::Yes, BitmapOutcome::Preserved),
     };
     let disk = |(planned, moved): (&Planned, MovedDisk)| DiskReport {
         id: planned.option.id.clone(),
         bytes_data: moved.data,
-        bytes_zero: planned.disk.chain.virtual_size().saturating_sub(moved.data + moved.kept),
+        bytes_zero: planned.sent_size().saturating_sub(moved.data + moved.kept),
         content_hash: moved.content_hash,
         verified,
         not_carried: planned.not_carried(),

@@ -14,6 +14,9 @@ use crate::options::DiskOption;
 pub struct SendOptions {
     /// The disks, each with the name that the destination knows it by.
     pub disks: Vec<DiskOption>,
+    /// Send contents. Without them bitmaps alone travel, to a destination that has the same disks
+    /// by another way.
+    pub blocks: bool,
     /// Open backing and data files that the images name, and read through them.
     pub allow_backing: bool,
     /// Which bitmaps to carry. A name must be on one of the disks at least.
@@ -41,10 +44,18 @@ pub struct SendOptions {
     pub reconnect: Duration,
 }
 
+impl SendOptions {
+    /// What tells this command from one that sends something else of the same disks.
+    pub(super) fn verb(&self) -> String {
+        if self.blocks { "send" } else { "send bitmaps alone" }.to_owned()
+    }
+}
+
 impl Default for SendOptions {
     fn default() -> Self {
         Self {
             disks: Vec::new(),
+            blocks: true,
             allow_backing: false,
             bitmaps: BitmapSelection::All,
             renames: Vec::new(),

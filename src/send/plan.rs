@@ -6,6 +6,7 @@ use bitmap_mig::{Bitmap, Fate, Holder};
 use block_mig::device::ChainSource;
 use block_mig::limits::UNIT_BYTES;
 use block_mig::plan::{Scope, Survey, survey};
+use qcow2_file::chain::Backing;
 use qcow2_file::limits::MAX_BITMAP_BYTES;
 use serde::Serialize;
 
@@ -14,7 +15,7 @@ use crate::carry::{self, Asked, BitmapPlan};
 use crate::copy::{BitmapSelection, Format, PlannedBitmap, Rename};
 use crate::disk::{Disk, Request};
 use crate::options::DiskOption;
-use crate::report::{BitmapOutcome, error_chain};
+use crate::report::{BitmapOutcome, ONLY_BITMAPS, error_chain};
 use crate::{Error, Observer, Phase, Result};
 
 /// What to do where a bitmap cannot be carried.
@@ -58,7 +59,9 @@ pub struct Plan {
 pub(super) struct Planned {
     pub(super) option: DiskOption,
     pub(super) disk: Disk,
+    /// Of what is sent; of nothing where bitmaps go alone.
     pub(super) survey: Survey,
+    pub(super) has_blocks: bool,
     pub(super) bitmaps: BitmapPlan,
 }
 
@@ -70,12 +73,19 @@ pub(super) fn decide(
     observer.phase(Phase::Plan);
     check_ids(&options.disks)?;
     let mut planned = Vec::new();
+    // Bitmaps are in the top layer: for them alone nothing below it is opened.
+    let backing = if options.blocks { Backing::Named } else { Backing::Ignored };
     for option in &options.disks {
         let request = Request {
             allow_named: options.allow_backing,
+            backing: backing.clone(),
             ..Request::new(&option.path, option.format)
         };
         planned.push((option.clone(), Disk::open(&request, observer)?));
+    }
+    // A transfer of nothing is no mistake, and hardly what was meant.
+    if !options.blocks && options.bitmaps == BitmapSelection::None {
+        observer.warning("neither contents nor bitmaps are to be sent");
     }
     let mut refusals = unknown_names(options, &planned);
     let mut disks = Vec::new();
@@ -88,8 +98,12 @@ pub(super) fn decide(
         let asked = asked(options, &option, &disk);
         let mut bitmaps = carry::plan(&disk.bitmaps, &asked, &holder);
         refusals.append(&mut bitmaps.refusals);
-        let survey = survey(&ChainSource(&disk.chain), Scope::Whole, UNIT_BYTES)?;
-        disks.push(Planned { option, disk, survey, bitmaps });
+        let has_blocks = options.blocks;
+        let survey = match has_blocks {
+            true => survey(&ChainSource(&disk.chain), Scope::Whole, UNIT_BYTES)?,
+            false => Survey::default(),
+        };
+        disks.push(Planned { option, disk, survey, has_blocks, bitmaps });
     }
     Ok((disks, refusals))
 }
@@ -158,8 +172,16 @@ impl Planned {
         self.survey.content
     }
 
+    /// Bytes of the disk that the destination is told of.
+    pub(super) fn sent_size(&self) -> u64 {
+        if self.has_blocks { self.disk.chain.virtual_size() } else { 0 }
+    }
+
     /// What the source has and the destination will not have.
     pub(super) fn not_carried(&self) -> Vec<String> {
+        if !self.has_blocks {
+            return vec![ONLY_BITMAPS.to_owned()];
+        }
         let mut phrases: Vec<String> =
             self.disk.snapshots().into_iter().chain(self.disk.flattened()).collect();
         if self.survey.compressed > 0 {

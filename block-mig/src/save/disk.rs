@@ -28,6 +28,15 @@ pub struct SaveDisk<'a> {
     pub dirty: Option<Arc<DirtySet>>,
 }
 
+/// What of a disk's content travels.
+#[derive(Clone, Copy)]
+pub(super) enum Carried {
+    /// All of it.
+    Whole,
+    /// None: the destination has it by another way, and only bitmaps go along.
+    Nothing,
+}
+
 /// What was sent of one disk so far. Shared with whoever reports.
 #[derive(Debug, Default)]
 pub struct SaveCounts {
@@ -50,6 +59,7 @@ fn add(counter: &AtomicU64, bytes: u64) {
 /// One disk while it is sent.
 pub(super) struct Saved<'a> {
     pub(super) disk: SaveDisk<'a>,
+    pub(super) carried: Carried,
     pub(super) counts: Arc<SaveCounts>,
     /// Nodes of all units as they were last sent, where hashes are wanted.
     ledger: Option<Mutex<Ledger>>,
@@ -64,12 +74,19 @@ pub(super) struct Saved<'a> {
 }
 
 impl<'a> Saved<'a> {
-    pub(super) fn new(disk: SaveDisk<'a>, hashes: bool) -> Result<Self> {
+    pub(super) fn new(disk: SaveDisk<'a>, carried: Carried, hashes: bool) -> Result<Self> {
         let size = disk.source.size();
+        // What does not travel is not read, so that nothing can be said of it.
+        let hashes = hashes && !matches!(carried, Carried::Nothing);
         let ledger = if hashes { Some(Mutex::new(Ledger::new(size)?)) } else { None };
         let counts = Arc::default();
         let (equal, zero, differs) = (None, None, None);
-        Ok(Self { disk, counts, ledger, equal, zero, differs, sends: true })
+        Ok(Self { disk, carried, counts, ledger, equal, zero, differs, sends: true })
+    }
+
+    /// Whether any of its content travels.
+    pub(super) fn has_content(&self) -> bool {
+        !matches!(self.carried, Carried::Nothing)
     }
 
     pub(super) fn size(&self) -> u64 {

@@ -42,6 +42,9 @@ pub struct Ready {
     pub bitmaps: Vec<(BitmapVersion, BitmapDigest)>,
 }
 
+/// In the place of a root: none of the content was sent, and nobody has looked at it.
+pub const NO_CONTENT: ContentHash = ContentHash([0; 32]);
+
 /// What the receipt of a finished session says of one disk.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Published {
@@ -49,7 +52,7 @@ pub struct Published {
     pub name: String,
     /// Guest-visible bytes.
     pub size: u64,
-    /// Root of its content.
+    /// Root of its content, or [`NO_CONTENT`].
     pub content: ContentHash,
     /// Its bitmaps.
     pub bitmaps: Vec<PublishedBitmap>,

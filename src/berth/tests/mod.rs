@@ -145,7 +145,7 @@ fn sealed(with_bitmap: bool) -> Sealed {
 fn prepare(places: &[Arc<dyn Place>; 2]) {
     let [a, b] = places;
     let proof = a.prepare(&sealed(true)).unwrap().unwrap();
-    assert_eq!(proof.content, root(&content()));
+    assert_eq!(proof.content, Some(root(&content())));
     assert_eq!(proof.bitmaps, [bitmap().digest().unwrap()]);
     assert_eq!(b.prepare(&sealed(false)).unwrap().unwrap().bitmaps, []);
 }

@@ -16,9 +16,9 @@ use qcow2_file::Storage;
 use qcow2_file::bitmaps::PersistentBitmap;
 use qcow2_file::storage::{Watched, Writes};
 
-use super::lock;
 use super::sink::Sink;
 use super::target::Target;
+use super::{Existing, lock};
 use crate::berth::{Kept, Prover, Receipt};
 use crate::copy::{Format, difference, invalidated, open_editor_in};
 use crate::hash::content;
@@ -28,7 +28,7 @@ use crate::{DiskProof, Error, Observer, Phase, Result, renames};
 
 /// An existing image that is written.
 pub(super) struct Written {
-    pub(super) target: Arc<Target>,
+    target: Arc<Target>,
     /// Bytes of the disk that came.
     size: u64,
     /// Ends before the image is closed.
@@ -83,45 +83,13 @@ impl Written {
         }
         // They become valid, and are read back, when the source has let go.
         let bitmaps = sealed.bitmaps.iter().map(Bitmap::digest).collect::<Result<_, _>>()?;
-        let proof = DiskProof { content: read, bitmaps };
+        let proof = DiskProof { content: Some(read), bitmaps };
         if let Some(session) = self.session {
             let names = sealed.bitmaps.iter().map(|bitmap| (bitmap.name.clone(), bitmap));
             let of = (session, self.size, self.target.words());
             *lock(&self.receipt) = Some(Receipt::of(of, &proof, names));
         }
         Ok(Some(proof))
-    }
-
-    /// The source has let go: bitmaps become valid, and the image opens again. Answers which of the
-    /// destination's own cannot be trusted.
-    pub(super) fn finish(&self) -> Result<Vec<BitmapReport>> {
-        let Some(editor) = self.sink.take() else { return Ok(Vec::new()) };
-        editor.close()?;
-        let found = self.target.reopen()?;
-        match difference(&lock(&self.stored), &found.bitmaps)? {
-            None => Ok(invalidated(&found)),
-            Some(reason) => Err(Error::ProofMismatch { path: self.target.path.clone(), reason }),
-        }
-    }
-
-    /// All images are finished: the receipt takes the journal's place. What a device holds later
-    /// nobody can tell without reading it, so that its journal stays, which is read again before it
-    /// is believed.
-    pub(super) fn end(&self) -> Result<()> {
-        let Some(kept) = self.kept.as_ref().filter(|kept| !kept.log().is_of_device()) else {
-            return Ok(());
-        };
-        lock(&self.receipt).take().map_or(Ok(()), |receipt| receipt.write(kept.log()))?;
-        kept.end()
-    }
-
-    /// The attempt has failed. The mark of what was written stays.
-    pub(super) fn leave(&self, fate: Fate) -> Result<()> {
-        match (&self.kept, fate) {
-            (Some(_), Fate::Kept | Fate::Revoked) => self.checkpoint(),
-            (Some(kept), Fate::Dropped) => kept.end(),
-            (None, _) => Ok(()),
-        }
     }
 
     fn checkpoint(&self) -> Result<()> {
@@ -133,6 +101,42 @@ impl Written {
 
     fn keeper(&self) -> Option<&Keeper> {
         self.kept.as_ref().map(|kept| &kept.keeper)
+    }
+}
+
+impl Existing for Written {
+    fn target(&self) -> &Target {
+        &self.target
+    }
+
+    fn finish(&self) -> Result<Vec<BitmapReport>> {
+        let Some(editor) = self.sink.take() else { return Ok(Vec::new()) };
+        editor.close()?;
+        let found = self.target.reopen()?;
+        match difference(&lock(&self.stored), &found.bitmaps)? {
+            None => Ok(invalidated(&found)),
+            Some(reason) => Err(Error::ProofMismatch { path: self.target.path.clone(), reason }),
+        }
+    }
+
+    /// The receipt takes the journal's place. What a device holds later
+    /// nobody can tell without reading it, so that its journal stays, which is read again before it
+    /// is believed.
+    fn end(&self) -> Result<()> {
+        let Some(kept) = self.kept.as_ref().filter(|kept| !kept.log().is_of_device()) else {
+            return Ok(());
+        };
+        lock(&self.receipt).take().map_or(Ok(()), |receipt| receipt.write(kept.log()))?;
+        kept.end()
+    }
+
+    /// The mark of what was written stays.
+    fn leave(&self, fate: Fate) -> Result<()> {
+        match (&self.kept, fate) {
+            (Some(_), Fate::Kept | Fate::Revoked) => self.checkpoint(),
+            (Some(kept), Fate::Dropped) => kept.end(),
+            (None, _) => Ok(()),
+        }
     }
 }
 
