@@ -175,7 +175,7 @@ impl Error {
             Self::Usage { .. } => Blame::Caller,
             Self::WouldLose { .. } => Blame::WouldLose,
             Self::Exists { .. } | Self::NoSpace { .. } | Self::File { .. } => Blame::Device,
-            Self::ProofMismatch { .. } => Blame::Device,
+            Self::ProofMismatch { .. } => Blame::Mismatch,
             Self::HalfPublished { source, .. } => source.blame(),
             Self::Interrupted => Blame::Caller,
             Self::NotConverged(_) => Blame::Transport,
@@ -195,8 +195,6 @@ impl Error {
     pub fn exit_status(&self) -> u8 {
         match self {
             Self::Interrupted => 130,
-            Self::ProofMismatch { .. } => 1,
-            Self::Stream(mig_core::stream::Error::Mismatch { .. }) => 1,
             // An image that needs what we lack is a local file we cannot use, not a peer.
             Self::Image(_) | Self::Device(_) | Self::Block(_)
                 if self.blame() == Blame::PeerFeatures =>
@@ -209,12 +207,14 @@ impl Error {
                 Blame::Bytes => 5,
                 Blame::PeerBehaviour | Blame::PeerFeatures | Blame::Transport => 4,
                 Blame::WouldLose => 7,
+                Blame::Mismatch => 1,
             },
         }
     }
 
     /// What the user can do about it, as one sentence, where we know.
     pub fn hint(&self) -> Option<String> {
+        use mig_core::stream::Error as Stream;
         use qcow2_file::Error as Image;
         let text = match self {
             Self::WouldLose { hint, .. } => hint.clone(),
@@ -242,6 +242,7 @@ impl Error {
                  first bytes mislead"
                     .into()
             }
+            Self::Stream(Stream::Peer { blame, .. }) => peer_hint(*blame).into(),
             _ if is_full(self) => "free some room or choose another place".into(),
             _ => return self.transport()?.0,
         };
@@ -265,6 +266,27 @@ impl Error {
     #[cfg(not(feature = "net"))]
     fn transport(&self) -> Option<(Option<String>, Blame)> {
         None
+    }
+}
+
+/// What to do when the other side says whose fault it is.
+fn peer_hint(blame: Blame) -> &'static str {
+    match blame {
+        Blame::Caller => "the options of both sides must fit together",
+        Blame::Bytes | Blame::PeerBehaviour => {
+            "it could not make sense of what came from here; are both of the same version?"
+        }
+        Blame::PeerFeatures => "leave out the option that it does not know",
+        Blame::Device => {
+            "look at the other side's file or device, then give the same commands again"
+        }
+        Blame::Transport => "check the network; the same commands go on where this stopped",
+        Blame::WouldLose => {
+            "leave out what it cannot keep, or choose a destination that can keep it"
+        }
+        Blame::Mismatch => {
+            "storage or memory returned other bytes than were written; check the destination's"
+        }
     }
 }
 

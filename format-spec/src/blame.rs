@@ -18,4 +18,6 @@ pub enum Blame {
     Transport,
     /// Going on would lose something the user asked to keep.
     WouldLose,
+    /// What was read back is not what was written.
+    Mismatch,
 }

@@ -149,12 +149,7 @@ impl Files {
 
     fn new_place(&self, wanted: &Wanted<'_>) -> Result<Arc<FilePlace>> {
         let Some(disk) = self.disks.iter().find(|disk| disk.name == wanted.name) else {
-            let names: Vec<_> = self.disks.iter().map(|disk| disk.name.as_str()).collect();
-            let reason = format!(
-                "the source sends a disk named {:?}, and there are places for {names:?}",
-                wanted.name
-            );
-            return Err(Error::Usage { reason });
+            return Err(no_place(wanted.name, self.disks.iter().map(|disk| disk.name.as_str())));
         };
         if wanted.keeps_rest {
             let reason = format!(
@@ -250,6 +245,12 @@ impl Destination for Files {
         Ok(place)
     }
 
+    fn complete(&self) -> stream::Result<()> {
+        let state = self.lock();
+        let came = state.places.iter().map(|place| place.name());
+        all_came(self.disks.iter().map(|disk| disk.name.as_str()), came).map_err(failed)
+    }
+
     fn commit(&self) -> stream::Result<()> {
         self.commit_all().map_err(failed)
     }
@@ -261,6 +262,25 @@ impl Destination for Files {
             }
         }
     }
+}
+
+/// A disk comes that nobody made a place for.
+pub(crate) fn no_place<'a>(name: &str, places: impl Iterator<Item = &'a str>) -> Error {
+    let names: Vec<_> = places.collect();
+    let reason =
+        format!("the source sends a disk named {name:?}, and there are places for {names:?}");
+    Error::Usage { reason }
+}
+
+/// Fails where a place stays empty: who named it would miss its disk.
+pub(crate) fn all_came<'a>(
+    mut places: impl Iterator<Item = &'a str>,
+    came: impl Iterator<Item = &'a str>,
+) -> Result<()> {
+    let came: Vec<_> = came.collect();
+    let Some(missing) = places.find(|place| !came.contains(place)) else { return Ok(()) };
+    let reason = format!("there is a place for a disk {missing:?}, and the source sends {came:?}");
+    Err(Error::Usage { reason })
 }
 
 /// What a stream hears of an error here.

@@ -28,6 +28,7 @@ mod trace;
 mod unfinished;
 
 pub use files::{DiskPlace, FileOptions, Files};
+pub(crate) use files::{all_came, no_place};
 pub(crate) use kept::{Kept, log_of};
 pub(crate) use log::{Log, has_traces};
 pub(crate) use prover::Prover;

@@ -33,7 +33,7 @@ fn here(args: CopyArgs, output: &Output) -> Outcome {
     if is_dry_run {
         return dry_run(&options, &watch, output);
     }
-    let limits = (&options.meter, Duration::ZERO);
+    let limits = (Some(&options.meter), Duration::ZERO);
     let report = control.supervise(limits, &watch, |observer| copy::run(&options, observer))?;
     watch.finish();
     if output.is_json {

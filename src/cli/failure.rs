@@ -45,6 +45,7 @@ fn hint(error: &Error) -> String {
             Blame::Device => "check that the path exists, that you may use it, and the free space",
             Blame::Transport => "check that the other side still runs, then try again",
             Blame::WouldLose => "`--dry-run` shows what would be lost",
+            Blame::Mismatch => "check storage and memory, then try again",
         },
     }
     .to_owned()

@@ -1,6 +1,5 @@
 //! `receive`: one migration into image files.
 
-use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver};
 use std::time::{Duration, Instant};
 
@@ -118,7 +117,7 @@ fn go(args: ReceiveArgs, output: &Output) -> Outcome {
     options.check()?;
     let (listener, refused) = listen(&args.transport)?;
     announce(&listener, &args.transport.uri, output)?;
-    let limits = (&Arc::default(), Duration::ZERO);
+    let limits = (None, Duration::ZERO);
     let report = args.transport.control.supervise(limits, &watch, |observer| {
         let arrivals = Arrivals::new(&listener, observer, refused);
         receive::run(&options, &arrivals, observer)

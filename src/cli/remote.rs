@@ -2,7 +2,6 @@
 
 use std::ffi::OsString;
 use std::path::Path;
-use std::sync::Arc;
 use std::time::Duration;
 
 use bitferry::connect::{self, Location, Options, Remote};
@@ -69,7 +68,7 @@ pub(super) fn to(args: CopyArgs, remote: &Remote, output: &Output) -> Outcome {
     let words = receive_args(&args, remote, format)?;
     let how = (words, args.channels.unwrap_or(1));
     let dialer = connect::dial_ssh(&remote.destination, how, &Options::default());
-    let limits = (&options.meter, Duration::ZERO);
+    let limits = (Some(&options.meter), Duration::ZERO);
     let sent = args.control.supervise(limits, &watch, |o| send::run(&options, &dialer, o));
     let mut report = sent.map_err(|error| refused_there(error, remote))?;
     watch.finish();
@@ -106,7 +105,7 @@ pub(super) fn from(args: CopyArgs, remote: &Remote, output: &Output) -> Outcome 
     let words = send_args(&args, remote, &["--quiet", "--two-way", "-"])?;
     let how = (words, args.channels.unwrap_or(1));
     let listener = connect::listen_ssh(&remote.destination, how, &transport);
-    let limits = (&Arc::default(), Duration::ZERO);
+    let limits = (None, Duration::ZERO);
     let received = args.control.supervise(limits, &watch, |observer| {
         let (_tell, refused) = std::sync::mpsc::channel();
         let arrivals = Arrivals::new(&listener, observer, refused);

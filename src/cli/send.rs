@@ -122,7 +122,7 @@ fn native(args: SendArgs, watch: &Watch<'_>, output: &Output) -> Outcome {
         return dry_run(&options, watch, output);
     }
     let dialer = connect::dial(uri, &transport)?;
-    let limits = (&options.meter, downtime);
+    let limits = (Some(&options.meter), downtime);
     let control = &transport_args.control;
     let report = control.supervise(limits, watch, |o| send::run(&options, &dialer, o))?;
     watch.finish();
@@ -164,7 +164,7 @@ fn to_qemu(
     if args.dry_run {
         return show_plan(&prepared.describe()?, watch, output);
     }
-    let limits = (&options.meter, downtime(args.downtime));
+    let limits = (Some(&options.meter), downtime(args.downtime));
     let report = args.transport.control.supervise(limits, watch, |observer| {
         let connection = dialer.dial().map_err(stream::Error::Connect)?;
         prepared.send(connection, observer)

@@ -28,14 +28,14 @@ fn place(text: &str) -> std::result::Result<PathBuf, String> {
 
 impl ControlArgs {
     /// Runs `operation` under an observer that listens to commands too, until it has ended.
-    /// Commands change `meter`; `downtime` is only written down.
+    /// Commands change `meter`, where this side has one; `downtime` is only written down.
     pub(crate) fn supervise<T>(
         &self,
-        (meter, downtime): (&Arc<Meter>, Duration),
+        (meter, downtime): (Option<&Arc<Meter>>, Duration),
         observer: &dyn Observer,
         operation: impl FnOnce(&dyn Observer) -> Result<T>,
     ) -> Result<T> {
-        let rate = meter.bandwidth().unwrap_or(0);
+        let rate = meter.and_then(|meter| meter.bandwidth()).unwrap_or(0);
         let migration = Arc::new(Migration::new(rate, downtime));
         let _server = self.listen(&migration, meter)?;
         let supervised = Supervised::new(observer, migration);
@@ -48,9 +48,13 @@ impl ControlArgs {
         result
     }
 
-    fn listen(&self, migration: &Arc<Migration>, meter: &Arc<Meter>) -> Result<Option<Server>> {
+    fn listen(
+        &self,
+        migration: &Arc<Migration>,
+        meter: Option<&Arc<Meter>>,
+    ) -> Result<Option<Server>> {
         let Some(path) = &self.control else { return Ok(None) };
-        let (migration, meter) = (migration.clone(), meter.clone());
+        let (migration, meter) = (migration.clone(), meter.cloned());
         let server = Server::start(path, Arc::new(Metered { migration, meter }));
         let failed = |source| Error::File { action: "listen at", path: path.clone(), source };
         server.map(Some).map_err(failed)

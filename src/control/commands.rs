@@ -10,6 +10,11 @@ pub trait Controlled: Send + Sync {
     /// The migration.
     fn migration(&self) -> &Migration;
 
+    /// Whether its parameters can be changed on this side.
+    fn may_change(&self) -> Result<(), Refused> {
+        Ok(())
+    }
+
     /// The parameters were changed.
     fn parameters_changed(&self) {}
 
@@ -132,6 +137,7 @@ fn run(request: &Map<String, Value>, controlled: &dyn Controlled) -> Result<Valu
         "migrate-set-parameters" => {
             let mut parameters = migration.parameters();
             set(arguments, &mut parameters)?;
+            controlled.may_change()?;
             migration.set_parameters(parameters);
             controlled.parameters_changed();
         }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use mig_core::meter::Meter;
 
-use super::Controlled;
+use super::{Controlled, Refused};
 use crate::status::{Migration, Status};
 use crate::{Error, Observer, Phase};
 
@@ -66,13 +66,19 @@ impl Observer for Supervised<'_> {
     }
 }
 
-/// A migration whose bandwidth is that of a meter.
+/// A migration as one side has it in its hands.
 #[derive(Debug)]
 pub struct Metered {
     /// What is written down and asked for.
     pub migration: Arc<Migration>,
-    /// What keeps to `max-bandwidth`.
-    pub meter: Arc<Meter>,
+    /// What keeps to `max-bandwidth`; `None` where the other side does.
+    pub meter: Option<Arc<Meter>>,
+}
+
+impl Metered {
+    fn set(&self, rate: Option<u64>) {
+        self.meter.iter().for_each(|meter| meter.set_bandwidth(rate));
+    }
 }
 
 impl Controlled for Metered {
@@ -80,13 +86,20 @@ impl Controlled for Metered {
         &self.migration
     }
 
+    fn may_change(&self) -> Result<(), Refused> {
+        let is_here = self.meter.is_some();
+        is_here.then_some(()).ok_or_else(|| {
+            Refused("the source keeps to these parameters: they are changed there".to_owned())
+        })
+    }
+
     fn parameters_changed(&self) {
         let rate = self.migration.parameters().max_bandwidth;
-        self.meter.set_bandwidth(Some(rate).filter(|rate| *rate > 0));
+        self.set(Some(rate).filter(|rate| *rate > 0));
     }
 
     /// Frees whoever waits for bandwidth, so that it learns of it.
     fn cancelled(&self) {
-        self.meter.set_bandwidth(None);
+        self.set(None);
     }
 }

@@ -194,6 +194,7 @@ impl LoadHandler for BlockSection {
                 Error::protocol(0, 0, reason)
             }
         };
+        self.destination.complete()?;
         let mut prepared = Vec::new();
         for sealed in self.blocks.sealed().map_err(unsealed("disk"))? {
             let SealedDisk { id: disk, hash: content, is_as_it_was } = sealed;

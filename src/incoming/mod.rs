@@ -20,6 +20,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use bitmap_mig::KeptBitmaps;
 use block_mig::Monitor;
 use block_mig::arrive::Known;
+use format_spec::Blame;
 use format_spec::native::answer::Answer;
 use format_spec::native::hello::{MAX_CHANNELS, RESUME, SessionState};
 use mig_core::heart::{Heart, within};
@@ -202,6 +203,8 @@ impl Accepted {
 fn fate(error: &Error, resumes: bool) -> Fate {
     match error {
         _ if !resumes => Fate::Dropped,
+        // What was refused is not to be gone on with.
+        Error::Handler(refused) if refused.blame == Blame::WouldLose => Fate::Dropped,
         Error::Peer { .. } => Fate::Revoked,
         _ => Fate::Kept,
     }

@@ -4,6 +4,7 @@
 //! begin        what is known of this session: nothing, a part, all of it, that it is finished
 //! place        once for each disk, before its content
 //!   Landing    content arrives, durable barriers (block_mig::Landing)
+//! complete     no more disks come
 //!   prepare    once for each disk, when all of it has arrived
 //! commit       all disks together get their final names
 //! abort        or none does
@@ -85,6 +86,12 @@ pub trait Destination: Send + Sync {
 
     /// Finds or makes the place of a disk, at least as large as wanted.
     fn place(&self, wanted: &Wanted<'_>) -> Result<Arc<dyn Place>>;
+
+    /// The source has sent all that it has, and asks to prove it: an error where a disk is missing
+    /// that this side's user named. Nothing to do for whoever takes what comes.
+    fn complete(&self) -> Result<()> {
+        Ok(())
+    }
 
     /// The source has let go: gives all places their final names, writes receipts. On return it is
     /// durable. After a crash in the middle it can be finished.

@@ -181,6 +181,10 @@ impl Destination for Door {
         self.inner.place(wanted)
     }
 
+    fn complete(&self) -> stream::Result<()> {
+        self.inner.complete()
+    }
+
     fn commit(&self) -> stream::Result<()> {
         self.inner.commit()
     }

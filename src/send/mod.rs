@@ -76,6 +76,12 @@ fn check_transport(options: &SendOptions, nature: Nature) -> Result<()> {
              compress the stream outside",
         );
     }
+    if nature.is_one_way && options.no_verify {
+        return usage(
+            "nobody answers over this transport, so that the destination alone can prove what it \
+             publishes: leave --no-verify out",
+        );
+    }
     Ok(())
 }
 

@@ -169,7 +169,12 @@ fn a_migration_is_called_off() {
 fn a_destination_that_waits_is_called_off() {
     let scratch = Scratch::new();
     let receiving = receive(&scratch);
-    ask(&scratch.path("receive.control"), "migrate-cancel", &[]);
+    let control = scratch.path("receive.control");
+    // What only the source keeps to is not taken as if it were kept to here.
+    let set = bitferry().arg("control").arg(&control).words("migrate-set-parameters");
+    let refused = set.arg("max-bandwidth=1000").output().expect_exit(Exit::Transport);
+    assert!(refused.complaint().contains("the source"), "{refused}");
+    ask(&control, "migrate-cancel", &[]);
     let received = receiving.wait();
     assert_eq!(received.code(), Some(130), "{received}");
 }

@@ -266,7 +266,13 @@ fn what_exists_is_kept_replaced_or_written_into() {
         received.complaint().contains("\nhint: at the source use --bitmaps none"),
         "{received}"
     );
-    assert!(sent.expect_exit(Exit::Transport).complaint().contains("raw image"), "told");
+    assert!(sent.expect_exit(Exit::Refused).complaint().contains("raw image"), "told");
+    // Nor can a new one, and nothing of it stays.
+    let before = scratch.names();
+    let new = "--disk vda=new.raw,format=raw unix:s";
+    let (sent, received) = migrate(&scratch, "--disk vda=a.qcow2", new);
+    (sent.expect_exit(Exit::Refused), received.expect_exit(Exit::Refused));
+    assert_eq!(scratch.names(), before);
     migrated(&scratch, "--disk vda=a.qcow2 --bitmaps none", place);
     qemu::same_content((&source, "qcow2"), (&scratch.path("raw"), "raw"));
     // Another size is another disk.
@@ -289,6 +295,36 @@ fn a_disk_without_a_place_is_told_to_both() {
         assert!(output.complaint().contains("\"vda\""), "{output}");
     }
     assert!(!scratch.path("out").exists());
+}
+
+#[test]
+fn a_place_without_a_disk_publishes_nothing_and_loses_nothing() {
+    let scratch = Scratch::new();
+    if !has_peers() {
+        return;
+    }
+    let source = disk(&scratch, "a.qcow2", 3);
+    for (places, name) in [
+        ("--disk vda=out --disk vdb=other unix:s", "out"),
+        ("--in-place --disk vda=old.qcow2 --disk vdb=old2.qcow2 unix:s", "old.qcow2"),
+    ] {
+        for old in ["old.qcow2", "old2.qcow2"] {
+            make(&scratch, old, 64 * MIB).done();
+        }
+        let (sent, received) = migrate(&scratch, "--disk vda=a.qcow2", places);
+        for output in [sent.expect_exit(Exit::Transport), received.expect_exit(Exit::Usage)] {
+            assert!(output.complaint().contains("a disk \"vdb\""), "{output}");
+        }
+        assert!(!scratch.path("out").exists() && !scratch.path("other").exists());
+        let places = places.replace("--disk vdb=other ", "").replace("--disk vdb=old2.qcow2 ", "");
+        let (sent, _) = migrated(&scratch, "--disk vda=a.qcow2", &places);
+        assert_eq!(sent["resumed"], true, "{sent}");
+        assert_eq!(sent["disks"][0]["bytes-data"], 0, "{sent}");
+        qemu::same_disk(&source, &scratch.path(name), &["weekly", "hourly"]);
+        for done in [name, "old2.qcow2"] {
+            std::fs::remove_file(scratch.path(done)).expect("remove");
+        }
+    }
 }
 
 #[test]
@@ -436,6 +472,7 @@ fn what_cannot_be_done_is_wrong_usage() {
         "--disk vda=x.raw --channels 0 unix:s",
         "--disk vda=x.raw --channels 2 file:s",
         "--disk vda=x.raw --compress zstd file:s",
+        "--disk vda=x.raw --no-verify file:s",
         "--disk vda=x.raw --compress lz4 unix:s",
         "--disk vda=x.raw --tls-peer h unix:s",
         "--disk vda=x.raw --tls-dir . file:s",

@@ -313,6 +313,7 @@ pub fn blame_code(blame: Blame) -> u16 {
         Blame::Device => 5,
         Blame::Transport => 6,
         Blame::WouldLose => 7,
+        Blame::Mismatch => 8,
     }
 }
 
@@ -326,6 +327,7 @@ pub fn blame_from(code: u16) -> Option<Blame> {
         5 => Blame::Device,
         6 => Blame::Transport,
         7 => Blame::WouldLose,
+        8 => Blame::Mismatch,
         _ => return None,
     })
 }

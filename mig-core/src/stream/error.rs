@@ -122,10 +122,12 @@ impl Error {
             }
             Self::Malformed { .. } => Blame::Bytes,
             Self::Protocol { .. } | Self::Stray => Blame::PeerBehaviour,
+            // What it lost or read back wrong we lose too.
+            Self::Peer { blame: blame @ (Blame::WouldLose | Blame::Mismatch), .. } => *blame,
             // The peer's own device or usage is, from here, a failed peer.
             Self::Peer { .. } => Blame::PeerBehaviour,
             Self::Handler(error) => error.blame,
-            Self::Mismatch { .. } => Blame::Device,
+            Self::Mismatch { .. } => Blame::Mismatch,
             Self::Interrupted => Blame::Caller,
         }
     }

@@ -24,10 +24,10 @@ use self::bitmaps::OnlyBitmaps;
 use self::target::Target;
 use self::written::Written;
 use super::ReceiveOptions;
-use crate::berth::state;
+use crate::berth::{all_came, no_place, state};
 use crate::incoming::{Destination, Place, SessionId, Wanted};
 use crate::report::BitmapReport;
-use crate::{Error, Observer, Result};
+use crate::{Observer, Result};
 
 /// Existing images, open and locked.
 pub(super) struct InPlace {
@@ -103,7 +103,10 @@ impl InPlace {
 
     fn begin_disk(&self, wanted: &Wanted<'_>) -> Result<Arc<dyn Existing>> {
         let known = self.targets.iter().find(|target| target.id == wanted.name);
-        let target = known.ok_or_else(|| no_place(wanted.name, &self.targets))?.clone();
+        let target = known.ok_or_else(|| {
+            no_place(wanted.name, self.targets.iter().map(|target| target.id.as_str()))
+        })?;
+        let target = target.clone();
         let mut state = lock(&self.state);
         let session = self.keeps.then_some(state.session);
         let (size, observer) = (wanted.size, &self.observer);
@@ -151,6 +154,12 @@ impl Destination for InPlace {
         Ok(self.begin_disk(wanted)?)
     }
 
+    fn complete(&self) -> stream::Result<()> {
+        let state = lock(&self.state);
+        let came = state.places.iter().map(|place| place.target().id.as_str());
+        Ok(all_came(self.targets.iter().map(|target| target.id.as_str()), came)?)
+    }
+
     fn commit(&self) -> stream::Result<()> {
         Ok(self.finish()?)
     }
@@ -162,13 +171,6 @@ impl Destination for InPlace {
             }
         }
     }
-}
-
-fn no_place(name: &str, targets: &[Arc<Target>]) -> Error {
-    let names: Vec<_> = targets.iter().map(|target| target.id.as_str()).collect();
-    let reason =
-        format!("the source sends a disk named {name:?}, and there are places for {names:?}");
-    Error::Usage { reason }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
