@@ -108,7 +108,7 @@ impl Place for Other {
             *self.bits.lock().unwrap() += bitmap.bits.count();
             bitmaps.push(bitmap.digest().map_err(bitferry::Error::from)?);
         }
-        Ok(sealed.content.map(|content| DiskProof { content, bitmaps }))
+        Ok(sealed.content.map(|content| DiskProof { content: Some(content), bitmaps }))
     }
 }
 

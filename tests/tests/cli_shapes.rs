@@ -162,7 +162,8 @@ fn bitmaps_without_blocks_are_refused_where_the_disk_is_another() {
     while Bytes::of(&scratch.path("mirror")).get::<1>(72)[0] & 0x40 == 0 {
         assert!(begun.elapsed() < Duration::from_secs(60), "nothing arrives");
     }
-    (receive.kill(), send.kill());
+    receive.kill();
+    send.kill();
     let (_, received) =
         migrate(&scratch, "--no-blocks --disk vda=source", "--in-place --disk vda=mirror");
     assert!(received.complaint().contains("interrupted in-place copy"), "{received}");
