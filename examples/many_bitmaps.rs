@@ -123,6 +123,7 @@ fn image(dir: &Path) -> Files {
         path: dir.join(IMAGE),
         format: Format::Qcow2,
         target: TargetOptions::default(),
+        base: None,
         renames: Renames::default(),
     };
     Files::new(vec![place], FileOptions { keeps_nothing: true, ..FileOptions::default() })

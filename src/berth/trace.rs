@@ -43,7 +43,12 @@ impl Trace {
                 return Ok(Self::Nothing);
             }
         }
-        Ok(if found.prepared.is_some() { Self::Proved } else { Self::Begun })
+        Ok(match found.prepared {
+            Some(_) => Self::Proved,
+            // An unfinished image that stands on another is not gone on with.
+            None if disk.base.is_some() => Self::Nothing,
+            None => Self::Begun,
+        })
     }
 }
 

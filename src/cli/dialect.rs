@@ -64,8 +64,9 @@ pub(crate) struct QemuArgs {
     /// storage, a mirror. The only way to a QEMU since 9.1; a bitferry has to receive --in-place
     #[arg(long)]
     pub(crate) no_blocks: bool,
-    /// Carry only what is allocated above the backing files
-    #[arg(long, help_heading = "To a QEMU")]
+    /// Carry only what is allocated above the backing files, which the destination has its own
+    /// copies of: QEMU's `migrate -i`. A bitferry has to `receive --backing`
+    #[arg(long, conflicts_with_all = ["flatten", "no_blocks"])]
     pub(crate) shared_base: bool,
     /// Monitor of the destination: refuse beforehand what it would drop, and confirm afterwards
     /// what it has
@@ -92,7 +93,6 @@ impl QemuArgs {
         let given = [
             (self.machine.is_some(), "--machine"),
             (self.uuid.is_some(), "--uuid"),
-            (self.shared_base, "--shared-base"),
             (self.peer_qmp.is_some(), "--peer-qmp"),
         ];
         match given.iter().find(|(is_given, _)| *is_given) {

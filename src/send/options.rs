@@ -17,6 +17,9 @@ pub struct SendOptions {
     /// Send contents. Without them bitmaps alone travel, to a destination that has the same disks
     /// by another way.
     pub blocks: bool,
+    /// Send of disks with a backing file what their own image holds alone: the destination makes
+    /// images on a backing file of its own, which reads as ours.
+    pub shared_base: bool,
     /// Open backing and data files that the images name, and read through them.
     pub allow_backing: bool,
     /// Which bitmaps to carry. A name must be on one of the disks at least.
@@ -47,7 +50,12 @@ pub struct SendOptions {
 impl SendOptions {
     /// What tells this command from one that sends something else of the same disks.
     pub(super) fn verb(&self) -> String {
-        if self.blocks { "send" } else { "send bitmaps alone" }.to_owned()
+        let verb = match (self.blocks, self.shared_base) {
+            (false, _) => "send bitmaps alone",
+            (true, true) => "send above the base",
+            (true, false) => "send",
+        };
+        verb.to_owned()
     }
 }
 
@@ -56,6 +64,7 @@ impl Default for SendOptions {
         Self {
             disks: Vec::new(),
             blocks: true,
+            shared_base: false,
             allow_backing: false,
             bitmaps: BitmapSelection::All,
             renames: Vec::new(),

@@ -1,5 +1,5 @@
 //! `send` that does not send all: bitmaps without contents, to a destination that has those by
-//! another way.
+//! another way, and what stands above a backing file, to one that has a copy of that.
 
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
@@ -235,4 +235,216 @@ fn a_kill_leaves_the_old_bitmaps_or_the_new_ones() {
         assert_eq!(ranges(&mirror, "b0"), new);
     }
     assert!(seen[0] > 0 && seen[1] > 0, "no kill hit the middle: {seen:?}");
+}
+
+/// A base, and an overlay on it that hides some of it by content, and some by zeroes. The
+/// destination's copy of the base has another name and format.
+fn on_a_base(scratch: &Scratch, clusters: &str) -> (PathBuf, PathBuf) {
+    let base = make(scratch, "base", SIZE).write(1, 0, 16 * MIB).write(2, 30 * MIB, MIB).done();
+    let copy = scratch.path("there.raw");
+    qemu_img("convert").words("-f qcow2 -O raw").arg(&base).arg(&copy).ok();
+    let top = make(scratch, "top", SIZE).backing("base", "qcow2").option(clusters);
+    let top = top
+        .write(3, MIB + 65536, 3 * 65536)
+        .bitmap("b0", 65536)
+        .io(format!("write -z {} {}", 4 * MIB + 131_072, 65536))
+        .io(format!("write -z {} {}", 8 * MIB, 3 * MIB))
+        .io(format!("write -P 0 {} 65536", 12 * MIB))
+        .io(format!("write -z {} 65536", 50 * MIB))
+        .write(4, 60 * MIB + 512, 1024);
+    (top.done(), copy)
+}
+
+/// Bytes of the guest that the top layer holds itself.
+fn held(image: &Path) -> u64 {
+    let held = map(image, "qcow2").into_iter().filter(|part| part["depth"] == 0);
+    let held = held.filter(|part| part["present"] == true);
+    held.map(|part| part["length"].as_u64().expect("a number")).sum()
+}
+
+const SEND: &str = "--shared-base --allow-backing --disk vda=top";
+const RECEIVE: &str = "--backing there.raw,format=raw --disk vda=copy";
+
+#[test]
+fn what_stands_above_a_base_arrives_on_another_copy_of_it() {
+    if !has_peers() {
+        return;
+    }
+    for clusters in ["cluster_size=64K", "cluster_size=4K", "extended_l2=on,cluster_size=128K"] {
+        let scratch = Scratch::new();
+        let (top, base) = on_a_base(&scratch, clusters);
+        let copy = scratch.path("copy");
+        let untouched = std::fs::read(&base).expect("the base");
+        let (sent, received) = migrated(&scratch, SEND, RECEIVE);
+        for summary in [&sent, &received] {
+            let disk = &summary["disks"][0];
+            assert_eq!(disk["verified"], "yes", "{disk}");
+            assert!(disk["bytes-data"].as_u64().is_some_and(|n| n <= 5 * 65536), "{disk}");
+        }
+        let (here, there) = (&sent["disks"][0], &received["disks"][0]);
+        assert_eq!(here["content-hash"], there["content-hash"]);
+        assert!(sent["wire-bytes"].as_u64().is_some_and(|bytes| bytes < MIB), "{sent}");
+        check_is_clean(&copy);
+        let info = bitferry_tests::qemu::info(&copy, "qcow2");
+        assert_eq!(info["backing-filename"], "there.raw", "{info}");
+        assert_eq!(info["backing-filename-format"], "raw", "{info}");
+        same_content((&top, "qcow2"), (&copy, "qcow2"));
+        assert_eq!(ranges(&copy, "b0"), ranges(&top, "b0"));
+        assert_eq!(std::fs::read(&base).expect("the base"), untouched);
+        // Leaves are sent whole: with clusters of that size nothing is added.
+        let (ours, theirs) = (held(&copy), held(&top));
+        assert!(ours >= theirs, "{clusters}: zeroes above the base are kept");
+        if clusters == "cluster_size=64K" {
+            assert_eq!(ours, theirs, "{clusters}");
+            let hashes =
+                json::document(&command(&scratch, "hash --json --allow-backing copy").ok());
+            assert_eq!(hashes["content-hash"], here["content-hash"]);
+        }
+    }
+}
+
+#[test]
+fn a_base_that_reads_otherwise_is_found_out() {
+    if !has_peers() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let (_, base) = on_a_base(&scratch, "cluster_size=64K");
+    qemu_io(&base, "raw", [format!("write -P 7 {} 512", 31 * MIB - 512)]);
+    let (sent, received) = migrate(&scratch, SEND, RECEIVE);
+    received.expect_exit(Exit::Different);
+    sent.expect_exit(Exit::Different);
+    assert!(!scratch.path("copy").exists());
+    // Nobody looks where nobody wants the proof; not even at the base.
+    let unproved = format!("--no-verify {SEND}");
+    let (sent, _) = migrated(&scratch, &unproved, &format!("--no-verify {RECEIVE}"));
+    assert_eq!(sent["disks"][0]["verified"], "no");
+    check_is_clean(&scratch.path("copy"));
+}
+
+#[test]
+fn what_stands_above_a_base_needs_one_at_both_ends() {
+    if !has_peers() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let (top, _) = on_a_base(&scratch, "cluster_size=64K");
+    make(&scratch, "whole", SIZE).write(1, 0, 65536).done();
+    std::fs::copy(&top, scratch.path("other")).expect("copy");
+    for (source, destination, says) in [
+        (SEND, "--disk vda=copy", "--backing"),
+        (SEND, "--in-place --allow-backing --disk vda=other", "--backing"),
+        ("--allow-backing --disk vda=top", RECEIVE, "--shared-base"),
+        ("--no-blocks --disk vda=whole", RECEIVE, ""),
+    ] {
+        let (sent, received) = migrate(&scratch, source, destination);
+        if says.is_empty() {
+            // Nothing of a disk above a base is an image of nothing on it.
+            assert_eq!((sent.code(), received.code()), (Some(0), Some(0)), "{received}");
+            continue;
+        }
+        received.expect_exit(Exit::Usage);
+        assert!(sent.complaint().contains(says), "{source}, {destination}: {sent}");
+        assert!(!scratch.path("copy").exists(), "{destination}");
+    }
+    same_content((&top, "qcow2"), (&scratch.path("other"), "qcow2"));
+    check_is_clean(&scratch.path("other"));
+    for words in [
+        "send --shared-base --disk vda=whole unix:s",
+        "send --shared-base --flatten --disk vda=top unix:s",
+        "send --shared-base --allow-backing --no-blocks --disk vda=top unix:s",
+        "send --backing base --disk vda=top unix:s",
+        "receive --flatten --disk vda=x unix:s",
+        "receive --in-place --backing base --disk vda=top unix:s",
+        "receive --backing base --disk vda=x,format=raw unix:s",
+        "receive --backing base --disk vda=x --disk vdb=y unix:s",
+        "receive --backing vdc=base --disk vda=x --disk vdb=y unix:s",
+        "receive --dialect qemu --backing base --disk vda=x unix:s",
+    ] {
+        let output = command(&scratch, words).output().expect_exit(Exit::Usage);
+        assert!(output.complaint().len() > 20, "{words}: {output}");
+    }
+    // The chain below is opened only where that is allowed.
+    let closed = command(&scratch, "send --shared-base --disk vda=top unix:s").output();
+    assert!(closed.complaint().contains("--allow-backing"), "{closed}");
+}
+
+#[test]
+fn disks_with_and_without_a_base_go_together() {
+    if !has_peers() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let (top, _) = on_a_base(&scratch, "cluster_size=64K");
+    let whole = make(&scratch, "whole", SIZE).write(5, MIB, MIB).bitmap("b1", 65536).done();
+    let (sent, _) = migrated(
+        &scratch,
+        &format!("{SEND} --disk vdb=whole --channels 3 --compress zstd"),
+        "--backing vda=there.raw,format=raw --disk vda=copy --disk vdb=out",
+    );
+    assert_eq!(sent["disks"][1]["verified"], "yes", "{sent}");
+    same_content((&top, "qcow2"), (&scratch.path("copy"), "qcow2"));
+    bitferry_tests::qemu::same_disk(&whole, &scratch.path("out"), &["b1"]);
+}
+
+#[test]
+fn what_stands_above_a_base_is_cut_off_and_begun_again() {
+    if !has_peers() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let (top, _) = on_a_base(&scratch, "cluster_size=64K");
+    qemu_io(&top, "qcow2", ["write -P 8 16M 24M"]);
+    let copy = scratch.path("copy");
+    let start = || {
+        let _ = std::fs::remove_file(scratch.path("socket"));
+        let receive = command(&scratch, &format!("receive --json {RECEIVE} unix:socket")).spawn();
+        address(&receive);
+        let send = command(&scratch, &format!("send --json {SEND} unix:socket")).spawn();
+        (receive, send)
+    };
+    let is_absent_or_whole = |said: &Output| {
+        if copy.exists() {
+            check_is_clean(&copy);
+            same_content((&top, "qcow2"), (&copy, "qcow2"));
+            assert_eq!(ranges(&copy, "b0"), ranges(&top, "b0"), "{said}");
+        }
+        copy.exists()
+    };
+    let begun = Instant::now();
+    let (receive, send) = start();
+    send.wait().expect_exit(Exit::Done);
+    assert!(is_absent_or_whole(&receive.wait().expect_exit(Exit::Done)));
+    let whole = begun.elapsed();
+    let mut random = Random::new(seed(), "cut what stands above a base");
+    let mut already = 0;
+    for round in 0..10 {
+        for name in ["copy", ".copy.bitferry-receipt"] {
+            let _ = std::fs::remove_file(scratch.path(name));
+        }
+        let (receive, send) = start();
+        let moment = whole.mul_f64(random.below(1100) as f64 / 1000.0);
+        if round % 2 == 0 {
+            receive.ends_within(moment);
+            is_absent_or_whole(&receive.kill());
+            send.wait();
+        } else {
+            send.ends_within(moment);
+            send.kill();
+            let ended = receive.ends_within(Duration::from_secs(3));
+            is_absent_or_whole(&if ended { receive.wait() } else { receive.kill() });
+        }
+        let (receive, send) = start();
+        let sent = send.wait().expect_exit(Exit::Done);
+        assert!(is_absent_or_whole(&receive.wait().expect_exit(Exit::Done)), "{sent}");
+        already += usize::from(json::summary(&sent)["status"] == "already-complete");
+    }
+    // And what is there is not sent again.
+    let (receive, send) = start();
+    let sent = json::summary(&send.wait().expect_exit(Exit::Done));
+    assert_eq!(sent["status"], "already-complete", "{sent}");
+    receive.wait().expect_exit(Exit::Done);
+    assert!(already < 10, "no cut hit the middle");
+    let left = scratch.names().into_iter().filter(|name| name.ends_with("-part"));
+    assert_eq!(left.count(), 0);
 }

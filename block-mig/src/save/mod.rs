@@ -12,6 +12,7 @@ use std::sync::Arc;
 use format_spec::content_hash::Node;
 use format_spec::native::answer::Ready;
 use format_spec::native::block::{self, BlockRecord, Disk, DiskSeal};
+use mig_core::block::BlockSource;
 use mig_core::channels::Outlet;
 use mig_core::dirty::AtomicBits;
 use mig_core::section::{Have, HaveReader, Pass, Pending, SaveHandler, SectionKey, Stage, Start};
@@ -69,8 +70,19 @@ impl<'a> SaveBlocks<'a> {
         Self::carrying(disks.into_iter().map(|disk| (disk, Carried::Nothing)), options)
     }
 
+    /// Sends of each disk that comes with a second source what that one holds: what it calls a hole
+    /// the destination has below a new image of its own. All of the disk is read all the same where
+    /// it is hashed. Disks without a second source are sent whole.
+    pub fn above(
+        disks: Vec<(SaveDisk<'a>, Option<&'a dyn BlockSource>)>,
+        options: SaveOptions<'a>,
+    ) -> Result<Self> {
+        let carried = |above: Option<_>| above.map_or(Carried::Whole, Carried::Above);
+        Self::carrying(disks.into_iter().map(|(disk, above)| (disk, carried(above))), options)
+    }
+
     fn carrying(
-        disks: impl Iterator<Item = (SaveDisk<'a>, Carried)>,
+        disks: impl Iterator<Item = (SaveDisk<'a>, Carried<'a>)>,
         options: SaveOptions<'a>,
     ) -> Result<Self> {
         let saved = disks.map(|(disk, carried)| Saved::new(disk, carried, options.hashes));

@@ -64,6 +64,7 @@ impl Here {
             path: self.path(name),
             format,
             target,
+            base: None,
             renames: Renames::default(),
         };
         let raw = place("b", Format::Raw, TargetOptions::default());
