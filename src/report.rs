@@ -107,7 +107,7 @@ impl DiskReport {
     }
 
     /// Claims of bitmaps no more than was seen, by what was seen of the disk.
-    pub(crate) fn as_seen(mut self) -> Self {
+    pub(crate) fn only_seen(mut self) -> Self {
         use BitmapOutcome::{Dropped, Preserved, Sent};
         let (claimed, outcome, reason) = match self.verified {
             Verified::No => (Preserved, Sent, "nobody read it back (--no-verify)"),

@@ -243,5 +243,5 @@ fn disk_report(options: &ReceiveOptions, disk: ReceivedDisk) -> DiskReport {
         not_carried: Vec::new(),
         bitmaps: disk.bitmaps.into_iter().map(bitmap).collect(),
     }
-    .as_seen()
+    .only_seen()
 }
