@@ -33,7 +33,7 @@ pub(super) fn qcow2_bytes(geometry: Geometry, survey: &Survey, compressed: u64) 
 }
 
 /// An upper estimate of what a disk takes at a destination of which nothing special is asked: a
-/// qcow2 image of the usual shape, with its content plain. `bitmaps`: granularities of those it gets.
+/// qcow2 image of the usual shape, with its content plain. `bitmaps`: granularities of its own.
 pub(crate) fn received_bytes(content: u64, size: u64, bitmaps: &[u64]) -> Result<u64> {
     let geometry = Shape::decide(None, &TargetOptions::default())?.geometry();
     let survey = Survey { data: content, ..Survey::default() };
