@@ -1,6 +1,7 @@
 //! What lies at the places of a migration, and what is answered to its source because of it.
 
 use format_spec::native::hello::SessionState;
+use format_spec::native::journal::UNPROVED;
 
 use super::files::DiskPlace;
 use super::log::Log;
@@ -43,7 +44,9 @@ impl Trace {
                 return Ok(Self::Nothing);
             }
         }
-        Ok(if found.prepared.is_some() { Self::Proved } else { Self::Begun })
+        // What nobody proved cannot be held against anything.
+        let is_proved = found.prepared.is_some_and(|root| root != UNPROVED);
+        Ok(if is_proved { Self::Proved } else { Self::Begun })
     }
 }
 

@@ -232,16 +232,8 @@ impl Unfinished {
         self.sync()
     }
 
-    /// Gives the files their final names. Everything is durable; `content` is what was proved.
-    pub(crate) fn publish(&self, content: Option<ContentHash>, replaces: bool) -> Result<()> {
-        if let (Some(keeper), Some(content), true) = (&self.keeper, content, self.drafts.len() > 1)
-        {
-            keeper.prepare(content)?;
-        }
-        publish_together(&[self], replaces, |_| Ok(()))
-    }
-
-    /// Notes durably that everything was proved.
+    /// Notes durably that everything is there, and what was proved, or
+    /// [`UNPROVED`](format_spec::native::journal::UNPROVED).
     pub(crate) fn prepare(&self, content: ContentHash) -> Result<()> {
         if let Some(keeper) = &self.keeper {
             keeper.prepare(content)?;
@@ -257,6 +249,11 @@ impl Unfinished {
             [only] => (only.temporary(), None),
             [] => (Path::new(""), None),
         }
+    }
+
+    /// Its final names, in the order in which they are given.
+    pub(crate) fn targets(&self) -> impl Iterator<Item = &Path> {
+        self.drafts.iter().map(Draft::target)
     }
 
     /// Its journal and receipt.

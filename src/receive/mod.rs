@@ -12,6 +12,7 @@ mod relay;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use format_spec::native::answer::{Published, PublishedBitmap};
 use mig_core::heart::Heart;
 use mig_core::stream;
 use mig_core::transport::{Connection, Listen};
@@ -207,6 +208,8 @@ fn unused<'a>(options: &'a ReceiveOptions, report: &Report) -> Vec<&'a str> {
 fn report(options: &ReceiveOptions, received: Received, started: Instant) -> Report {
     let status =
         if received.already_complete { Status::AlreadyComplete } else { Status::Completed };
+    let before = received.published.iter().map(published_before);
+    let now = received.disks.into_iter().map(|disk| disk_report(options, disk));
     Report {
         status,
         error: None,
@@ -215,9 +218,24 @@ fn report(options: &ReceiveOptions, received: Received, started: Instant) -> Rep
         wire_bytes: received.wire_bytes,
         repeated_bytes: 0,
         resumed: received.resumed,
-        disks: received.disks.into_iter().map(|disk| disk_report(options, disk)).collect(),
+        disks: now.chain(before).collect(),
         ram: None,
     }
+}
+
+fn bitmap_report(name: String, stored: &str) -> BitmapReport {
+    let changed = (stored != name).then(|| format!("name: {name} -> {stored}"));
+    let changed = changed.into_iter().collect();
+    let outcome = BitmapOutcome::Preserved;
+    BitmapReport { name, outcome, changed, reason: None, is_wanted: true }
+}
+
+/// A disk that an earlier run had published.
+fn published_before(disk: &Published) -> DiskReport {
+    let bitmap = |found: &PublishedBitmap| bitmap_report(found.sent_as.clone(), &found.name);
+    let bitmaps = disk.bitmaps.iter().map(bitmap).collect();
+    let untouched = DiskReport::untouched(disk.name.clone());
+    DiskReport { bitmaps, ..untouched }.of_before(Some(disk)).as_seen()
 }
 
 fn disk_report(options: &ReceiveOptions, disk: ReceivedDisk) -> DiskReport {
@@ -225,14 +243,7 @@ fn disk_report(options: &ReceiveOptions, disk: ReceivedDisk) -> DiskReport {
     let renames = of_disk.map(|option| Renames::of(&options.renames, &option.id));
     let bitmap = |name: String| {
         let stored = renames.as_ref().map_or_else(|| name.clone(), |r| r.stored(&name));
-        let changed = (stored != name).then(|| format!("name: {name} -> {stored}"));
-        BitmapReport {
-            name,
-            outcome: BitmapOutcome::Preserved,
-            changed: changed.into_iter().collect(),
-            reason: None,
-            is_wanted: true,
-        }
+        bitmap_report(name, &stored)
     };
     DiskReport {
         id: disk.name,

@@ -180,7 +180,7 @@ fn report(
 ) -> Report {
     let (status, error) = match &sent.outcome {
         Outcome::Completed | Outcome::Unconfirmed => (Status::Completed, None),
-        Outcome::AlreadyComplete => (Status::AlreadyComplete, None),
+        Outcome::AlreadyComplete(_) => (Status::AlreadyComplete, None),
         Outcome::Unknown(error) => (Status::Unknown, Some(error_chain(error))),
     };
     let (verified, outcome) = match &sent.outcome {
@@ -188,14 +188,23 @@ fn report(
         Outcome::Unconfirmed | Outcome::Unknown(_) => (Verified::Unconfirmed, BitmapOutcome::Sent),
         _ => (Verified::Yes, BitmapOutcome::Preserved),
     };
-    let report = |(planned, moved): (&Planned, MovedDisk)| DiskReport {
-        id: planned.option.id.clone(),
-        bytes_data: moved.data,
-        bytes_zero: planned.disk.chain.virtual_size().saturating_sub(moved.data + moved.kept),
-        content_hash: moved.content_hash,
-        verified,
-        not_carried: planned.not_carried(),
-        bitmaps: carry::reports(&planned.bitmaps, outcome),
+    let report = |(planned, moved): (&Planned, MovedDisk)| {
+        let report = DiskReport {
+            id: planned.option.id.clone(),
+            bytes_data: moved.data,
+            bytes_zero: planned.disk.chain.virtual_size().saturating_sub(moved.data + moved.kept),
+            content_hash: moved.content_hash,
+            verified,
+            not_carried: planned.not_carried(),
+            bitmaps: carry::reports(&planned.bitmaps, outcome),
+        };
+        match &sent.outcome {
+            Outcome::AlreadyComplete(published) => {
+                let found = published.iter().find(|found| found.name == report.id);
+                report.of_before(found)
+            }
+            _ => report,
+        }
     };
     Report {
         status,

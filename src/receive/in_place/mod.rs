@@ -29,8 +29,8 @@ use crate::{Observer, Result};
 /// Existing images, open and locked.
 pub(super) struct InPlace {
     targets: Vec<Arc<Target>>,
-    /// Whether journals are kept.
-    keeps: bool,
+    /// Whether another attempt can go on with what an attempt leaves.
+    resumes: bool,
     observer: Arc<dyn Observer>,
     state: Mutex<State>,
     /// Bitmaps that were there and cannot be trusted, by disk.
@@ -57,7 +57,7 @@ impl InPlace {
         let state = State { session: [0; 16], is_fresh: options.fresh, places: Vec::new() };
         Ok(Self {
             targets,
-            keeps: !options.no_verify,
+            resumes: !options.no_verify,
             observer: watching,
             state: Mutex::new(state),
             invalidated: Mutex::default(),
@@ -79,7 +79,7 @@ impl InPlace {
     /// What is known of a session.
     fn look(&self, session: SessionId) -> Result<SessionState> {
         let traces = self.targets.iter().map(|target| target.trace(session));
-        Ok(state(&traces.collect::<Result<Vec<_>>>()?, self.keeps))
+        Ok(state(&traces.collect::<Result<Vec<_>>>()?, self.resumes))
     }
 
     fn begin_disk(&self, wanted: &Wanted<'_>) -> Result<Arc<Written>> {
@@ -89,8 +89,8 @@ impl InPlace {
         })?;
         let mut state = lock(&self.state);
         // Where content is kept that is not sent, a journal does not say all.
-        let session = (self.keeps && !wanted.keeps_rest).then_some(state.session);
-        let how = (session, state.is_fresh);
+        let session = (!wanted.keeps_rest).then_some(state.session);
+        let how = (session, self.resumes, state.is_fresh);
         let place = Arc::new(Written::begin(target.clone(), wanted.size, how, &self.observer)?);
         state.places.push(Arc::clone(&place));
         Ok(place)
