@@ -73,6 +73,9 @@ pub struct BitmapReport {
     pub is_wanted: bool,
 }
 
+/// Said of a disk whose bitmaps alone were sent.
+pub(crate) const ONLY_BITMAPS: &str = "content: bitmaps alone were sent";
+
 /// One disk.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -131,6 +134,10 @@ impl DiskReport {
     pub(crate) fn only_seen(mut self) -> Self {
         use BitmapOutcome::{Dropped, Preserved, Sent};
         let (claimed, outcome, reason) = match self.verified {
+            // The content is not verified, the bitmaps are.
+            Verified::No if self.not_carried.iter().any(|what| what == ONLY_BITMAPS) => {
+                return self;
+            }
             Verified::No => (Preserved, Sent, "nobody read it back (--no-verify)"),
             Verified::Mismatch => {
                 (Preserved, Dropped, "the copy does not read back as what was sent")

@@ -10,6 +10,7 @@ use mig_core::section::Fate;
 use mig_core::stream;
 use qcow2_file::lock::Lock;
 
+use super::base::Base;
 use super::log::Log;
 use super::place::{FilePlace, Known, bitmaps_of};
 use super::receipt::Receipt;
@@ -32,6 +33,8 @@ pub struct DiskPlace {
     pub format: Format,
     /// `-o` options, for qcow2.
     pub target: TargetOptions,
+    /// What it stands on, where the source sends only what stands above that; for qcow2.
+    pub base: Option<Base>,
     /// New names for its bitmaps.
     pub renames: Renames,
 }
@@ -54,7 +57,8 @@ impl DiskPlace {
             Format::Raw => NewKind::Raw,
             Format::Qcow2 => {
                 let shape = Shape::decide(None, &self.target)?;
-                NewKind::Qcow2 { shape, data_file, backing: None }
+                let backing = self.base.as_ref().map(Base::backing);
+                NewKind::Qcow2 { shape, data_file, backing }
             }
         };
         let wishes = self.renames.text();
@@ -152,11 +156,19 @@ impl Files {
         let Some(disk) = self.disks.iter().find(|disk| disk.name == wanted.name) else {
             return Err(no_place(wanted.name, self.disks.iter().map(|disk| disk.name.as_str())));
         };
-        if wanted.keeps_rest {
-            let reason = format!(
-                "disk {:?} builds on content that a new file does not have: use --in-place",
-                wanted.name
-            );
+        let name = wanted.name;
+        let refusal = match (wanted.keeps_rest, &disk.base) {
+            (true, None) => Some(format!(
+                "disk {name:?} builds on content that a new file does not have: --in-place takes \
+                 bitmaps alone, --backing what stands above a base"
+            )),
+            (false, Some(_)) => Some(format!(
+                "all of disk {name:?} is sent, and nothing of it would be left for the backing \
+                 file: use send --shared-base, or leave --backing out here"
+            )),
+            _ => None,
+        };
+        if let Some(reason) = refusal {
             return Err(Error::Usage { reason });
         }
         let state = self.lock();

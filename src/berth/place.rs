@@ -15,8 +15,10 @@ use mig_core::block::BlockSink;
 use mig_core::section::{Fate, Have};
 use mig_core::stream;
 use qcow2_file::bitmaps::Bitmaps;
+use qcow2_file::chain::Backing;
 use qcow2_file::lock::Lock;
 
+use super::base::Base;
 use super::files::{DiskPlace, FileOptions, failed};
 use super::prover::Prover;
 use super::receipt::{Receipt, ReceiptBitmap};
@@ -80,7 +82,7 @@ impl Known {
             }
             bitmaps.push(found.digest);
         }
-        Ok(DiskProof { content: proved, bitmaps })
+        Ok(DiskProof { content: Some(proved), bitmaps })
     }
 }
 
@@ -89,6 +91,7 @@ pub(super) struct FilePlace {
     name: String,
     path: PathBuf,
     format: Format,
+    base: Option<Base>,
     renames: Renames,
     /// Why it can hold no bitmaps, if so.
     cannot_hold: Option<&'static str>,
@@ -120,12 +123,15 @@ impl FilePlace {
             Some(_) => None,
             None => Some(Arc::new(Unfinished::open(disk)?)),
         };
-        let proved = unfinished.as_ref().filter(|_| !options.no_verify);
+        // Where content stands tells nothing of it where it may be in another file.
+        let is_proved = !options.no_verify && place.base.is_none();
+        let proved = unfinished.as_ref().filter(|_| is_proved);
         let prover = proved.map(Unfinished::prover).transpose()?;
         Ok(Self {
             name: place.name.clone(),
             path: place.path.clone(),
             format: place.format,
+            base: place.base.clone(),
             renames: place.renames.clone(),
             cannot_hold: disk.cannot_hold(),
             session: disk.session,
@@ -198,7 +204,7 @@ impl FilePlace {
         };
         self.observer.phase(Phase::Prove);
         let (path, data) = unfinished.paths();
-        let disk = open(path, self.format, data)?;
+        let disk = self.open_made(path, data)?;
         let opened_after = begun.elapsed();
         let content = match &self.prover {
             Some(prover) => {
@@ -224,7 +230,14 @@ impl FilePlace {
         let took = begun.elapsed();
         let times = [sealed_after, opened_after, read_after, proved_after, took];
         tracing::debug!(?times, "sealed, opened, rest read, bitmaps read, noted");
-        Ok(Some(DiskProof { content, bitmaps }))
+        Ok(Some(DiskProof { content: Some(content), bitmaps }))
+    }
+
+    /// What was made, with what it stands on.
+    fn open_made(&self, path: &Path, data: Option<&Path>) -> Result<Disk> {
+        let (backing, allow_named) = self.base.as_ref().map(Base::below).unwrap_or_default();
+        let request = Request { backing, allow_named, ..request(path, self.format, data) };
+        Disk::open(&request, &Silent)
     }
 
     /// What these bitmaps hash to as they are stored. Some are read by each worker.
@@ -352,10 +365,10 @@ impl Place for FilePlace {
     }
 }
 
-/// Opens a disk that we made: with the data file that we made, and no other.
-fn open(path: &Path, format: Format, data: Option<&Path>) -> Result<Disk> {
+/// A disk that we made: with the data file that we made, and no other.
+fn request<'a>(path: &'a Path, format: Format, data: Option<&Path>) -> Request<'a> {
     let data_file = data.map(Path::to_owned);
-    Disk::open(&Request { data_file, ..Request::new(path, Some(format)) }, &Silent)
+    Request { data_file, ..Request::new(path, Some(format)) }
 }
 
 /// The bitmaps of a disk that we made.
@@ -367,7 +380,9 @@ pub(super) fn bitmaps_of(
     if format == Format::Raw {
         return Ok(Vec::new());
     }
-    let disk = open(path, format, data)?;
+    // Whatever it stands on has no say in them.
+    let request = Request { backing: Backing::Ignored, ..request(path, format, data) };
+    let disk = Disk::open(&request, &Silent)?;
     let Some(directory) = disk.bitmaps.directory() else { return Ok(Vec::new()) };
     let digest = |entry: &qcow2_file::bitmaps::Entry| {
         let bitmap = bitmap_mig::load(directory, entry.name())?;

@@ -65,7 +65,7 @@ impl Receipt {
             Ok(ReceiptBitmap::of(name, bitmap, read.map_or_else(|| bitmap.digest(), Ok)?))
         };
         let bitmaps = bitmaps.enumerate().map(bitmap).collect::<Result<_>>()?;
-        Ok(Self::of_stored(of, proof.map(|proof| proof.content), bitmaps))
+        Ok(Self::of_stored(of, proof.and_then(|proof| proof.content), bitmaps))
     }
 
     /// The same, of what is stored already.

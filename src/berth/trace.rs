@@ -44,9 +44,13 @@ impl Trace {
                 return Ok(Self::Nothing);
             }
         }
-        // What nobody proved cannot be held against anything.
-        let is_proved = found.prepared.is_some_and(|root| root != UNPROVED);
-        Ok(if is_proved { Self::Proved } else { Self::Begun })
+        Ok(match found.prepared {
+            // What nobody proved cannot be held against anything.
+            Some(root) if root != UNPROVED => Self::Proved,
+            // An unfinished image that stands on another is not gone on with.
+            _ if disk.base.is_some() => Self::Nothing,
+            _ => Self::Begun,
+        })
     }
 }
 

@@ -71,9 +71,10 @@ impl<'a> NewDisk<'a> {
     pub(crate) fn target(&self) -> String {
         let kind = match &self.kind {
             NewKind::Raw => "raw".to_owned(),
-            NewKind::Qcow2 { shape, data_file, .. } => {
+            NewKind::Qcow2 { shape, data_file, backing } => {
                 let data = data_file.map(|data| (data.is_raw, &data.name));
-                format!("qcow2 {shape:?} {data:?}")
+                let below = backing.as_ref().map(|b| format!(" on {:?} {:?}", b.name, b.format));
+                format!("qcow2 {shape:?} {data:?}{}", below.unwrap_or_default())
             }
         };
         let words = [kind, self.wishes.clone()].join(" ");

@@ -73,13 +73,15 @@ pub(crate) struct QemuArgs {
     #[arg(long, value_parser = uuid, help_heading = "To a QEMU")]
     pub(crate) uuid: Option<Uuid>,
     /// Carry the disks' contents; the default
-    #[arg(long, overrides_with = "no_blocks", help_heading = "To a QEMU")]
+    #[arg(long, overrides_with = "no_blocks")]
     pub(crate) blocks: bool,
-    /// Carry bitmaps alone; the only way to a QEMU since 9.1
-    #[arg(long, help_heading = "To a QEMU")]
+    /// Carry bitmaps alone, to a destination that has the same contents by another way: shared
+    /// storage, a mirror. The only way to a QEMU since 9.1; a bitferry has to receive --in-place
+    #[arg(long)]
     pub(crate) no_blocks: bool,
-    /// Carry only what is allocated above the backing files
-    #[arg(long, help_heading = "To a QEMU")]
+    /// Carry only what is allocated above the backing files, which the destination has its own
+    /// copies of: QEMU's `migrate -i`. A bitferry has to `receive --backing`
+    #[arg(long, conflicts_with_all = ["flatten", "no_blocks"])]
     pub(crate) shared_base: bool,
     /// Monitor of the destination: refuse beforehand what it would drop, and confirm afterwards
     /// what it has
@@ -106,8 +108,6 @@ impl QemuArgs {
         let given = [
             (self.machine.is_some(), "--machine"),
             (self.uuid.is_some(), "--uuid"),
-            (self.no_blocks, "--no-blocks"),
-            (self.shared_base, "--shared-base"),
             (self.peer_qmp.is_some(), "--peer-qmp"),
         ];
         match given.iter().find(|(is_given, _)| *is_given) {

@@ -10,7 +10,7 @@ use format_spec::native::hello::MAX_CHANNELS;
 
 use bitferry::connect::{self, Listener, Options, Refused, Uri};
 use bitferry::copy::{BitmapSelection, Rename};
-use bitferry::options::DiskOption;
+use bitferry::options::{BackingOption, DiskOption};
 use bitferry::receive::{self, Arrivals, ReceiveOptions};
 
 use super::dialect::DialectArg;
@@ -63,9 +63,16 @@ pub(crate) struct ReceiveArgs {
     #[arg(long, value_name = "N", help_heading = "Transport")]
     #[arg(value_parser = clap::value_parser!(u16).range(1..=255), allow_negative_numbers = true)]
     pub(crate) channels: Option<u16>,
-    /// Open the backing and data files that existing images name
+    /// Open the backing and data files that existing images name, and those that --backing names
     #[arg(long)]
     pub(crate) allow_backing: bool,
+    /// Make the image on this backing file, which reads as the source's: for `send --shared-base`.
+    /// Of several disks each has its own; may be repeated
+    #[arg(long, value_name = "[ID=]PATH[,format=F]", conflicts_with_all = ["in_place", "flatten"])]
+    pub(crate) backing: Vec<BackingOption>,
+    /// Not here: what is sent is decided at the source
+    #[arg(long, hide = true)]
+    pub(crate) flatten: bool,
     /// From a QEMU: bitmaps to store: all, none or names
     #[arg(long, value_name = "all|none|NAME,…", default_value = "all", hide_default_value = true)]
     pub(crate) bitmaps: BitmapSelection,
@@ -104,12 +111,17 @@ fn go(args: ReceiveArgs, watch: &Watch<'_>, output: &Output) -> Outcome {
     if let Some(dialect) = args.dialect {
         dialect.check_source(args.shared_base)?;
     }
+    if args.flatten {
+        let reason = "--flatten is for the source: send --flatten reads through its backing chain";
+        return Err(bitferry::Error::Usage { reason: reason.to_owned() });
+    }
     let options = ReceiveOptions {
         disks: args.disk,
         target: target_options::parse(&args.target_options)?,
         existing: super::copy::existing(args.force, args.in_place),
         fresh: args.fresh,
         device_journals: args.state_dir.directory(),
+        backing: args.backing,
         allow_backing: args.allow_backing,
         bitmaps: args.bitmaps,
         renames: args.rename_bitmap,

@@ -51,6 +51,9 @@ pub(crate) struct SendArgs {
     /// Read through the backing chains into whole images; implies --allow-backing
     #[arg(long)]
     pub(crate) flatten: bool,
+    /// Not here: the destination says what its image stands on
+    #[arg(long, hide = true, value_name = "PATH")]
+    pub(crate) backing: Option<std::path::PathBuf>,
     /// Bitmaps to carry: all, none or names
     #[arg(long, value_name = "all|none|NAME,…", default_value = "all", hide_default_value = true)]
     pub(crate) bitmaps: BitmapSelection,
@@ -106,6 +109,11 @@ fn go(args: SendArgs, output: &Output) -> Outcome {
     if args.two_way && !matches!(args.transport.uri, Uri::Stdio | Uri::Exec(_)) {
         let reason = format!("--two-way is for - and exec:, and {} is neither", args.transport.uri);
         return Err(bitferry::Error::Usage { reason });
+    }
+    if args.backing.is_some() {
+        let reason = "--backing is for the destination: send --shared-base sends what stands above \
+                      the backing file, and receive --backing says what stands below it there";
+        return Err(bitferry::Error::Usage { reason: reason.to_owned() });
     }
     let watch = Watch::with_events(output, !args.no_verify)?;
     match args.qemu.dialect {
@@ -208,6 +216,8 @@ impl SendArgs {
 fn options(args: SendArgs) -> bitferry::Result<SendOptions> {
     Ok(SendOptions {
         disks: args.disk,
+        blocks: !args.qemu.no_blocks,
+        shared_base: args.qemu.shared_base,
         allow_backing: args.allow_backing || args.flatten,
         bitmaps: args.bitmaps,
         renames: args.rename_bitmap,

@@ -24,6 +24,7 @@ pub use options::{
     BackingChoice, BitmapSelection, CopyOptions, Existing, Format, Rename, TargetOptions,
 };
 pub use plan::{Plan, PlannedBitmap, plan};
+pub(crate) use resolve::recorded_name;
 pub(crate) use shape::Shape;
 pub(crate) use target::DataFileTarget;
 

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bitmap_mig::{ArrivedBitmap, Bitmap, KeptBitmaps, LoadBitmaps};
 use block_mig::Landing;
-use block_mig::arrive::{Known, LoadBlocks, Tally};
+use block_mig::arrive::{Known, LoadBlocks, SealedDisk, Tally};
 use format_spec::content_hash::BitmapDigest;
 use format_spec::native::answer::{Answer, Ready};
 use format_spec::native::block::{BitmapVersion, BlockRecord, Disk, DiskId};
@@ -118,7 +118,7 @@ impl BlockSection {
     fn prepare_disk(&self, sealed: Sealed, of: DiskId, arrived: &[Said]) -> Result<Prepared> {
         let place = lock(&self.places).get(&of).cloned().ok_or(Error::Ended)?;
         let proof = place.prepare(&sealed)?;
-        if let (Some(said), Some(read)) = (sealed.content, proof.as_ref().map(|p| p.content))
+        if let (Some(said), Some(read)) = (sealed.content, proof.as_ref().and_then(|p| p.content))
             && said != read
         {
             let reason = format!("disk {} reads as {read}, the source sealed {said}", of.0);
@@ -197,17 +197,20 @@ impl LoadHandler for BlockSection {
         };
         self.destination.complete()?;
         let mut prepared = Vec::new();
-        for (disk, content) in self.blocks.sealed().map_err(unsealed("disk"))? {
+        for sealed in self.blocks.sealed().map_err(unsealed("disk"))? {
+            let SealedDisk { id: disk, hash: content, is_as_it_was } = sealed;
             let arrived = self.bitmaps.take(disk).map_err(unsealed("bitmap"))?;
-            let is_proved = content.is_some() && arrived.iter().all(|b| b.digest.is_some());
+            let is_proved =
+                (content.is_some() || is_as_it_was) && arrived.iter().all(|b| b.digest.is_some());
             if proves_all && !is_proved {
                 let reason = "a seal has no hash, and nobody else could notice a difference";
                 return Err(Error::protocol(0, 0, reason));
             }
             let (bitmaps, arrived) = self.renamed(disk, arrived)?;
             let done = self.prepare_disk(Sealed { content, bitmaps }, disk, &arrived)?;
-            if let (Some(_), Some(proof)) = (content, &done.proof) {
-                ready.disks.push((disk, proof.content));
+            if let Some(proof) = &done.proof {
+                let read = content.and(proof.content);
+                ready.disks.extend(read.map(|content| (disk, content)));
                 let read = arrived.iter().map(|b| b.version).zip(proof.bitmaps.iter().copied());
                 let wanted = arrived.iter().map(|b| b.digest.is_some());
                 ready.bitmaps.extend(read.zip(wanted).filter_map(|(read, is)| is.then_some(read)));

@@ -117,7 +117,7 @@ fn told(received: Option<&Received>) -> Option<Vec<Published>> {
             digest: *digest,
         };
         let bitmaps = disk.bitmaps.iter().zip(&proof.bitmaps).map(bitmap).collect();
-        let (name, size, content) = (disk.name.clone(), disk.size, Some(proof.content));
+        let (name, size, content) = (disk.name.clone(), disk.size, proof.content);
         Some(Published { name, size, content, is_unchanged, bitmaps })
     };
     received.disks.iter().map(of).collect()

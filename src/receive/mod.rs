@@ -25,13 +25,15 @@ pub use self::image::{new_image, receive_image};
 use self::in_place::InPlace;
 pub use self::options::ReceiveOptions;
 use self::relay::Relay;
-use crate::berth::{DiskPlace, FileOptions, Files};
+use crate::berth::{Base, DiskPlace, FileOptions, Files};
 use crate::copy::{Existing, Format, Rename};
 use crate::incoming::{Destination, IncomingOptions, Received, ReceivedDisk, turn_away};
 use crate::observe::Stops;
-use crate::options::DiskOption;
+use crate::options::{BackingOption, DiskOption};
 use crate::renames::Renames;
-use crate::report::{BitmapOutcome, BitmapReport, DiskReport, Report, Status, Verified};
+use crate::report::{
+    BitmapOutcome, BitmapReport, DiskReport, ONLY_BITMAPS, Report, Status, Verified,
+};
 use crate::{Error, Observer, Phase, Result, qemu};
 
 /// How often the observer is told how far it is.
@@ -136,13 +138,15 @@ fn native(
     let relay = Arc::new(Relay::default());
     let watched = Arriving::new(observer);
     let observer: &dyn Observer = &watched;
+    let bases = bases(options, observer)?;
     let in_place = match options.existing {
         Existing::InPlace => Some(Arc::new(InPlace::open(options, observer, relay.clone())?)),
         Existing::Refuse | Existing::Replace => None,
     };
     // What was there before the first attempt may be unwanted; what that one left never is.
     let destination = |is_first: bool| -> Arc<dyn Destination> {
-        let files = || new_files(options, is_first && options.fresh).watched_by(relay.clone());
+        let files =
+            || new_files(options, &bases, is_first && options.fresh).watched_by(relay.clone());
         let Some(in_place) = &in_place else { return Arc::new(files()) };
         if !is_first {
             in_place.go_on();
@@ -177,9 +181,22 @@ fn native(
     Ok(report)
 }
 
+/// What the new images stand on, disk by disk.
+fn bases(options: &ReceiveOptions, observer: &dyn Observer) -> Result<Vec<Option<Base>>> {
+    let base = |disk: &DiskOption| {
+        let Some(BackingOption { path, format, .. }) = options.backing_of(disk) else {
+            return Ok(None);
+        };
+        let image = (disk.path.as_path(), options.allow_backing);
+        Base::open(path, *format, image, observer).map(Some)
+    };
+    options.disks.iter().map(base).collect()
+}
+
 /// Places that are made.
-fn new_files(options: &ReceiveOptions, is_fresh: bool) -> Files {
-    let place = |disk: &DiskOption| DiskPlace {
+fn new_files(options: &ReceiveOptions, bases: &[Option<Base>], is_fresh: bool) -> Files {
+    let place = |(disk, base): (&DiskOption, &Option<Base>)| DiskPlace {
+        base: base.clone(),
         name: disk.id.clone(),
         path: disk.path.clone(),
         format: disk.format.unwrap_or(Format::Qcow2),
@@ -192,7 +209,7 @@ fn new_files(options: &ReceiveOptions, is_fresh: bool) -> Files {
         no_verify: options.no_verify,
         ..FileOptions::default()
     };
-    Files::new(options.disks.iter().map(place).collect(), files)
+    Files::new(options.disks.iter().zip(bases).map(place).collect(), files)
 }
 
 /// Names that were to be changed, of bitmaps that did not come.
@@ -245,13 +262,15 @@ fn disk_report(options: &ReceiveOptions, disk: ReceivedDisk) -> DiskReport {
         let stored = renames.as_ref().map_or_else(|| name.clone(), |r| r.stored(&name));
         bitmap_report(name, &stored)
     };
+    let only_bitmaps = disk.proof.as_ref().is_some_and(|proof| proof.content.is_none());
+    let content = disk.proof.and_then(|proof| proof.content);
     DiskReport {
         id: disk.name,
         bytes_data: disk.bytes_data,
         bytes_zero: disk.bytes_zero,
-        verified: if disk.proof.is_some() { Verified::Yes } else { Verified::No },
-        content_hash: disk.proof.map(|proof| proof.content.to_string()),
-        not_carried: Vec::new(),
+        verified: if content.is_some() { Verified::Yes } else { Verified::No },
+        content_hash: content.map(|content| content.to_string()),
+        not_carried: only_bitmaps.then(|| ONLY_BITMAPS.to_owned()).into_iter().collect(),
         bitmaps: disk.bitmaps.into_iter().map(bitmap).collect(),
     }
     .only_seen()

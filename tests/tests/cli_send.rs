@@ -481,7 +481,6 @@ fn what_cannot_be_done_is_wrong_usage() {
         "--disk vda=x.raw --tls-peer h unix:s",
         "--disk vda=x.raw --tls-dir . file:s",
         "--disk vda=x.raw --machine pc unix:s",
-        "--disk vda=x.raw --no-blocks unix:s",
         "--disk vda=x.raw --postcopy unix:s",
         "--disk vda=x.raw --dialect qemu:6.0 unix:s",
     ] {

@@ -47,6 +47,11 @@ impl Coverage {
         self.bytes
     }
 
+    /// Whether nothing has come.
+    pub(super) fn is_empty(&self) -> bool {
+        self.runs.is_empty()
+    }
+
     /// The first byte below `size` that has not come.
     pub(super) fn first_gap(&self, size: u64) -> Option<u64> {
         let end = match self.runs.first_key_value() {

@@ -37,11 +37,22 @@ pub struct LoadCounts {
     pub zero: AtomicU64,
 }
 
+/// What is true of what does not come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) enum Rest {
+    /// There is none: all comes.
+    #[default]
+    Comes,
+    /// It was prepared in an earlier attempt.
+    There,
+    /// It stays as it is here, whatever that is.
+    Kept,
+}
+
 #[derive(Debug, Default)]
 struct State {
     coverage: Coverage,
-    /// Whether all of it counts as covered.
-    is_whole: bool,
+    rest: Rest,
     seal: Option<Option<ContentHash>>,
 }
 
@@ -54,12 +65,12 @@ pub(super) struct Placed {
 
 impl Arriving {
     pub(super) fn new(
-        (name, size, is_whole): (&str, u64, bool),
+        (name, size, rest): (&str, u64, Rest),
         landing: Arc<dyn Landing>,
         tally: Arc<Tally>,
     ) -> Self {
         tally.expect(size);
-        let state = Mutex::new(State { is_whole, ..State::default() });
+        let state = Mutex::new(State { rest, ..State::default() });
         let (name, counts, units) = (name.to_owned(), Arc::default(), Units::default());
         Self { name, size, landing, counts, units, state, tally }
     }
@@ -106,7 +117,7 @@ impl Arriving {
         if state.seal.is_some() {
             return Err(at.protocol(format!("disk {:?} is sealed twice", self.name)));
         }
-        let gap = state.coverage.first_gap(self.size).filter(|_| !state.is_whole);
+        let gap = state.coverage.first_gap(self.size).filter(|_| state.rest == Rest::Comes);
         if let Some(gap) = gap {
             let reason = format!("disk {:?} is sealed, and nothing came for byte {gap}", self.name);
             return Err(at.protocol(reason));
@@ -117,9 +128,11 @@ impl Arriving {
         Ok(())
     }
 
-    /// What the seal says, once it has come.
-    pub(super) fn sealed(&self) -> Option<Option<ContentHash>> {
-        self.lock().seal
+    /// What the seal says, once it has come, and whether the disk stays as it is here.
+    pub(super) fn sealed(&self) -> Option<(Option<ContentHash>, bool)> {
+        let state = self.lock();
+        let is_as_it_was = state.rest == Rest::Kept && state.coverage.is_empty();
+        state.seal.map(|hash| (hash, is_as_it_was))
     }
 
     /// Stores content that was admitted.

@@ -17,8 +17,8 @@ use mig_core::jobs::Jobs;
 use mig_core::section::{AnswerWriter, Have};
 use mig_core::stream::{Arrival, Result};
 
-use self::disk::Arriving;
 pub use self::disk::LoadCounts;
+use self::disk::{Arriving, Rest};
 pub use self::tally::Tally;
 use crate::Landing;
 use crate::error::Error;
@@ -36,6 +36,17 @@ pub enum Known {
     Some,
     /// All of it is there, prepared in an earlier attempt: nothing comes.
     All,
+}
+
+/// A disk of which all has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SealedDisk {
+    /// Its number.
+    pub id: DiskId,
+    /// What the seal says of its content.
+    pub hash: Option<ContentHash>,
+    /// Whether the source wanted what is not sent to stay, and sent none of it.
+    pub is_as_it_was: bool,
 }
 
 /// Receives disks.
@@ -76,12 +87,13 @@ impl LoadBlocks {
             let (source_bytes, sink_bytes) = (disk.size, landing.sink().size());
             return Err(Error::Size { source_bytes, sink_bytes }.into());
         }
-        let is_whole = disk.keeps_rest || self.known == Known::All;
-        let arriving = Arc::new(Arriving::new(
-            (disk.name, disk.size, is_whole),
-            landing,
-            Arc::clone(&self.tally),
-        ));
+        let rest = match disk.keeps_rest {
+            true => Rest::Kept,
+            false if self.known == Known::All => Rest::There,
+            false => Rest::Comes,
+        };
+        let arriving =
+            Arc::new(Arriving::new((disk.name, disk.size, rest), landing, Arc::clone(&self.tally)));
         if self.known == Known::Some {
             tell(disk.disk, &arriving, answers)?;
         }
@@ -114,12 +126,14 @@ impl LoadBlocks {
         disks.iter().try_for_each(|disk| disk.barrier(is_durable))
     }
 
-    /// All disks in the order of their numbers: name and what the seal says. `Err` with the name of
-    /// one that was not sealed.
-    pub fn sealed(&self) -> Result<Vec<(DiskId, Option<ContentHash>)>, String> {
+    /// All disks in the order of their numbers. `Err` with the name of one that was not sealed.
+    pub fn sealed(&self) -> Result<Vec<SealedDisk>, String> {
         let disks = self.read();
         let seal = |(id, disk): (&DiskId, &Arc<Arriving>)| {
-            disk.sealed().map(|hash| (*id, hash)).ok_or_else(|| disk.name.clone())
+            let sealed = disk.sealed();
+            let sealed =
+                sealed.map(|(hash, is_as_it_was)| SealedDisk { id: *id, hash, is_as_it_was });
+            sealed.ok_or_else(|| disk.name.clone())
         };
         disks.iter().map(seal).collect()
     }

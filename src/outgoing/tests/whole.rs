@@ -24,7 +24,7 @@ fn disks_and_bitmaps_arrive_equal() {
         let confirmed = sent.confirmed.unwrap();
         assert_eq!(confirmed.disks[0], (DiskId(0), cargo.disks[0].1.hash()));
         assert_eq!((confirmed.disks.len(), confirmed.bitmaps.len()), (2, 4));
-        assert_eq!(received.disks[0].proof.as_ref().unwrap().content, confirmed.disks[0].1);
+        assert_eq!(received.disks[0].proof.as_ref().unwrap().content, Some(confirmed.disks[0].1));
         assert_eq!(received.wire_bytes, sent.wire_bytes, "{} channels", way.channels);
         assert!(!sent.resumed && !received.already_complete);
         // Zeroes cost next to nothing, and compressible content less than its size.

@@ -155,15 +155,18 @@ impl Target {
         self.chain.paths()
     }
 
+    /// Whether it says of itself that an earlier attempt has not completed it.
+    pub(super) fn is_unfinished(&self) -> bool {
+        let header = self.chain.top().as_qcow2().map(qcow2_file::Image::header);
+        header.is_some_and(|h| h.incompatible_features & incompatible::UNFINISHED_COPY != 0)
+    }
+
     /// Whether a receipt speaks for it, and it does not say of itself that it is unfinished.
     fn is_published(&self, session: SessionId, log: &Log) -> Result<bool> {
-        let header = self.chain.top().as_qcow2().map(qcow2_file::Image::header);
-        let is_unfinished =
-            header.is_some_and(|h| h.incompatible_features & incompatible::UNFINISHED_COPY != 0);
         let is_it = |receipt: Receipt| {
             let size = self.chain.virtual_size();
             receipt.session == session && receipt.size == size && receipt.target == self.words()
         };
-        Ok(!is_unfinished && Receipt::read(log)?.is_some_and(is_it))
+        Ok(!self.is_unfinished() && Receipt::read(log)?.is_some_and(is_it))
     }
 }

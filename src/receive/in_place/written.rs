@@ -16,9 +16,9 @@ use qcow2_file::Storage;
 use qcow2_file::bitmaps::PersistentBitmap;
 use qcow2_file::storage::{Watched, Writes};
 
-use super::lock;
 use super::sink::Sink;
 use super::target::Target;
+use super::{Existing, lock};
 use crate::berth::{Kept, Prover, Receipt};
 use crate::copy::{Format, difference, invalidated, open_editor_in};
 use crate::hash::content;
@@ -28,7 +28,7 @@ use crate::{DiskProof, Error, Observer, Phase, Result, renames};
 
 /// An existing image that is written.
 pub(super) struct Written {
-    pub(super) target: Arc<Target>,
+    target: Arc<Target>,
     /// Bytes of the disk that came.
     size: u64,
     /// Ends before the image is closed.
@@ -87,7 +87,7 @@ impl Written {
         }
         // They become valid, and are read back, when the source has let go.
         let bitmaps = sealed.bitmaps.iter().map(Bitmap::digest).collect::<Result<_, _>>()?;
-        let proof = DiskProof { content: read, bitmaps };
+        let proof = DiskProof { content: Some(read), bitmaps };
         self.note_receipt(sealed, Some(&proof))?;
         Ok(Some(proof))
     }
@@ -101,40 +101,6 @@ impl Written {
         Ok(())
     }
 
-    /// The source has let go: bitmaps become valid, and the image opens again. Answers which of the
-    /// destination's own cannot be trusted.
-    pub(super) fn finish(&self) -> Result<Vec<BitmapReport>> {
-        let Some(editor) = self.sink.take() else { return Ok(Vec::new()) };
-        editor.close()?;
-        let found = self.target.reopen()?;
-        match difference(&lock(&self.stored), &found.bitmaps)? {
-            None => Ok(invalidated(&found)),
-            Some(reason) => Err(Error::ProofMismatch { path: self.target.path.clone(), reason }),
-        }
-    }
-
-    /// All images are finished: the receipt takes the journal's place. What a device holds later
-    /// nobody can tell without reading it, so that its journal stays, which is read again before it
-    /// is believed.
-    pub(super) fn end(&self) -> Result<()> {
-        let Some(kept) = self.kept.as_ref().filter(|kept| !kept.log().is_of_device()) else {
-            return Ok(());
-        };
-        if let Some(mut receipt) = lock(&self.receipt).take() {
-            receipt.write(kept.log(), self.target.files())?;
-        }
-        kept.end()
-    }
-
-    /// The attempt has failed. The mark of what was written stays.
-    pub(super) fn leave(&self, fate: Fate) -> Result<()> {
-        match (&self.kept, fate) {
-            (Some(_), Fate::Kept | Fate::Revoked) => self.checkpoint(),
-            (Some(kept), Fate::Dropped) => kept.end(),
-            (None, _) => Ok(()),
-        }
-    }
-
     fn checkpoint(&self) -> Result<()> {
         match &self.kept {
             Some(kept) => kept.checkpoint(|| self.sink.sync()),
@@ -145,6 +111,43 @@ impl Written {
     /// What notes which parts have arrived, where they can be gone on with.
     fn keeper(&self) -> Option<&Keeper> {
         self.kept.as_ref().filter(|_| self.resumes).map(|kept| &kept.keeper)
+    }
+}
+
+impl Existing for Written {
+    fn target(&self) -> &Target {
+        &self.target
+    }
+
+    fn finish(&self) -> Result<Vec<BitmapReport>> {
+        let Some(editor) = self.sink.take() else { return Ok(Vec::new()) };
+        editor.close()?;
+        let found = self.target.reopen()?;
+        match difference(&lock(&self.stored), &found.bitmaps)? {
+            None => Ok(invalidated(&found)),
+            Some(reason) => Err(Error::ProofMismatch { path: self.target.path.clone(), reason }),
+        }
+    }
+
+    /// The receipt takes the journal's place. What a device holds later nobody can tell without
+    /// reading it, so that its journal stays, which is read again before it is believed.
+    fn end(&self) -> Result<()> {
+        let Some(kept) = self.kept.as_ref().filter(|kept| !kept.log().is_of_device()) else {
+            return Ok(());
+        };
+        if let Some(mut receipt) = lock(&self.receipt).take() {
+            receipt.write(kept.log(), self.target.files())?;
+        }
+        kept.end()
+    }
+
+    /// The mark of what was written stays.
+    fn leave(&self, fate: Fate) -> Result<()> {
+        match (&self.kept, fate) {
+            (Some(_), Fate::Kept | Fate::Revoked) => self.checkpoint(),
+            (Some(kept), Fate::Dropped) => kept.end(),
+            (None, _) => Ok(()),
+        }
     }
 }
 
