@@ -242,7 +242,7 @@ fn report(
         wire_bytes: sent.wire_bytes,
         repeated_bytes: moved.disks().map(|disk| disk.repeated).fold(0, u64::saturating_add),
         resumed: sent.resumed,
-        disks: disks.iter().zip(moved.disks()).map(report).map(DiskReport::as_seen).collect(),
+        disks: disks.iter().zip(moved.disks()).map(report).map(DiskReport::only_seen).collect(),
         ram: None,
     }
 }
