@@ -1,13 +1,16 @@
-//! Sources that lie about bitmaps: the destination names the disk, the bitmap and both values.
+//! Sources that lie about bitmaps, and destinations: the other side names the disk, the bitmap and
+//! both values.
 
 use format_spec::Reader;
-use format_spec::content_hash::BitmapDigest;
+use format_spec::content_hash::{BitmapDigest, ContentHash};
+use format_spec::native::answer::{Answer, Ready};
 use format_spec::native::block::{
     BitmapCreate, BitmapSeal, BitmapShape, BitmapUpdate, BitmapVersion, BlockRecord, Content, Disk,
     DiskId, Piece, Pieces, Run,
 };
 use format_spec::native::control::Control;
 
+use super::guest::{Paused, Peer, acknowledge, send_to};
 use super::lies::{D, SIZE, Script, create, lie, seal, vda, zeroes};
 use super::*;
 
@@ -120,4 +123,38 @@ fn of_what_they_hold() {
     let left = Script::main().block(&[vda(), create(0, 1, 512), zeroes(0, SIZE), seal()]);
     let said = lie(left.barrier(1).control(&[Control::Prepare(SESSION)]));
     assert!(said.contains(LABEL) && said.contains("is not sealed"), "{said}");
+}
+
+#[test]
+fn a_destination_that_reads_something_else_is_told_what_it_should_be() {
+    let cargo = Cargo::small();
+    let bitmap = (BitmapVersion { bitmap: 0, generation: 1 }, BitmapDigest([9; 32]));
+    let disk = (DiskId(1), ContentHash([8; 32]));
+    let wrong = [
+        (
+            vec![],
+            vec![bitmap],
+            "bitmap \"fine\" of disk \"vda\" was sent as bf1b:",
+            bitmap.1.to_string(),
+        ),
+        (vec![disk; 2], vec![], "disk \"vda\" was sent as bf1:", disk.1.to_string()),
+        (vec![], vec![], "READY does not name", String::new()),
+    ];
+    for (disks, bitmaps, sent, read) in wrong {
+        let on = |control: &Control| match control {
+            Control::Prepare(session) => {
+                let (disks, bitmaps) = (disks.clone(), bitmaps.clone());
+                vec![Answer::Ready(Ready { session: *session, disks, bitmaps })]
+            }
+            other => acknowledge(other),
+        };
+        let peer = Peer { state: SessionState::Fresh, first: &[], on: &on };
+        let timing = Timing { linger: Duration::from_millis(100), ..timing() };
+        let options = OutgoingOptions { timing, ..OutgoingOptions::new(SESSION, &Unwatched) };
+        let error =
+            send_to(&peer, cargo.handlers(true), &mut Paused::default(), &options).unwrap_err();
+        let said = error.to_string();
+        assert!(matches!(error, Error::Mismatch { .. }), "{said}");
+        assert!(said.contains(sent) && said.contains(&read), "{said}");
+    }
 }
