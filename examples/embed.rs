@@ -180,7 +180,7 @@ impl Place for OtherVmm {
             self.bitmaps.add_loaded(bitmap).map_err(failed)?;
             bitmaps.push(bitmap.digest().map_err(bitferry::Error::from)?);
         }
-        Ok(Some(DiskProof { content, bitmaps }))
+        Ok(Some(DiskProof { content: Some(content), bitmaps }))
     }
 }
 

@@ -108,7 +108,7 @@ impl Place for Other {
             *self.bits.lock().unwrap() += bitmap.bits.count();
             bitmaps.push(bitmap.digest().map_err(bitferry::Error::from)?);
         }
-        Ok(sealed.content.map(|content| DiskProof { content, bitmaps }))
+        Ok(sealed.content.map(|content| DiskProof { content: Some(content), bitmaps }))
     }
 }
 
@@ -123,6 +123,7 @@ fn image(dir: &Path) -> Files {
         path: dir.join(IMAGE),
         format: Format::Qcow2,
         target: TargetOptions::default(),
+        base: None,
         renames: Renames::default(),
     };
     Files::new(vec![place], FileOptions { keeps_nothing: true, ..FileOptions::default() })

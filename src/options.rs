@@ -51,6 +51,43 @@ impl FromStr for DiskOption {
     }
 }
 
+/// `[ID=]PATH[,format=F]`: what the new image of a disk stands on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BackingOption {
+    /// The disk; `None` where there is only one.
+    pub id: Option<String>,
+    /// The backing file.
+    pub path: PathBuf,
+    /// Its format; probed where `None`.
+    pub format: Option<Format>,
+}
+
+impl FromStr for BackingOption {
+    type Err = Error;
+
+    /// A `=` behind a slash belongs to the path.
+    fn from_str(text: &str) -> Result<Self> {
+        let usage = |reason: &str| Error::Usage {
+            reason: format!("--backing {text}: {reason}; it is [ID=]PATH[,format=F]"),
+        };
+        let mut parts = split(text).into_iter();
+        let first = parts.next().unwrap_or_default();
+        let named = first.split_once('=').filter(|(id, _)| !id.contains('/'));
+        let (id, path) = named.map_or((None, first.as_str()), |(id, path)| (Some(id), path));
+        if path.is_empty() || id == Some("") {
+            return Err(usage("ID or PATH is empty"));
+        }
+        let mut backing = Self { id: id.map(str::to_owned), path: path.into(), format: None };
+        for part in parts {
+            match part.split_once('=') {
+                Some(("format", format)) => backing.format = Some(format.parse()?),
+                _ => return Err(usage(&format!("{part:?} is not known, and a comma is doubled"))),
+            }
+        }
+        Ok(backing)
+    }
+}
+
 /// Cuts at single commas; a doubled one stands for itself.
 pub fn split(text: &str) -> Vec<String> {
     let mut parts = vec![String::new()];
@@ -83,6 +120,20 @@ mod tests {
         assert_eq!((disk.format, disk.is_readonly), (Some(Format::Raw), true));
         let disk: DiskOption = "#block123=x".parse().unwrap();
         assert_eq!((disk.format, disk.is_readonly), (None, false));
+    }
+
+    #[test]
+    fn a_backing_file_may_be_that_of_one_disk() {
+        let parse = |text: &str| text.parse::<BackingOption>().ok();
+        let backing = |id: Option<&str>, path: &str, format| {
+            Some(BackingOption { id: id.map(str::to_owned), path: path.into(), format })
+        };
+        assert_eq!(parse("base"), backing(None, "base", None));
+        assert_eq!(parse("./a=b,format=raw"), backing(None, "./a=b", Some(Format::Raw)));
+        assert_eq!(parse("vda=/a=b,,c"), backing(Some("vda"), "/a=b,c", None));
+        for text in ["", "=a", "vda=", "a,b", "a,format=vmdk"] {
+            assert_eq!(parse(text), None, "{text}");
+        }
     }
 
     #[test]

@@ -135,6 +135,6 @@ impl Place for Target {
             return Ok(None);
         }
         let content = block_mig::content_hash(&*self.0, 2, &Unwatched)?;
-        Ok(Some(DiskProof { content, bitmaps: Vec::new() }))
+        Ok(Some(DiskProof { content: Some(content), bitmaps: Vec::new() }))
     }
 }

@@ -5,6 +5,7 @@
 //! unfinished   a new raw or qcow2 disk under temporary names, gone on with where it was begun
 //! kept         the journal of a disk that is written in place
 //! log          the journal beside it, by name
+//! base         what a new disk stands on
 //! device       what the journal of a block device is named after
 //! receipt      what is left when it was published
 //! recover      a publication that a crash interrupted is finished
@@ -13,6 +14,7 @@
 //! files        all of it as what a migration arrives at, disk by disk (place)
 //! ```
 
+mod base;
 mod device;
 mod files;
 mod kept;
@@ -27,12 +29,14 @@ mod tests;
 mod trace;
 mod unfinished;
 
+pub use base::Base;
 pub use files::{DiskPlace, FileOptions, Files};
-pub(crate) use files::{all_came, no_place};
+pub(crate) use files::{all_came, gone, no_place};
 pub(crate) use kept::{Kept, log_of};
 pub(crate) use log::{Log, has_traces};
 pub(crate) use prover::Prover;
-pub(crate) use receipt::Receipt;
+pub(crate) use receipt::{Receipt, ReceiptBitmap};
 pub(crate) use recover::{Half, Recovered, recover};
+pub(crate) use sink::Closed;
 pub(crate) use trace::{Trace, state};
-pub(crate) use unfinished::{NewDisk, NewKind, Unfinished, short_words};
+pub(crate) use unfinished::{NewDisk, NewKind, Unfinished, publish_together, short_words};

@@ -85,7 +85,7 @@ impl ReadBack for Sink {
 
 /// Takes nothing more.
 #[derive(Debug)]
-struct Closed(u64);
+pub(crate) struct Closed(pub(crate) u64);
 
 impl Closed {
     fn refuse<T>(operation: &'static str, offset: u64) -> Result<T> {

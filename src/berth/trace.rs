@@ -1,6 +1,7 @@
 //! What lies at the places of a migration, and what is answered to its source because of it.
 
 use format_spec::native::hello::SessionState;
+use format_spec::native::journal::UNPROVED;
 
 use super::files::DiskPlace;
 use super::log::Log;
@@ -43,7 +44,13 @@ impl Trace {
                 return Ok(Self::Nothing);
             }
         }
-        Ok(if found.prepared.is_some() { Self::Proved } else { Self::Begun })
+        Ok(match found.prepared {
+            // What nobody proved cannot be held against anything.
+            Some(root) if root != UNPROVED => Self::Proved,
+            // An unfinished image that stands on another is not gone on with.
+            _ if disk.base.is_some() => Self::Nothing,
+            _ => Self::Begun,
+        })
     }
 }
 

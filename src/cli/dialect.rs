@@ -41,6 +41,21 @@ impl DialectArg {
             Self::Qemu(_) => Dialect::Qemu,
         }
     }
+
+    /// Refuses to receive what a source of that version cannot send. The bytes do not tell that
+    /// somebody migrates with `-i`; whether a version can, is known.
+    pub(crate) fn check_source(self, shared_base: bool) -> Result<()> {
+        let Self::Qemu(Some(version)) = self else { return Ok(()) };
+        let version = Version::decide(Some(version), "")?;
+        if !shared_base || version.has_block_section() {
+            return Ok(());
+        }
+        let reason = format!(
+            "QEMU {version} sends no disk contents (9.0 was the last) and has no `migrate -i`: \
+             leave --shared-base out, or --dialect qemu:{version} where it is an older one"
+        );
+        Err(Error::Usage { reason })
+    }
 }
 
 /// What only makes sense with QEMU at the other end.
@@ -58,13 +73,15 @@ pub(crate) struct QemuArgs {
     #[arg(long, value_parser = uuid, help_heading = "To a QEMU")]
     pub(crate) uuid: Option<Uuid>,
     /// Carry the disks' contents; the default
-    #[arg(long, overrides_with = "no_blocks", help_heading = "To a QEMU")]
+    #[arg(long, overrides_with = "no_blocks")]
     pub(crate) blocks: bool,
-    /// Carry bitmaps alone; the only way to a QEMU since 9.1
-    #[arg(long, help_heading = "To a QEMU")]
+    /// Carry bitmaps alone, to a destination that has the same contents by another way: shared
+    /// storage, a mirror. The only way to a QEMU since 9.1; a bitferry has to receive --in-place
+    #[arg(long)]
     pub(crate) no_blocks: bool,
-    /// Carry only what is allocated above the backing files
-    #[arg(long, help_heading = "To a QEMU")]
+    /// Carry only what is allocated above the backing files, which the destination has its own
+    /// copies of: QEMU's `migrate -i`. A bitferry has to `receive --backing`
+    #[arg(long, conflicts_with_all = ["flatten", "no_blocks"])]
     pub(crate) shared_base: bool,
     /// Monitor of the destination: refuse beforehand what it would drop, and confirm afterwards
     /// what it has
@@ -91,8 +108,6 @@ impl QemuArgs {
         let given = [
             (self.machine.is_some(), "--machine"),
             (self.uuid.is_some(), "--uuid"),
-            (self.no_blocks, "--no-blocks"),
-            (self.shared_base, "--shared-base"),
             (self.peer_qmp.is_some(), "--peer-qmp"),
         ];
         match given.iter().find(|(is_given, _)| *is_given) {
@@ -118,6 +133,17 @@ mod tests {
         for text in ["", "QEMU", "qemu:", "qemu:x", "native:1"] {
             assert!(parse(text).is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn a_source_is_asked_for_what_its_version_can_do() {
+        let check = |text: &str, shared_base| {
+            let dialect: DialectArg = text.parse().unwrap();
+            dialect.check_source(shared_base).is_ok()
+        };
+        assert!(check("native", true) && check("qemu", true) && check("qemu:9.0", true));
+        assert!(check("qemu:10.0", false) && check("qemu:99.0", false));
+        assert!(!check("qemu:9.1", true) && !check("qemu:7.1", false));
     }
 
     #[test]

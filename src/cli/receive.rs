@@ -10,11 +10,11 @@ use format_spec::native::hello::MAX_CHANNELS;
 
 use bitferry::connect::{self, Listener, Options, Refused, Uri};
 use bitferry::copy::{BitmapSelection, Rename};
-use bitferry::options::DiskOption;
+use bitferry::options::{BackingOption, DiskOption};
 use bitferry::receive::{self, Arrivals, ReceiveOptions};
 
 use super::dialect::DialectArg;
-use super::outcome::Peer;
+use super::outcome::{Asked, Peer};
 use super::state_dir::StateDirArgs;
 use super::transport::TransportArgs;
 use super::watch::Watch;
@@ -61,11 +61,18 @@ pub(crate) struct ReceiveArgs {
     pub(crate) state_dir: StateDirArgs,
     /// Grant at most so many data connections
     #[arg(long, value_name = "N", help_heading = "Transport")]
-    #[arg(value_parser = clap::value_parser!(u16).range(1..=255))]
+    #[arg(value_parser = clap::value_parser!(u16).range(1..=255), allow_negative_numbers = true)]
     pub(crate) channels: Option<u16>,
-    /// Open the backing and data files that existing images name
+    /// Open the backing and data files that existing images name, and those that --backing names
     #[arg(long)]
     pub(crate) allow_backing: bool,
+    /// Make the image on this backing file, which reads as the source's: for `send --shared-base`.
+    /// Of several disks each has its own; may be repeated
+    #[arg(long, value_name = "[ID=]PATH[,format=F]", conflicts_with_all = ["in_place", "flatten"])]
+    pub(crate) backing: Vec<BackingOption>,
+    /// Not here: what is sent is decided at the source
+    #[arg(long, hide = true)]
+    pub(crate) flatten: bool,
     /// From a QEMU: bitmaps to store: all, none or names
     #[arg(long, value_name = "all|none|NAME,…", default_value = "all", hide_default_value = true)]
     pub(crate) bitmaps: BitmapSelection,
@@ -75,7 +82,8 @@ pub(crate) struct ReceiveArgs {
     /// Do not insist on the proof: the source decides
     #[arg(long)]
     pub(crate) no_verify: bool,
-    /// What the source must speak: native or qemu[:VERSION]; recognised unless given
+    /// What the source must speak: native, or qemu:VERSION with the older of its QEMU's version and
+    /// its machine type's; recognised unless given
     #[arg(long, value_name = "native|qemu[:VERSION]", help_heading = "From a QEMU")]
     pub(crate) dialect: Option<DialectArg>,
     /// The source migrates with -i: what it does not send is in the images already
@@ -92,19 +100,28 @@ struct Listening {
 
 pub(crate) fn run(args: ReceiveArgs, output: &Output) -> Outcome {
     let started = Instant::now();
-    let result = go(args, output);
-    outcome::failed(&result, started, output)?;
+    let asked = Asked::disks(&args.disk);
+    let watch = Watch::with_events(output, !args.no_verify)?;
+    let result = go(args, &watch, output);
+    outcome::failed(&result, watch.met().unwrap_or(started), &asked, output)?;
     result
 }
 
-fn go(args: ReceiveArgs, output: &Output) -> Outcome {
-    let watch = Watch::with_events(output, true)?;
+fn go(args: ReceiveArgs, watch: &Watch<'_>, output: &Output) -> Outcome {
+    if let Some(dialect) = args.dialect {
+        dialect.check_source(args.shared_base)?;
+    }
+    if args.flatten {
+        let reason = "--flatten is for the source: send --flatten reads through its backing chain";
+        return Err(bitferry::Error::Usage { reason: reason.to_owned() });
+    }
     let options = ReceiveOptions {
         disks: args.disk,
         target: target_options::parse(&args.target_options)?,
         existing: super::copy::existing(args.force, args.in_place),
         fresh: args.fresh,
         device_journals: args.state_dir.directory(),
+        backing: args.backing,
         allow_backing: args.allow_backing,
         bitmaps: args.bitmaps,
         renames: args.rename_bitmap,
@@ -118,7 +135,7 @@ fn go(args: ReceiveArgs, output: &Output) -> Outcome {
     let (listener, refused) = listen(&args.transport)?;
     announce(&listener, &args.transport.uri, output)?;
     let limits = (None, Duration::ZERO);
-    let report = args.transport.control.supervise(limits, &watch, |observer| {
+    let report = args.transport.control.supervise(limits, watch, |observer| {
         let arrivals = Arrivals::new(&listener, observer, refused);
         receive::run(&options, &arrivals, observer)
     })?;

@@ -158,7 +158,7 @@ fn recorded_format(request: &Request<'_>) -> Result<Option<qcow2_file::Format>> 
 
 /// How a backing file is named inside the destination: by its file name where both are in the same
 /// directory and the user gave no absolute path, else absolutely.
-fn recorded_name(path: &Path, destination: &Path) -> Result<OsString> {
+pub(crate) fn recorded_name(path: &Path, destination: &Path) -> Result<OsString> {
     let is_neighbour = path.is_relative() && directory(path) == directory(destination);
     let named = match path.file_name() {
         Some(name) if is_neighbour => PathBuf::from(name),

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bitmap_mig::{ArrivedBitmap, Bitmap, KeptBitmaps, LoadBitmaps};
 use block_mig::Landing;
-use block_mig::arrive::{Known, LoadBlocks};
+use block_mig::arrive::{Known, LoadBlocks, SealedDisk, Tally};
 use format_spec::content_hash::BitmapDigest;
 use format_spec::native::answer::{Answer, Ready};
 use format_spec::native::block::{
@@ -50,10 +50,11 @@ impl BlockSection {
         destination: Arc<dyn Destination>,
         known: Known,
         kept: Option<KeptBitmaps>,
+        tally: Arc<Tally>,
     ) -> Self {
         Self {
             destination,
-            blocks: LoadBlocks::new(known),
+            blocks: LoadBlocks::new(known).counted_in(tally),
             bitmaps: kept.map_or_else(LoadBitmaps::new, LoadBitmaps::resumed),
             tells: AtomicBool::new(known == Known::Some),
             places: Mutex::default(),
@@ -132,7 +133,7 @@ impl BlockSection {
         let place = lock(&self.places).get(&of).cloned().ok_or(Error::Ended)?;
         let name = self.blocks.name(of).unwrap_or_default();
         let proof = place.prepare(&sealed)?;
-        if let (Some(said), Some(read)) = (sealed.content, proof.as_ref().map(|p| p.content))
+        if let (Some(said), Some(read)) = (sealed.content, proof.as_ref().and_then(|p| p.content))
             && said != read
         {
             let reason = format!("disk {name:?} reads as {read}, the source sealed {said}");
@@ -210,17 +211,20 @@ impl LoadHandler for BlockSection {
         self.destination.complete()?;
         let sealed = self.blocks.sealed();
         let mut prepared = Vec::new();
-        for (disk, content) in sealed.map_err(|name| unsealed(format!("disk {name:?}")))? {
+        for sealed in sealed.map_err(|name| unsealed(format!("disk {name:?}")))? {
+            let SealedDisk { id: disk, hash: content, is_as_it_was } = sealed;
             let arrived = self.bitmaps.take(disk).map_err(unsealed)?;
-            let is_proved = content.is_some() && arrived.iter().all(|b| b.digest.is_some());
+            let is_proved =
+                (content.is_some() || is_as_it_was) && arrived.iter().all(|b| b.digest.is_some());
             if proves_all && !is_proved {
                 let reason = "a seal has no hash, and nobody else could notice a difference";
                 return Err(Error::protocol(0, 0, reason));
             }
             let (bitmaps, arrived) = self.renamed(disk, arrived)?;
             let done = self.prepare_disk(Sealed { content, bitmaps }, disk, &arrived)?;
-            if let (Some(_), Some(proof)) = (content, &done.proof) {
-                ready.disks.push((disk, proof.content));
+            if let Some(proof) = &done.proof {
+                let read = content.and(proof.content);
+                ready.disks.extend(read.map(|content| (disk, content)));
                 let read = arrived.iter().map(|b| b.version).zip(proof.bitmaps.iter().copied());
                 let wanted = arrived.iter().map(|b| b.digest.is_some());
                 ready.bitmaps.extend(read.zip(wanted).filter_map(|(read, is)| is.then_some(read)));

@@ -47,6 +47,7 @@ pub struct Outgoing<'a> {
     pub(super) session: SessionId,
     pub(super) reconnect: Duration,
     pub(super) max_pause: Duration,
+    pub(super) blocks: bool,
     pub(super) hashes: bool,
     pub(super) workers: usize,
     pub(super) timing: Timing,
@@ -72,6 +73,7 @@ impl<'a> Outgoing<'a> {
             session: [0; 16],
             reconnect: Duration::ZERO,
             max_pause: MAX_PAUSE,
+            blocks: true,
             hashes: true,
             workers: block_mig::limits::workers(None),
             timing: Timing::default(),
@@ -153,6 +155,15 @@ impl<'a> Builder<'a> {
     /// unless given. How long a pause may be expected to be is for [`limits`](Self::limits) to say.
     pub fn max_pause(mut self, limit: Duration) -> Self {
         self.0.max_pause = limit;
+        self
+    }
+
+    /// Leaves out the disks' contents, which the destination has by another way: shared storage, a
+    /// mirror. Bitmaps go along as ever, and the handover is the same; a mirror has to be complete
+    /// when [`Guest::pause`](mig_core::guest::Guest::pause) returns. Nobody holds contents against
+    /// each other then.
+    pub fn no_blocks(mut self) -> Self {
+        self.0.blocks = false;
         self
     }
 

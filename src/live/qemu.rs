@@ -151,6 +151,7 @@ impl Outgoing<'_> {
             (self.compression.is_some(), "compression"),
             (!self.states.is_empty(), "state beside the disks"),
             (!self.reconnect.is_zero(), "connecting again"),
+            (target.blocks && !self.blocks, "the contents that no_blocks leaves out"),
         ];
         if let Some((_, what)) = given.iter().find(|(is_given, _)| *is_given) {
             let reason = format!("disks and bitmaps go to a QEMU without {what}");

@@ -58,7 +58,8 @@ impl Outgoing<'_> {
         migration.ask_again();
         migration.update(|info| {
             info.status = Status::Setup;
-            let total = self.disks.iter().map(|disk| disk.disk.size()).sum();
+            let carried = self.disks.iter().filter(|_| self.blocks);
+            let total = carried.map(|disk| disk.disk.size()).sum();
             info.disk = Some(Amounts { total, remaining: total, ..Amounts::default() });
         });
         let before = unsettled.take();
@@ -156,12 +157,16 @@ impl Outgoing<'_> {
             Eye::new(&self.migration, &meter, steering.deadline(), (self.observer, &progress));
         let ids = || (0..).map(DiskId);
         let disks = ids().zip(&self.disks).map(|(id, live)| {
-            let dirty = Some(live.disk.start_tracking()?);
+            let dirty = self.blocks.then(|| live.disk.start_tracking()).transpose()?;
             Ok(SaveDisk { id, name: live.name.clone(), source: &*live.disk, dirty })
         });
         let disks = disks.collect::<mig_core::Result<Vec<_>>>().map_err(Error::from)?;
         let options = SaveOptions { hashes: self.hashes, workers: self.workers, monitor: &eye };
-        let blocks = SaveBlocks::new(disks, options).map_err(Error::from)?;
+        let blocks = match self.blocks {
+            true => SaveBlocks::new(disks, options),
+            false => SaveBlocks::without_content(disks, options),
+        };
+        let blocks = blocks.map_err(Error::from)?;
         tries.counts = blocks.counts();
         let numbers = Arc::new(Numbers::default());
         let senders = ids().zip(&self.disks).map(|(id, live)| {
@@ -207,7 +212,8 @@ impl Outgoing<'_> {
     /// Bytes of content to be sent at least, as the disks say.
     pub(super) fn content(&self) -> Result<u64> {
         let of_disk = |live: &LiveDisk| survey(&*live.disk, Scope::Whole, UNIT_BYTES);
-        let contents = self.disks.iter().map(|live| of_disk(live).map(|survey| survey.content));
+        let carried = self.disks.iter().filter(|_| self.blocks);
+        let contents = carried.map(|live| of_disk(live).map(|survey| survey.content));
         Ok(contents.sum::<block_mig::Result<u64>>()?)
     }
 
@@ -302,7 +308,7 @@ impl Tries {
     /// An answer to what was unknown: what is complete became so in this run.
     fn answered(&mut self, sent: Sent) -> Sent {
         match sent.outcome {
-            Outcome::AlreadyComplete => {
+            Outcome::AlreadyComplete(_) => {
                 let confirmed = self.confirmed.take();
                 Sent { outcome: Outcome::Completed, confirmed, ..sent }
             }

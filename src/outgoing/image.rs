@@ -97,7 +97,7 @@ impl Policy for Watched<'_> {
 fn only_proof(ready: &Ready) -> Option<DiskProof> {
     let [(_, content)] = ready.disks.as_slice() else { return None };
     let bitmaps = ready.bitmaps.iter().map(|(_, digest)| *digest).collect();
-    Some(DiskProof { content: *content, bitmaps })
+    Some(DiskProof { content: Some(*content), bitmaps })
 }
 
 fn no_random(source: std::io::Error) -> Error {

@@ -21,6 +21,7 @@ pub fn new_image(name: &str, path: PathBuf) -> Files {
         path,
         format: Format::Qcow2,
         target: TargetOptions::default(),
+        base: None,
         renames: Renames::default(),
     };
     Files::new(vec![place], FileOptions { keeps_nothing: true, ..FileOptions::default() })

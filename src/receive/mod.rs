@@ -2,6 +2,7 @@
 
 mod again;
 mod arrivals;
+mod arriving;
 mod dialect;
 mod image;
 mod in_place;
@@ -11,24 +12,28 @@ mod relay;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use format_spec::native::answer::{Published, PublishedBitmap};
 use mig_core::heart::Heart;
 use mig_core::stream;
 use mig_core::transport::{Connection, Listen};
 
 use self::again::receive_all;
 pub use self::arrivals::Arrivals;
+use self::arriving::Arriving;
 pub use self::dialect::Dialect;
 pub use self::image::{new_image, receive_image};
 use self::in_place::InPlace;
 pub use self::options::ReceiveOptions;
 use self::relay::Relay;
-use crate::berth::{DiskPlace, FileOptions, Files};
+use crate::berth::{Base, DiskPlace, FileOptions, Files};
 use crate::copy::{Existing, Format, Rename};
 use crate::incoming::{Destination, IncomingOptions, Received, ReceivedDisk, turn_away};
 use crate::observe::Stops;
-use crate::options::DiskOption;
+use crate::options::{BackingOption, DiskOption};
 use crate::renames::Renames;
-use crate::report::{BitmapOutcome, BitmapReport, DiskReport, Report, Status, Verified};
+use crate::report::{
+    BitmapOutcome, BitmapReport, DiskReport, ONLY_BITMAPS, Report, Status, Verified,
+};
 use crate::{Error, Observer, Phase, Result, qemu};
 
 /// How often the observer is told how far it is.
@@ -41,16 +46,16 @@ pub fn run(
     arrivals: &Arrivals<'_>,
     observer: &dyn Observer,
 ) -> Result<Report> {
-    let started = Instant::now();
     options.check()?;
     observer.phase(Phase::Wait);
     let (dialect, main) = first(arrivals, observer, None)?;
+    // How long nobody came is nobody's work.
+    let started = Instant::now();
     if let Some(wanted) = options.dialect.filter(|wanted| *wanted != dialect) {
         let peer = &main.peer;
         let reason = format!("{peer} speaks the {dialect} dialect, and {wanted} was asked for");
         return Err(Error::Usage { reason });
     }
-    observer.phase(Phase::Transfer);
     match dialect {
         Dialect::Native => {
             if let Err(error) = options.check_for(dialect) {
@@ -116,7 +121,13 @@ fn qemu(
         is_one_way: arrivals.nature().is_one_way,
         devices: None,
     };
-    qemu::incoming::run(main, &incoming, observer)
+    let mut report = qemu::incoming::run(main, &incoming, observer)?;
+    if options.no_verify {
+        // What was stored is read back all the same: that costs nothing beside a QEMU.
+        let read_back = report.disks.iter_mut().filter(|d| d.verified != Verified::Mismatch);
+        read_back.for_each(|disk| disk.verified = Verified::No);
+    }
+    Ok(report)
 }
 
 fn native(
@@ -125,13 +136,17 @@ fn native(
     (observer, started): (&dyn Observer, Instant),
 ) -> Result<Report> {
     let relay = Arc::new(Relay::default());
+    let watched = Arriving::new(observer);
+    let observer: &dyn Observer = &watched;
+    let bases = bases(options, observer)?;
     let in_place = match options.existing {
         Existing::InPlace => Some(Arc::new(InPlace::open(options, observer, relay.clone())?)),
         Existing::Refuse | Existing::Replace => None,
     };
     // What was there before the first attempt may be unwanted; what that one left never is.
     let destination = |is_first: bool| -> Arc<dyn Destination> {
-        let files = || new_files(options, is_first && options.fresh).watched_by(relay.clone());
+        let files =
+            || new_files(options, &bases, is_first && options.fresh).watched_by(relay.clone());
         let Some(in_place) = &in_place else { return Arc::new(files()) };
         if !is_first {
             in_place.go_on();
@@ -139,9 +154,16 @@ fn native(
         Arc::clone(in_place) as _
     };
     let monitor = Stops(observer);
-    let incoming =
-        IncomingOptions { max_channels: options.max_channels, ..IncomingOptions::new(&monitor) };
-    let (over, tell) = (Heart::new(), || relay.hand_on(observer));
+    let incoming = IncomingOptions {
+        max_channels: options.max_channels,
+        tally: watched.tally(),
+        ..IncomingOptions::new(&monitor)
+    };
+    let tell = || {
+        relay.hand_on(observer);
+        watched.tell();
+    };
+    let over = Heart::new();
     let received = std::thread::scope(|scope| {
         scope.spawn(|| over.run(TELL_INTERVAL, tell));
         let arriving = (main, arrivals);
@@ -159,9 +181,22 @@ fn native(
     Ok(report)
 }
 
+/// What the new images stand on, disk by disk.
+fn bases(options: &ReceiveOptions, observer: &dyn Observer) -> Result<Vec<Option<Base>>> {
+    let base = |disk: &DiskOption| {
+        let Some(BackingOption { path, format, .. }) = options.backing_of(disk) else {
+            return Ok(None);
+        };
+        let image = (disk.path.as_path(), options.allow_backing);
+        Base::open(path, *format, image, observer).map(Some)
+    };
+    options.disks.iter().map(base).collect()
+}
+
 /// Places that are made.
-fn new_files(options: &ReceiveOptions, is_fresh: bool) -> Files {
-    let place = |disk: &DiskOption| DiskPlace {
+fn new_files(options: &ReceiveOptions, bases: &[Option<Base>], is_fresh: bool) -> Files {
+    let place = |(disk, base): (&DiskOption, &Option<Base>)| DiskPlace {
+        base: base.clone(),
         name: disk.id.clone(),
         path: disk.path.clone(),
         format: disk.format.unwrap_or(Format::Qcow2),
@@ -174,7 +209,7 @@ fn new_files(options: &ReceiveOptions, is_fresh: bool) -> Files {
         no_verify: options.no_verify,
         ..FileOptions::default()
     };
-    Files::new(options.disks.iter().map(place).collect(), files)
+    Files::new(options.disks.iter().zip(bases).map(place).collect(), files)
 }
 
 /// Names that were to be changed, of bitmaps that did not come.
@@ -190,6 +225,8 @@ fn unused<'a>(options: &'a ReceiveOptions, report: &Report) -> Vec<&'a str> {
 fn report(options: &ReceiveOptions, received: Received, started: Instant) -> Report {
     let status =
         if received.already_complete { Status::AlreadyComplete } else { Status::Completed };
+    let before = received.published.iter().map(published_before);
+    let now = received.disks.into_iter().map(|disk| disk_report(options, disk));
     Report {
         status,
         error: None,
@@ -198,9 +235,24 @@ fn report(options: &ReceiveOptions, received: Received, started: Instant) -> Rep
         wire_bytes: received.wire_bytes,
         repeated_bytes: 0,
         resumed: received.resumed,
-        disks: received.disks.into_iter().map(|disk| disk_report(options, disk)).collect(),
+        disks: now.chain(before).collect(),
         ram: None,
     }
+}
+
+fn bitmap_report(name: String, stored: &str) -> BitmapReport {
+    let changed = (stored != name).then(|| format!("name: {name} -> {stored}"));
+    let changed = changed.into_iter().collect();
+    let outcome = BitmapOutcome::Preserved;
+    BitmapReport { name, outcome, changed, reason: None, is_wanted: true }
+}
+
+/// A disk that an earlier run had published.
+fn published_before(disk: &Published) -> DiskReport {
+    let bitmap = |found: &PublishedBitmap| bitmap_report(found.sent_as.clone(), &found.name);
+    let bitmaps = disk.bitmaps.iter().map(bitmap).collect();
+    let untouched = DiskReport::untouched(disk.name.clone());
+    DiskReport { bitmaps, ..untouched }.of_before(Some(disk)).as_seen()
 }
 
 fn disk_report(options: &ReceiveOptions, disk: ReceivedDisk) -> DiskReport {
@@ -208,22 +260,18 @@ fn disk_report(options: &ReceiveOptions, disk: ReceivedDisk) -> DiskReport {
     let renames = of_disk.map(|option| Renames::of(&options.renames, &option.id));
     let bitmap = |name: String| {
         let stored = renames.as_ref().map_or_else(|| name.clone(), |r| r.stored(&name));
-        let changed = (stored != name).then(|| format!("name: {name} -> {stored}"));
-        BitmapReport {
-            name,
-            outcome: BitmapOutcome::Preserved,
-            changed: changed.into_iter().collect(),
-            reason: None,
-            is_wanted: true,
-        }
+        bitmap_report(name, &stored)
     };
+    let only_bitmaps = disk.proof.as_ref().is_some_and(|proof| proof.content.is_none());
+    let content = disk.proof.and_then(|proof| proof.content);
     DiskReport {
         id: disk.name,
         bytes_data: disk.bytes_data,
         bytes_zero: disk.bytes_zero,
-        verified: if disk.proof.is_some() { Verified::Yes } else { Verified::No },
-        content_hash: disk.proof.map(|proof| proof.content.to_string()),
-        not_carried: Vec::new(),
+        verified: if content.is_some() { Verified::Yes } else { Verified::No },
+        content_hash: content.map(|content| content.to_string()),
+        not_carried: only_bitmaps.then(|| ONLY_BITMAPS.to_owned()).into_iter().collect(),
         bitmaps: disk.bitmaps.into_iter().map(bitmap).collect(),
     }
+    .as_seen()
 }

@@ -1,5 +1,6 @@
 //! What to receive, and where.
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -8,7 +9,7 @@ use format_spec::native::hello::MAX_CHANNELS;
 use super::Dialect;
 use crate::berth::has_traces;
 use crate::copy::{BitmapSelection, Existing, Format, Rename, TargetOptions};
-use crate::options::DiskOption;
+use crate::options::{BackingOption, DiskOption};
 use crate::send::check_ids;
 use crate::{Error, Result};
 
@@ -22,7 +23,9 @@ pub struct ReceiveOptions {
     pub target: TargetOptions,
     /// What to do where a place exists.
     pub existing: Existing,
-    /// Open backing and data files that existing images name.
+    /// What new images stand on, where the source sends only what stands above that.
+    pub backing: Vec<BackingOption>,
+    /// Open backing and data files that existing images name, and backing files of new ones.
     pub allow_backing: bool,
     /// From a QEMU: which bitmaps to store. A bitferry is told at the source which ones to send.
     pub bitmaps: BitmapSelection,
@@ -51,6 +54,7 @@ impl Default for ReceiveOptions {
             disks: Vec::new(),
             target: TargetOptions::default(),
             existing: Existing::Refuse,
+            backing: Vec::new(),
             allow_backing: false,
             bitmaps: BitmapSelection::All,
             renames: Vec::new(),
@@ -78,6 +82,7 @@ impl ReceiveOptions {
         if self.target.data_file.is_some() && self.disks.len() > 1 {
             return usage("-o data_file= names one file, and there are several disks".into());
         }
+        self.check_backing()?;
         for disk in &self.disks {
             if disk.is_readonly {
                 return usage(format!("disk {:?} is read-only: nothing can arrive in it", disk.id));
@@ -100,17 +105,54 @@ impl ReceiveOptions {
     /// What only a QEMU can be asked for is refused where a bitferry sends.
     pub(super) fn check_for(&self, dialect: Dialect) -> Result<()> {
         if dialect == Dialect::Qemu {
-            return Ok(());
+            if self.backing.is_empty() {
+                return Ok(());
+            }
+            let reason = "--backing is for new images, and a QEMU's stream needs existing ones";
+            return Err(Error::Usage { reason: reason.to_owned() });
         }
         let reason = if self.bitmaps != BitmapSelection::All {
             "--bitmaps chooses among what a QEMU sends; a bitferry is told at the source"
         } else if self.shared_base {
             "--shared-base is about what a QEMU does not send; a bitferry says by itself what it \
-             leaves out"
+             leaves out, and --backing says what a new image stands on"
         } else {
             return Ok(());
         };
         Err(Error::Usage { reason: reason.to_owned() })
+    }
+
+    fn check_backing(&self) -> Result<()> {
+        let usage = |reason: String| Err(Error::Usage { reason });
+        if !self.backing.is_empty() && self.existing == Existing::InPlace {
+            return usage("--backing is for new images; --in-place writes into what exists".into());
+        }
+        let mut seen = BTreeSet::new();
+        for BackingOption { id, path, .. } in &self.backing {
+            let path = path.display();
+            let disk = match (id, self.disks.as_slice()) {
+                (None, [only]) => only,
+                (None, _) => {
+                    return usage(format!("--backing {path}: say of which disk: ID={path}"));
+                }
+                (Some(id), disks) => match disks.iter().find(|disk| disk.id == *id) {
+                    Some(disk) => disk,
+                    None => return usage(format!("--backing {id}={path}: no disk is {id:?}")),
+                },
+            };
+            if disk.format == Some(Format::Raw) {
+                return usage(format!("disk {:?} is raw and has no backing file", disk.id));
+            }
+            if !seen.insert(&disk.id) {
+                return usage(format!("disk {:?} is given two backing files", disk.id));
+            }
+        }
+        Ok(())
+    }
+
+    /// What the image of a disk is to stand on.
+    pub(super) fn backing_of(&self, disk: &DiskOption) -> Option<&BackingOption> {
+        self.backing.iter().find(|backing| backing.id.as_ref().is_none_or(|id| *id == disk.id))
     }
 
     fn check_place(&self, disk: &DiskOption) -> Result<()> {

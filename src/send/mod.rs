@@ -8,13 +8,14 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use bitmap_mig::{Bitmap, SaveBitmap, SaveBitmaps};
-use block_mig::device::ChainSource;
+use block_mig::device::{AboveSource, ChainSource};
 use block_mig::limits::workers;
 use block_mig::save::SaveCounts;
 use block_mig::{SaveBlocks, SaveDisk, SaveOptions};
 use format_spec::Blame;
 use format_spec::content_hash::HashError;
 use format_spec::native::block::DiskId;
+use mig_core::block::BlockSource;
 use mig_core::section::SaveHandler;
 use mig_core::stream;
 use mig_core::transport::{Dial, Nature};
@@ -34,7 +35,7 @@ use crate::{Error, Observer, Phase, Result};
 /// What would be sent. Connects nothing.
 pub fn plan(options: &SendOptions, observer: &dyn Observer) -> Result<Plan> {
     let (disks, refusals) = decide(options, observer)?;
-    Ok(describe(&disks, &refusals))
+    describe(&disks, &refusals)
 }
 
 /// Sends. On an error the destination has published nothing, or says by itself what it has.
@@ -51,7 +52,7 @@ pub fn run(options: &SendOptions, dial: &dyn Dial, observer: &dyn Observer) -> R
     let (sent, moved) = attempts(options, dial, |dial, moved| {
         let content = disks.iter().map(Planned::content_bytes).fold(0, u64::saturating_add);
         let progress = Progress::begin(observer, Phase::Transfer, content);
-        let sources: Vec<_> = disks.iter().map(|d| ChainSource(&d.disk.chain)).collect();
+        let sources: Vec<_> = disks.iter().map(Source::of).collect();
         let (handlers, counts) = handlers(options, (&disks, &sources, &bitmaps), &progress)?;
         let expected = moved.sealed_of(&expected);
         moved.begin(counts);
@@ -62,6 +63,26 @@ pub fn run(options: &SendOptions, dial: &dyn Dial, observer: &dyn Observer) -> R
         Ok(sent)
     })?;
     Ok(report(options, &disks, &sent, (&moved, started)))
+}
+
+/// A disk as it is read.
+struct Source<'a> {
+    whole: ChainSource<'a>,
+    top: AboveSource<'a>,
+    /// Whether only what the top layer holds is sent.
+    is_above: bool,
+}
+
+impl<'a> Source<'a> {
+    fn of(planned: &'a Planned) -> Self {
+        let chain = &planned.disk.chain;
+        let (whole, top) = (ChainSource(chain), AboveSource { chain, layers: 1 });
+        Self { whole, top, is_above: planned.is_above() }
+    }
+
+    fn above(&self) -> Option<&dyn BlockSource> {
+        self.is_above.then_some(&self.top as &dyn BlockSource)
+    }
 }
 
 /// What the transport cannot do is refused, not left out.
@@ -85,7 +106,7 @@ fn check_transport(options: &SendOptions, nature: Nature) -> Result<()> {
     Ok(())
 }
 
-type Parts<'a> = (&'a [Planned], &'a [ChainSource<'a>], &'a [Vec<Bitmap>]);
+type Parts<'a> = (&'a [Planned], &'a [Source<'a>], &'a [Vec<Bitmap>]);
 type Handlers<'a> = (Vec<Box<dyn SaveHandler + 'a>>, Vec<Arc<SaveCounts>>);
 
 fn handlers<'a>(
@@ -96,14 +117,21 @@ fn handlers<'a>(
     let mut saved = Vec::new();
     let mut saved_bitmaps = Vec::new();
     for (((id, disk), source), bitmaps) in (0..).map(DiskId).zip(disks).zip(sources).zip(bitmaps) {
-        saved.push(SaveDisk { id, name: disk.option.id.clone(), source, dirty: None });
+        let (name, source, above) = (disk.option.id.clone(), &source.whole, source.above());
+        saved.push((SaveDisk { id, name, source, dirty: None }, above));
         let disk_size = disk.disk.chain.virtual_size();
         let of_disk = |bitmap| SaveBitmap { disk: id, disk_size, bitmap };
         saved_bitmaps.extend(bitmaps.iter().map(of_disk));
     }
     let hashes = !options.no_verify;
     let save = SaveOptions { hashes, workers: workers(None), monitor: progress };
-    let blocks = SaveBlocks::new(saved, save)?;
+    let blocks = match options.blocks {
+        true => SaveBlocks::above(saved, save)?,
+        false => {
+            let disks = saved.into_iter().map(|(disk, _)| disk).collect();
+            SaveBlocks::without_content(disks, save)?
+        }
+    };
     let counts = blocks.counts();
     let bitmaps = SaveBitmaps::new(saved_bitmaps, hashes)?;
     Ok((vec![Box::new(blocks), Box::new(bitmaps)], counts))
@@ -157,7 +185,7 @@ fn session(options: &SendOptions, disks: &[Planned]) -> Result<[u8; 16]> {
         host: host(),
         disks: disks.iter().map(facts).collect::<Result<_>>()?,
         destination: options.destination.clone().into_bytes(),
-        wishes: vec!["send".to_owned(), bitmaps],
+        wishes: vec![options.verb(), bitmaps],
     };
     Ok(facts.session())
 }
@@ -180,22 +208,31 @@ fn report(
 ) -> Report {
     let (status, error) = match &sent.outcome {
         Outcome::Completed | Outcome::Unconfirmed => (Status::Completed, None),
-        Outcome::AlreadyComplete => (Status::AlreadyComplete, None),
+        Outcome::AlreadyComplete(_) => (Status::AlreadyComplete, None),
         Outcome::Unknown(error) => (Status::Unknown, Some(error_chain(error))),
     };
     let (verified, outcome) = match &sent.outcome {
+        _ if options.no_verify || !options.blocks => (Verified::No, BitmapOutcome::Preserved),
         Outcome::Unconfirmed | Outcome::Unknown(_) => (Verified::Unconfirmed, BitmapOutcome::Sent),
-        _ if options.no_verify => (Verified::No, BitmapOutcome::Preserved),
         _ => (Verified::Yes, BitmapOutcome::Preserved),
     };
-    let disk = |(planned, moved): (&Planned, MovedDisk)| DiskReport {
-        id: planned.option.id.clone(),
-        bytes_data: moved.data,
-        bytes_zero: planned.disk.chain.virtual_size().saturating_sub(moved.data + moved.kept),
-        content_hash: moved.content_hash,
-        verified,
-        not_carried: planned.not_carried(),
-        bitmaps: carry::reports(&planned.bitmaps, outcome),
+    let report = |(planned, moved): (&Planned, MovedDisk)| {
+        let report = DiskReport {
+            id: planned.option.id.clone(),
+            bytes_data: moved.data,
+            bytes_zero: planned.sent_size().saturating_sub(moved.data + moved.kept),
+            content_hash: moved.content_hash,
+            verified,
+            not_carried: planned.not_carried(),
+            bitmaps: carry::reports(&planned.bitmaps, outcome),
+        };
+        match &sent.outcome {
+            Outcome::AlreadyComplete(published) => {
+                let found = published.iter().find(|found| found.name == report.id);
+                report.of_before(found)
+            }
+            _ => report,
+        }
     };
     Report {
         status,
@@ -205,7 +242,7 @@ fn report(
         wire_bytes: sent.wire_bytes,
         repeated_bytes: moved.disks().map(|disk| disk.repeated).fold(0, u64::saturating_add),
         resumed: sent.resumed,
-        disks: disks.iter().zip(moved.disks()).map(disk).collect(),
+        disks: disks.iter().zip(moved.disks()).map(report).map(DiskReport::as_seen).collect(),
         ram: None,
     }
 }

@@ -14,6 +14,12 @@ use crate::options::DiskOption;
 pub struct SendOptions {
     /// The disks, each with the name that the destination knows it by.
     pub disks: Vec<DiskOption>,
+    /// Send contents. Without them bitmaps alone travel, to a destination that has the same disks
+    /// by another way.
+    pub blocks: bool,
+    /// Send of disks with a backing file what their own image holds alone: the destination makes
+    /// images on a backing file of its own, which reads as ours.
+    pub shared_base: bool,
     /// Open backing and data files that the images name, and read through them.
     pub allow_backing: bool,
     /// Which bitmaps to carry. A name must be on one of the disks at least.
@@ -41,10 +47,24 @@ pub struct SendOptions {
     pub reconnect: Duration,
 }
 
+impl SendOptions {
+    /// What tells this command from one that sends something else of the same disks.
+    pub(super) fn verb(&self) -> String {
+        let verb = match (self.blocks, self.shared_base) {
+            (false, _) => "send bitmaps alone",
+            (true, true) => "send above the base",
+            (true, false) => "send",
+        };
+        verb.to_owned()
+    }
+}
+
 impl Default for SendOptions {
     fn default() -> Self {
         Self {
             disks: Vec::new(),
+            blocks: true,
+            shared_base: false,
             allow_backing: false,
             bitmaps: BitmapSelection::All,
             renames: Vec::new(),

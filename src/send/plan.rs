@@ -3,23 +3,28 @@
 use std::collections::BTreeSet;
 
 use bitmap_mig::{Bitmap, Fate, Holder};
-use block_mig::device::ChainSource;
+use block_mig::device::{AboveSource, ChainSource};
 use block_mig::limits::UNIT_BYTES;
 use block_mig::plan::{Scope, Survey, survey};
+use qcow2_file::chain::Backing;
 use qcow2_file::limits::MAX_BITMAP_BYTES;
 use serde::Serialize;
 
 use super::SendOptions;
 use crate::carry::{self, Asked, BitmapPlan};
+use crate::copy::space::received_bytes;
 use crate::copy::{BitmapSelection, Format, PlannedBitmap, Rename};
 use crate::disk::{Disk, Request};
 use crate::options::DiskOption;
-use crate::report::{BitmapOutcome, error_chain};
+use crate::report::{BitmapOutcome, ONLY_BITMAPS, error_chain};
 use crate::{Error, Observer, Phase, Result};
 
 /// What to do where a bitmap cannot be carried.
 const HINT: &str = "use --bitmaps none to go on without bitmaps or --bitmaps with names for some \
      of them; a raw disk with bitmaps is -O qcow2 -o data_file=FILE,data_file_raw=on";
+
+/// Said of a disk of which what its own image holds is sent.
+const BELOW: &str = "the backing file: the destination has its own";
 
 /// What would become of one disk.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -33,10 +38,13 @@ pub struct PlannedDisk {
     pub source_format: Format,
     /// Guest-visible bytes.
     pub virtual_size: u64,
-    /// Bytes of stored content that would be sent: about what the destination needs.
+    /// Bytes of stored content that would be sent.
     pub bytes_data: u64,
     /// Bytes known to read as zero.
     pub bytes_zero: u64,
+    /// Upper estimate of what a new image at the destination allocates, of the shape that it has
+    /// where nothing else is asked for there.
+    pub space_needed: u64,
     /// What the source has and the destination would not have, one phrase each.
     pub not_carried: Vec<String>,
     /// Every bitmap of the source.
@@ -49,8 +57,17 @@ pub struct PlannedDisk {
 pub struct Plan {
     /// In the order in which they were given.
     pub disks: Vec<PlannedDisk>,
+    /// Upper estimate of what all of them allocate.
+    pub space_needed: u64,
     /// Why it would be refused, one sentence each; empty where it would go on.
     pub refusals: Vec<String>,
+}
+
+impl Plan {
+    pub(crate) fn new(disks: Vec<PlannedDisk>, refusals: Vec<String>) -> Self {
+        let space_needed = disks.iter().map(|disk| disk.space_needed).fold(0, u64::saturating_add);
+        Self { disks, space_needed, refusals }
+    }
 }
 
 /// A disk that is open, and what is decided about it.
@@ -58,8 +75,51 @@ pub struct Plan {
 pub(super) struct Planned {
     pub(super) option: DiskOption,
     pub(super) disk: Disk,
+    pub(super) reach: Reach,
+    /// Of what is sent; of nothing where bitmaps go alone.
     pub(super) survey: Survey,
+    /// Bytes that will be read.
+    pub(super) content_bytes: u64,
+    /// Whether the destination is raw.
+    holds_no_bitmaps: bool,
     pub(super) bitmaps: BitmapPlan,
+}
+
+/// How much of a disk is sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Reach {
+    /// All of it.
+    Whole,
+    /// What its own image holds.
+    Above,
+    /// Bitmaps alone.
+    Nothing,
+}
+
+impl Reach {
+    fn of(options: &SendOptions, disk: &Disk) -> Self {
+        match options.blocks {
+            false => Self::Nothing,
+            true if options.shared_base && disk.chain.layers().len() > 1 => Self::Above,
+            true => Self::Whole,
+        }
+    }
+
+    /// What is sent, and how many bytes are read for it.
+    fn survey(self, options: &SendOptions, disk: &Disk) -> Result<(Survey, u64)> {
+        let chain = &disk.chain;
+        let whole = || survey(&ChainSource(chain), Scope::Whole, UNIT_BYTES);
+        Ok(match self {
+            Self::Nothing => (Survey::default(), 0),
+            Self::Whole => whole().map(|survey| (survey, survey.content))?,
+            Self::Above => {
+                let above = survey(&AboveSource { chain, layers: 1 }, Scope::Above, UNIT_BYTES)?;
+                // The proof is of all that a guest reads.
+                let is_hashed = !options.no_verify;
+                (above, if is_hashed { whole()?.content } else { above.content })
+            }
+        })
+    }
 }
 
 /// Opens all disks and decides everything. What stands in the way is collected.
@@ -70,12 +130,24 @@ pub(super) fn decide(
     observer.phase(Phase::Plan);
     check_ids(&options.disks)?;
     let mut planned = Vec::new();
+    // Bitmaps are in the top layer: for them alone nothing below it is opened.
+    let backing = if options.blocks { Backing::Named } else { Backing::Ignored };
     for option in &options.disks {
         let request = Request {
             allow_named: options.allow_backing,
+            backing: backing.clone(),
             ..Request::new(&option.path, option.format)
         };
         planned.push((option.clone(), Disk::open(&request, observer)?));
+    }
+    // A transfer of nothing is no mistake, and hardly what was meant.
+    if !options.blocks && options.bitmaps == BitmapSelection::None {
+        observer.warning("neither contents nor bitmaps are to be sent");
+    }
+    if options.shared_base && planned.iter().all(|(_, disk)| disk.chain.layers().len() < 2) {
+        let reason =
+            "no disk has a backing file, so nothing stands above one: leave --shared-base out";
+        return Err(Error::Usage { reason: reason.to_owned() });
     }
     let mut refusals = unknown_names(options, &planned);
     let mut disks = Vec::new();
@@ -88,8 +160,18 @@ pub(super) fn decide(
         let asked = asked(options, &option, &disk);
         let mut bitmaps = carry::plan(&disk.bitmaps, &asked, &holder);
         refusals.append(&mut bitmaps.refusals);
-        let survey = survey(&ChainSource(&disk.chain), Scope::Whole, UNIT_BYTES)?;
-        disks.push(Planned { option, disk, survey, bitmaps });
+        let reach = Reach::of(options, &disk);
+        let (survey, content_bytes) = reach.survey(options, &disk)?;
+        let holds_no_bitmaps = options.cannot_hold.is_some();
+        disks.push(Planned {
+            option,
+            disk,
+            reach,
+            survey,
+            content_bytes,
+            holds_no_bitmaps,
+            bitmaps,
+        });
     }
     Ok((disks, refusals))
 }
@@ -155,13 +237,34 @@ fn unknown_names(options: &SendOptions, disks: &[(DiskOption, Disk)]) -> Vec<Err
 impl Planned {
     /// Bytes that will be read and sent.
     pub(super) fn content_bytes(&self) -> u64 {
-        self.survey.content
+        self.content_bytes
+    }
+
+    /// Whether only what its own image holds is sent.
+    pub(super) fn is_above(&self) -> bool {
+        self.reach == Reach::Above
+    }
+
+    /// Bytes of the disk that the destination is told of.
+    pub(super) fn sent_size(&self) -> u64 {
+        match self.reach {
+            Reach::Whole => self.disk.chain.virtual_size(),
+            Reach::Above => {
+                let Survey { data, compressed, zero, .. } = self.survey;
+                data.saturating_add(compressed).saturating_add(zero)
+            }
+            Reach::Nothing => 0,
+        }
     }
 
     /// What the source has and the destination will not have.
     pub(super) fn not_carried(&self) -> Vec<String> {
-        let mut phrases: Vec<String> =
-            self.disk.snapshots().into_iter().chain(self.disk.flattened()).collect();
+        let below = match self.reach {
+            Reach::Nothing => return vec![ONLY_BITMAPS.to_owned()],
+            Reach::Whole => self.disk.flattened(),
+            Reach::Above => Some(BELOW.to_owned()),
+        };
+        let mut phrases: Vec<String> = self.disk.snapshots().into_iter().chain(below).collect();
         if self.survey.compressed > 0 {
             phrases.push(format!("compression of {} bytes: sent plain", self.survey.compressed));
         }
@@ -173,7 +276,18 @@ impl Planned {
         carry::load(&self.disk.bitmaps, &self.bitmaps)
     }
 
-    pub(super) fn describe(&self) -> PlannedDisk {
+    /// An upper estimate of what it takes at the destination.
+    fn space_needed(&self, bytes_data: u64) -> Result<u64> {
+        if self.holds_no_bitmaps {
+            return Ok(bytes_data);
+        }
+        let choices = self.bitmaps.decision.choices.iter();
+        let carried = choices.filter(|choice| matches!(choice.fate, Fate::Carried(_)));
+        let granularities: Vec<_> = carried.map(|choice| choice.bitmap.granularity).collect();
+        received_bytes(bytes_data, self.disk.chain.virtual_size(), &granularities)
+    }
+
+    pub(super) fn describe(&self) -> Result<PlannedDisk> {
         let names = self.bitmaps.decision.choices.iter().map(|c| match &c.fate {
             Fate::Carried(name) => Some(name.clone()),
             Fate::Unwanted | Fate::Left(_) => None,
@@ -184,23 +298,23 @@ impl Planned {
             becomes,
             reason: report.reason,
         };
-        PlannedDisk {
+        let bytes_data = self.survey.data.saturating_add(self.survey.compressed);
+        Ok(PlannedDisk {
             id: self.option.id.clone(),
             source: self.option.path.display().to_string(),
             source_format: self.disk.format(),
             virtual_size: self.disk.chain.virtual_size(),
-            bytes_data: self.survey.data.saturating_add(self.survey.compressed),
+            bytes_data,
             bytes_zero: self.survey.zero,
+            space_needed: self.space_needed(bytes_data)?,
             not_carried: self.not_carried(),
             bitmaps: reports.zip(names.chain(std::iter::repeat(None))).map(bitmap).collect(),
-        }
+        })
     }
 }
 
 /// What would be sent, in words.
-pub(super) fn describe(disks: &[Planned], refusals: &[Error]) -> Plan {
-    Plan {
-        disks: disks.iter().map(Planned::describe).collect(),
-        refusals: refusals.iter().map(|e| error_chain(e)).collect(),
-    }
+pub(super) fn describe(disks: &[Planned], refusals: &[Error]) -> Result<Plan> {
+    let disks = disks.iter().map(Planned::describe).collect::<Result<_>>()?;
+    Ok(Plan::new(disks, refusals.iter().map(|e| error_chain(e)).collect()))
 }

@@ -9,6 +9,7 @@ use format_spec::native::block::{Content, Run};
 use mig_core::stream::{Arrival, Result};
 
 use super::coverage::Coverage;
+use super::tally::Tally;
 use super::units::Units;
 use crate::Landing;
 use crate::error::Error;
@@ -23,6 +24,8 @@ pub(super) struct Arriving {
     pub(super) counts: Arc<LoadCounts>,
     units: Units,
     state: Mutex<State>,
+    /// Of all disks.
+    tally: Arc<Tally>,
 }
 
 /// What arrived of one disk so far. Shared with whoever reports.
@@ -34,11 +37,22 @@ pub struct LoadCounts {
     pub zero: AtomicU64,
 }
 
+/// What is true of what does not come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) enum Rest {
+    /// There is none: all comes.
+    #[default]
+    Comes,
+    /// It was prepared in an earlier attempt.
+    There,
+    /// It stays as it is here, whatever that is.
+    Kept,
+}
+
 #[derive(Debug, Default)]
 struct State {
     coverage: Coverage,
-    /// Whether all of it counts as covered.
-    is_whole: bool,
+    rest: Rest,
     seal: Option<Option<ContentHash>>,
 }
 
@@ -50,10 +64,15 @@ pub(super) struct Placed {
 }
 
 impl Arriving {
-    pub(super) fn new(name: &str, size: u64, is_whole: bool, landing: Arc<dyn Landing>) -> Self {
-        let state = Mutex::new(State { is_whole, ..State::default() });
+    pub(super) fn new(
+        (name, size, rest): (&str, u64, Rest),
+        landing: Arc<dyn Landing>,
+        tally: Arc<Tally>,
+    ) -> Self {
+        tally.expect(size);
+        let state = Mutex::new(State { rest, ..State::default() });
         let (name, counts, units) = (name.to_owned(), Arc::default(), Units::default());
-        Self { name, size, landing, counts, units, state }
+        Self { name, size, landing, counts, units, state, tally }
     }
 
     /// Checks a run against the rules between records, and notes that it came. `None` where there
@@ -68,7 +87,7 @@ impl Arriving {
         if state.seal.is_some() {
             return Err(at.protocol(format!("disk {:?} goes on after its seal", self.name)));
         }
-        if !state.coverage.add(range.clone()) {
+        if !self.cover(&mut state, range.clone()) {
             let reason = format!("disk {:?} comes in more pieces than this side keeps", self.name);
             return Err(at.protocol(reason));
         }
@@ -82,7 +101,14 @@ impl Arriving {
     /// Notes that these bytes are there from an earlier attempt.
     pub(super) fn is_there(&self, range: Range<u64>) -> bool {
         let end = range.end.min(self.size);
-        self.lock().coverage.add(range.start..end)
+        self.cover(&mut self.lock(), range.start..end)
+    }
+
+    fn cover(&self, state: &mut State, range: Range<u64>) -> bool {
+        let before = state.coverage.bytes();
+        let is_kept = state.coverage.add(range);
+        self.tally.add(state.coverage.bytes().saturating_sub(before));
+        is_kept
     }
 
     /// The source says that it was all.
@@ -91,18 +117,22 @@ impl Arriving {
         if state.seal.is_some() {
             return Err(at.protocol(format!("disk {:?} is sealed twice", self.name)));
         }
-        let gap = state.coverage.first_gap(self.size).filter(|_| !state.is_whole);
+        let gap = state.coverage.first_gap(self.size).filter(|_| state.rest == Rest::Comes);
         if let Some(gap) = gap {
             let reason = format!("disk {:?} is sealed, and nothing came for byte {gap}", self.name);
             return Err(at.protocol(reason));
         }
         state.seal = Some(hash);
+        // What was not sent is not waited for either.
+        self.tally.add(self.size.saturating_sub(state.coverage.bytes()));
         Ok(())
     }
 
-    /// What the seal says, once it has come.
-    pub(super) fn sealed(&self) -> Option<Option<ContentHash>> {
-        self.lock().seal
+    /// What the seal says, once it has come, and whether the disk stays as it is here.
+    pub(super) fn sealed(&self) -> Option<(Option<ContentHash>, bool)> {
+        let state = self.lock();
+        let is_as_it_was = state.rest == Rest::Kept && state.coverage.is_empty();
+        state.seal.map(|hash| (hash, is_as_it_was))
     }
 
     /// Stores content that was admitted.

@@ -3,6 +3,7 @@
 
 mod coverage;
 mod disk;
+mod tally;
 mod units;
 
 use std::collections::BTreeMap;
@@ -16,8 +17,9 @@ use mig_core::jobs::Jobs;
 use mig_core::section::{AnswerWriter, Have};
 use mig_core::stream::{Arrival, Result};
 
-use self::disk::Arriving;
 pub use self::disk::LoadCounts;
+use self::disk::{Arriving, Rest};
+pub use self::tally::Tally;
 use crate::Landing;
 use crate::error::Error;
 use crate::ledger::UNIT_BYTES;
@@ -36,9 +38,21 @@ pub enum Known {
     All,
 }
 
+/// A disk of which all has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SealedDisk {
+    /// Its number.
+    pub id: DiskId,
+    /// What the seal says of its content.
+    pub hash: Option<ContentHash>,
+    /// Whether the source wanted what is not sent to stay, and sent none of it.
+    pub is_as_it_was: bool,
+}
+
 /// Receives disks.
 pub struct LoadBlocks {
     known: Known,
+    tally: Arc<Tally>,
     /// In the order of their numbers.
     disks: RwLock<BTreeMap<DiskId, Arc<Arriving>>>,
 }
@@ -46,7 +60,12 @@ pub struct LoadBlocks {
 impl LoadBlocks {
     /// No disk yet.
     pub fn new(known: Known) -> Self {
-        Self { known, disks: RwLock::default() }
+        Self { known, tally: Arc::default(), disks: RwLock::default() }
+    }
+
+    /// Counts what comes there.
+    pub fn counted_in(self, tally: Arc<Tally>) -> Self {
+        Self { tally, ..self }
     }
 
     /// A disk is introduced; `land` finds its place. Tells the source what is there already.
@@ -68,8 +87,13 @@ impl LoadBlocks {
             let (source_bytes, sink_bytes) = (disk.size, landing.sink().size());
             return Err(Error::Size { source_bytes, sink_bytes }.into());
         }
-        let is_whole = disk.keeps_rest || self.known == Known::All;
-        let arriving = Arc::new(Arriving::new(disk.name, disk.size, is_whole, landing));
+        let rest = match disk.keeps_rest {
+            true => Rest::Kept,
+            false if self.known == Known::All => Rest::There,
+            false => Rest::Comes,
+        };
+        let arriving =
+            Arc::new(Arriving::new((disk.name, disk.size, rest), landing, Arc::clone(&self.tally)));
         if self.known == Known::Some {
             tell(disk.disk, &arriving, answers)?;
         }
@@ -107,12 +131,14 @@ impl LoadBlocks {
         disks.iter().try_for_each(|disk| disk.barrier(is_durable))
     }
 
-    /// All disks in the order of their numbers: name and what the seal says. `Err` with the name of
-    /// one that was not sealed.
-    pub fn sealed(&self) -> Result<Vec<(DiskId, Option<ContentHash>)>, String> {
+    /// All disks in the order of their numbers. `Err` with the name of one that was not sealed.
+    pub fn sealed(&self) -> Result<Vec<SealedDisk>, String> {
         let disks = self.read();
         let seal = |(id, disk): (&DiskId, &Arc<Arriving>)| {
-            disk.sealed().map(|hash| (*id, hash)).ok_or_else(|| disk.name.clone())
+            let sealed = disk.sealed();
+            let sealed =
+                sealed.map(|(hash, is_as_it_was)| SealedDisk { id: *id, hash, is_as_it_was });
+            sealed.ok_or_else(|| disk.name.clone())
         };
         disks.iter().map(seal).collect()
     }

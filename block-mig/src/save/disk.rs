@@ -6,11 +6,11 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use format_spec::content_hash::{ContentHash, LEAF_BYTES, LEDGER_HEIGHT, Node, subtree};
 use format_spec::native::block::{DiskId, RUN, Run};
-use mig_core::block::{BlockSource, is_zero, on_page};
+use mig_core::block::{BlockSource, ExtentKind, is_zero, on_page};
 use mig_core::channels::Outlet;
 use mig_core::dirty::{AtomicBits, DirtySet};
 
-use super::walk::{ALL_LEAVES, Leaves, Work};
+use super::walk::{ALL_LEAVES, Leaves, Work, mask};
 use crate::error::{Error, Result};
 use crate::ledger::{Ledger, UNIT_BYTES};
 
@@ -26,6 +26,17 @@ pub struct SaveDisk<'a> {
     /// What the guest changes meanwhile, in leaves of 64 KiB; marked after each write. `None` for a
     /// disk at rest.
     pub dirty: Option<Arc<DirtySet>>,
+}
+
+/// What of a disk's content travels.
+#[derive(Clone, Copy)]
+pub(super) enum Carried<'a> {
+    /// All of it.
+    Whole,
+    /// What this holds: what it calls a hole the destination has below. It reads as the disk.
+    Above(&'a dyn BlockSource),
+    /// None: the destination has it by another way, and only bitmaps go along.
+    Nothing,
 }
 
 /// What was sent of one disk so far. Shared with whoever reports.
@@ -50,6 +61,7 @@ fn add(counter: &AtomicU64, bytes: u64) {
 /// One disk while it is sent.
 pub(super) struct Saved<'a> {
     pub(super) disk: SaveDisk<'a>,
+    pub(super) carried: Carried<'a>,
     pub(super) counts: Arc<SaveCounts>,
     /// Nodes of all units as they were last sent, where hashes are wanted.
     ledger: Option<Mutex<Ledger>>,
@@ -64,12 +76,19 @@ pub(super) struct Saved<'a> {
 }
 
 impl<'a> Saved<'a> {
-    pub(super) fn new(disk: SaveDisk<'a>, hashes: bool) -> Result<Self> {
+    pub(super) fn new(disk: SaveDisk<'a>, carried: Carried<'a>, hashes: bool) -> Result<Self> {
         let size = disk.source.size();
+        // What does not travel is not read, so that nothing can be said of it.
+        let hashes = hashes && !matches!(carried, Carried::Nothing);
         let ledger = if hashes { Some(Mutex::new(Ledger::new(size)?)) } else { None };
         let counts = Arc::default();
         let (equal, zero, differs) = (None, None, None);
-        Ok(Self { disk, counts, ledger, equal, zero, differs, sends: true })
+        Ok(Self { disk, carried, counts, ledger, equal, zero, differs, sends: true })
+    }
+
+    /// Whether any of its content travels.
+    pub(super) fn has_content(&self) -> bool {
+        !matches!(self.carried, Carried::Nothing)
     }
 
     pub(super) fn size(&self) -> u64 {
@@ -99,8 +118,23 @@ impl<'a> Saved<'a> {
             // Before it is read: what changes from now on is sent again.
             dirty.take_range(range.clone());
         }
+        let leaves = self.carried_leaves(&range)?;
+        if leaves == 0 && self.ledger.is_none() {
+            return Ok(());
+        }
         let bytes = self.load(range.clone(), buffer)?;
-        self.leaves(range.start, bytes, (ALL_LEAVES, is_noted(&self.differs)), out)
+        self.leaves(range.start, bytes, (leaves, is_noted(&self.differs)), out)
+    }
+
+    /// Which leaves of a unit travel: all that are held in part.
+    fn carried_leaves(&self, unit: &Range<u64>) -> Result<Leaves> {
+        let Carried::Above(above) = self.carried else { return Ok(ALL_LEAVES) };
+        let mut leaves = 0;
+        for held in held(above, unit.clone()) {
+            let held = held?;
+            leaves |= mask(held.start - unit.start, held.end - unit.start);
+        }
+        Ok(leaves)
     }
 
     /// Reads and hashes a unit.
@@ -164,20 +198,28 @@ impl<'a> Saved<'a> {
         if !self.sends {
             return Ok(());
         }
+        if let Carried::Above(above) = self.carried {
+            return held(above, range).try_for_each(|held| self.zero_run(held?, out));
+        }
         let mut at = units.start;
         while at < units.end {
             // Not what was equal: the guest may have made it zero since.
             let known = self.zero.as_ref().and_then(|zero| zero.next_run(at, u64::MAX));
             let stop = known.as_ref().map_or(units.end, |run| run.start.min(units.end));
             if stop > at {
-                let (start, end) = (at * UNIT_BYTES, (stop * UNIT_BYTES).min(range.end));
-                let mut head = Vec::new();
-                Run::zeroes(self.disk.id, start, end - start).encode_body_head(&mut head);
-                out.content(RUN, &head, &[])?;
-                add(&self.counts.zero, end - start);
+                self.zero_run(at * UNIT_BYTES..(stop * UNIT_BYTES).min(range.end), out)?;
             }
             at = known.map_or(units.end, |run| run.end.max(stop));
         }
+        Ok(())
+    }
+
+    fn zero_run(&self, range: Range<u64>, out: &Outlet<'_>) -> Result<()> {
+        let len = range.end.saturating_sub(range.start);
+        let mut head = Vec::new();
+        Run::zeroes(self.disk.id, range.start, len).encode_body_head(&mut head);
+        out.content(RUN, &head, &[])?;
+        add(&self.counts.zero, len);
         Ok(())
     }
 
@@ -221,6 +263,42 @@ impl<'a> Saved<'a> {
     }
 }
 
+/// The runs of leaves of a range, which begins with one, that a disk holds at least in part.
+fn held(
+    source: &dyn BlockSource,
+    range: Range<u64>,
+) -> impl Iterator<Item = Result<Range<u64>>> + '_ {
+    let leaf = LEAF_BYTES as u64;
+    let (mut at, mut run) = (range.start, None::<Range<u64>>);
+    std::iter::from_fn(move || {
+        while at < range.end {
+            let found = source.extent(at, range.end - at).map_err(Error::Source);
+            let extent = match found {
+                Ok(extent) => extent,
+                Err(error) => {
+                    at = range.end;
+                    return Some(Err(error));
+                }
+            };
+            let end = at.saturating_add(extent.len.max(1)).min(range.end);
+            let (start, stop) = (at / leaf * leaf, end.next_multiple_of(leaf).min(range.end));
+            at = end;
+            if extent.kind == ExtentKind::Hole {
+                continue;
+            }
+            match &mut run {
+                Some(run) if run.end >= start => run.end = stop,
+                _ => {
+                    if let Some(done) = run.replace(start..stop) {
+                        return Some(Ok(done));
+                    }
+                }
+            }
+        }
+        run.take().map(Ok)
+    })
+}
+
 /// `T(4, i)` of a unit's bytes.
 fn unit_node(bytes: &[u8]) -> Node {
     subtree(LEDGER_HEIGHT, bytes, &is_zero)
@@ -261,6 +339,23 @@ fn lock(ledger: &Mutex<Ledger>) -> MutexGuard<'_, Ledger> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::memory::MemoryDisk;
+
+    #[test]
+    fn leaves_that_are_held_in_part_are_held() {
+        let leaf = LEAF_BYTES as u64;
+        let mut disk = MemoryDisk::new(20 * leaf + 512);
+        disk.fill(leaf + 512, 512, 1, ExtentKind::Data);
+        disk.fill(2 * leaf, 512, 0, ExtentKind::Zero);
+        disk.fill(5 * leaf - 512, 1024, 1, ExtentKind::Data);
+        disk.fill(20 * leaf, 512, 0, ExtentKind::Zero);
+        let found = |range: Range<u64>| held(&disk, range).collect::<Result<Vec<_>>>().unwrap();
+        let size = 20 * leaf + 512;
+        let expected = [leaf..3 * leaf, 4 * leaf..6 * leaf, 20 * leaf..size];
+        assert_eq!(found(0..size), expected);
+        assert_eq!(found(4 * leaf..5 * leaf), [4 * leaf..5 * leaf]);
+        assert!(found(6 * leaf..20 * leaf).is_empty());
+    }
 
     #[test]
     fn leaves_that_are_alike_are_one_part() {

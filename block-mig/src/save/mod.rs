@@ -12,12 +12,13 @@ use std::sync::Arc;
 use format_spec::content_hash::Node;
 use format_spec::native::answer::Ready;
 use format_spec::native::block::{self, BlockRecord, Disk, DiskId, DiskSeal};
+use mig_core::block::BlockSource;
 use mig_core::channels::Outlet;
 use mig_core::dirty::AtomicBits;
 use mig_core::section::{Have, HaveReader, Pass, Pending, SaveHandler, SectionKey, Stage, Start};
 use mig_core::stream;
 
-use self::disk::Saved;
+use self::disk::{Carried, Saved};
 pub use self::disk::{SaveCounts, SaveDisk};
 use self::walk::{Sweep, Walk, Work};
 use crate::error::{Error, Result};
@@ -59,7 +60,32 @@ enum Place {
 impl<'a> SaveBlocks<'a> {
     /// Sends `disks`, whose numbers are different.
     pub fn new(disks: Vec<SaveDisk<'a>>, options: SaveOptions<'a>) -> Result<Self> {
-        let saved = disks.into_iter().map(|disk| Saved::new(disk, options.hashes));
+        Self::carrying(disks.into_iter().map(|disk| (disk, Carried::Whole)), options)
+    }
+
+    /// Introduces `disks` for the sake of their bitmaps: the destination has their content by
+    /// another way. None of it is read, sent or hashed, and a destination that does not have a disk
+    /// of that size already refuses it.
+    pub fn without_content(disks: Vec<SaveDisk<'a>>, options: SaveOptions<'a>) -> Result<Self> {
+        Self::carrying(disks.into_iter().map(|disk| (disk, Carried::Nothing)), options)
+    }
+
+    /// Sends of each disk that comes with a second source what that one holds: what it calls a hole
+    /// the destination has below a new image of its own. All of the disk is read all the same where
+    /// it is hashed. Disks without a second source are sent whole.
+    pub fn above(
+        disks: Vec<(SaveDisk<'a>, Option<&'a dyn BlockSource>)>,
+        options: SaveOptions<'a>,
+    ) -> Result<Self> {
+        let carried = |above: Option<_>| above.map_or(Carried::Whole, Carried::Above);
+        Self::carrying(disks.into_iter().map(|(disk, above)| (disk, carried(above))), options)
+    }
+
+    fn carrying(
+        disks: impl Iterator<Item = (SaveDisk<'a>, Carried<'a>)>,
+        options: SaveOptions<'a>,
+    ) -> Result<Self> {
+        let saved = disks.map(|(disk, carried)| Saved::new(disk, carried, options.hashes));
         let disks = saved.collect::<Result<_>>()?;
         Ok(Self { disks, options, place: Place::Bulk(0, Walk::default()) })
     }
@@ -99,7 +125,7 @@ impl<'a> SaveBlocks<'a> {
         let Self { disks, options, .. } = self;
         let pool = Pool { workers: options.workers, monitor: options.monitor };
         for saved in disks {
-            let units = saved.size().div_ceil(UNIT_BYTES);
+            let units = if saved.has_content() { saved.size().div_ceil(UNIT_BYTES) } else { 0 };
             saved.equal = Some(AtomicBits::new(units));
             saved.zero = Some(AtomicBits::new(units));
             saved.differs = Some(AtomicBits::new(units));
@@ -137,7 +163,8 @@ impl Place {
                         *self = Self::BehindPass;
                         continue;
                     };
-                    (*index, walk.next(saved.disk.source)?)
+                    let is_walked = saved.has_content();
+                    (*index, if is_walked { walk.next(saved.disk.source)? } else { None })
                 }
                 Self::Sweep(index, sweep) => {
                     let Some(saved) = disks.get(*index) else {
@@ -164,8 +191,9 @@ impl SaveHandler for SaveBlocks<'_> {
     fn setup(&mut self, out: &Outlet<'_>) -> stream::Result<()> {
         for saved in &self.disks {
             let (disk, size, name) = (saved.disk.id, saved.size(), saved.disk.name.as_str());
-            // All of it is sent, or told by HAVE: no older content is to stay unseen.
-            let record = BlockRecord::Disk(Disk { disk, keeps_rest: false, size, name });
+            // Else all of it is sent, or told by HAVE: no older content is to stay unseen.
+            let keeps_rest = !matches!(saved.carried, Carried::Whole);
+            let record = BlockRecord::Disk(Disk { disk, keeps_rest, size, name });
             out.record(|bytes| record.encode(bytes))?;
         }
         Ok(())
@@ -189,7 +217,8 @@ impl SaveHandler for SaveBlocks<'_> {
     fn pending(&self) -> Pending {
         let dirty = |saved: &Saved<'_>| saved.disk.dirty.as_ref().map_or(0, |d| d.dirty_bytes());
         let mut pending = Pending::default();
-        for (index, saved) in self.disks.iter().enumerate() {
+        let moved = self.disks.iter().enumerate().filter(|(_, saved)| saved.has_content());
+        for (index, saved) in moved {
             let bulk = match &self.place {
                 Place::Bulk(at, walk) if *at == index => walk.left(saved.size()),
                 Place::Bulk(at, _) if *at < index => saved.size(),

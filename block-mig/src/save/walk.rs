@@ -123,7 +123,7 @@ impl Sweep {
 }
 
 /// The leaves of a unit that lie in a range of it.
-fn mask(start: u64, end: u64) -> Leaves {
+pub(super) fn mask(start: u64, end: u64) -> Leaves {
     let leaf = LEAF_BYTES as u64;
     let below = |leaves: u64| u32::MAX.checked_shl(u32::try_from(leaves).unwrap_or(32));
     let mask = below(start / leaf).unwrap_or(0) & !below(end.div_ceil(leaf)).unwrap_or(0);

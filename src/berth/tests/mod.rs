@@ -64,6 +64,7 @@ impl Here {
             path: self.path(name),
             format,
             target,
+            base: None,
             renames: Renames::default(),
         };
         let raw = place("b", Format::Raw, TargetOptions::default());
@@ -145,7 +146,7 @@ fn sealed(with_bitmap: bool) -> Sealed {
 fn prepare(places: &[Arc<dyn Place>; 2]) {
     let [a, b] = places;
     let proof = a.prepare(&sealed(true)).unwrap().unwrap();
-    assert_eq!(proof.content, root(&content()));
+    assert_eq!(proof.content, Some(root(&content())));
     assert_eq!(proof.bitmaps, [bitmap().digest().unwrap()]);
     assert_eq!(b.prepare(&sealed(false)).unwrap().unwrap().bitmaps, []);
 }

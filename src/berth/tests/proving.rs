@@ -36,7 +36,8 @@ impl Written {
     fn new(format: Format, target: TargetOptions) -> Self {
         let here = Here::new();
         let (name, renames) = ("disk".to_owned(), Renames::default());
-        let place = DiskPlace { name, path: here.path("disk"), format, target, renames };
+        let place =
+            DiskPlace { name, path: here.path("disk"), format, target, base: None, renames };
         Self { here, place }
     }
 

@@ -17,7 +17,7 @@ use clap::Args as Group;
 
 use bitferry::outgoing::SentImage;
 use bitferry::report::{BitmapOutcome, BitmapReport, DiskReport, Status, Verified};
-use bitferry::{Error, Observer as _, Report, exit_status};
+use bitferry::{DiskProof, Error, Observer as _, Report, exit_status};
 
 use self::destination::Destination;
 use self::moving::Moved;
@@ -26,6 +26,8 @@ use super::size::{human, human_time};
 use super::watch::{Summary, Watch};
 use super::{Outcome, Output, table};
 
+/// What the report calls the disk.
+const DISK: &str = "disk0";
 /// Width of the explanations: that of the longest hash line.
 const COLUMNS: usize = 84;
 
@@ -49,7 +51,10 @@ pub(crate) fn run(_args: &DemoArgs, output: &Output) -> Outcome {
     watch.finish();
     let report = match &result {
         Ok(report) => report.clone(),
-        Err(error) => Report::failure(error, elapsed_ms(started)),
+        Err(error) => Report {
+            disks: vec![DiskReport::untouched(DISK.to_owned())],
+            ..Report::failure(error, elapsed_ms(started))
+        },
     };
     if output.is_json {
         output.event(&Summary::new("summary", &report))?;
@@ -132,11 +137,12 @@ fn move_text(moved: &Moved, pid: u32, took: Duration) -> String {
 fn proof_text(sent: &SentImage, output: &Output) -> String {
     let verdict = |equal| if equal { output.good("equal") } else { output.bad("different") };
     let (here, there) = (&sent.sent.proof, &sent.confirmed);
+    let hash = |proof: &DiskProof| proof.content.map(|content| content.to_string());
     let mut text = format!(
         "Content, hashed from what was sent and from what the other process reads back:\n  sent  \
          {}\n  read  {}  {}\n",
-        here.content,
-        there.content,
+        hash(here).unwrap_or_default(),
+        hash(there).unwrap_or_default(),
         verdict(here.content == there.content),
     );
     text.push_str("Bitmaps, the same way:\n");
@@ -195,13 +201,13 @@ fn report(moved: &Moved, total_time_ms: u64) -> Report {
         total_time_ms,
         downtime_ms: Some(u64::try_from(moved.downtime.as_millis()).unwrap_or(u64::MAX)),
         wire_bytes: sent.wire_bytes,
-        repeated_bytes: 0,
+        repeated_bytes: moved.repeated,
         resumed: false,
         disks: vec![DiskReport {
-            id: "disk0".to_owned(),
+            id: DISK.to_owned(),
             bytes_data: sent.sent.bytes_data,
             bytes_zero: sent.sent.bytes_zero,
-            content_hash: Some(sent.confirmed.content.to_string()),
+            content_hash: sent.confirmed.content.map(|content| content.to_string()),
             verified: Verified::Yes,
             not_carried: Vec::new(),
             bitmaps: sent.bitmaps.iter().map(bitmap).collect(),

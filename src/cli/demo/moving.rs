@@ -58,7 +58,7 @@ pub(super) fn run(dial: &dyn Dial, source: &Path, observer: &dyn Observer) -> Re
     let proof = ready.and_then(|ready| {
         let content = ready.disks.first()?.1;
         let bitmaps = ready.bitmaps.iter().map(|(_, digest)| *digest).collect();
-        Some(DiskProof { content, bitmaps })
+        Some(DiskProof { content: Some(content), bitmaps })
     });
     let (Some(proof), Some(disk)) = (proof, report.disks.into_iter().next()) else {
         return Err(Error::Usage { reason: "nobody answers here".to_owned() });

@@ -4,6 +4,7 @@
 mod line;
 mod machine;
 mod reconnect;
+mod without_blocks;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -197,7 +197,8 @@ impl ShelfPlace {
         Published {
             name: disk.to_owned(),
             size: BlockSource::size(&self.disk),
-            content: self.disk.hash(),
+            content: Some(self.disk.hash()),
+            is_unchanged: true,
             bitmaps: self.bitmaps.lock().unwrap().iter().map(bitmap).collect(),
         }
     }
@@ -263,11 +264,11 @@ impl Place for ShelfPlace {
             self.disk.with(0, 1, |bytes| bytes[0] ^= 1);
         }
         let digests = sealed.bitmaps.iter().map(|b| b.digest().unwrap()).collect();
-        let proof = DiskProof { content: self.disk.hash(), bitmaps: digests };
+        let proof = DiskProof { content: Some(self.disk.hash()), bitmaps: digests };
         if let Some(prepared) = &*self.prepared.lock().unwrap() {
             assert_eq!(*prepared, proof);
         }
-        if sealed.content.is_some_and(|said| said != proof.content) {
+        if sealed.content.is_some_and(|said| Some(said) != proof.content) {
             return Ok(Some(proof));
         }
         *self.bitmaps.lock().unwrap() = sealed.bitmaps.clone();

@@ -3,8 +3,10 @@
 //! A qcow2 image refuses to open elsewhere from its first write until the source has let go (SPEC
 //! 3.3); its own bitmaps follow what is written. A raw file or a device cannot say that it is
 //! unfinished. An attempt that fails is gone on with by the journal beside the image, or, of a
-//! device, in a directory for the purpose; without one it is begun again.
+//! device, in a directory for the purpose; without one it is begun again. A disk that comes without
+//! content has its bitmaps replaced in one step, and nothing else of it is written.
 
+mod bitmaps;
 mod sink;
 mod target;
 #[cfg(test)]
@@ -18,6 +20,7 @@ use format_spec::native::hello::SessionState;
 use mig_core::section::Fate;
 use mig_core::stream;
 
+use self::bitmaps::OnlyBitmaps;
 use self::target::Target;
 use self::written::Written;
 use super::ReceiveOptions;
@@ -29,8 +32,8 @@ use crate::{Observer, Result};
 /// Existing images, open and locked.
 pub(super) struct InPlace {
     targets: Vec<Arc<Target>>,
-    /// Whether journals are kept.
-    keeps: bool,
+    /// Whether another attempt can go on with what an attempt leaves.
+    resumes: bool,
     observer: Arc<dyn Observer>,
     state: Mutex<State>,
     /// Bitmaps that were there and cannot be trusted, by disk.
@@ -42,7 +45,23 @@ struct State {
     /// Whether what an earlier attempt left is of no use.
     is_fresh: bool,
     /// Those whose disk has come.
-    places: Vec<Arc<Written>>,
+    places: Vec<Arc<dyn Existing>>,
+}
+
+/// An existing image whose disk has come.
+trait Existing: Place {
+    /// What was there.
+    fn target(&self) -> &Target;
+
+    /// The source has let go: bitmaps become valid, and the image opens again. Answers which of the
+    /// destination's own cannot be trusted.
+    fn finish(&self) -> Result<Vec<BitmapReport>>;
+
+    /// All images are finished.
+    fn end(&self) -> Result<()>;
+
+    /// The attempt has failed.
+    fn leave(&self, fate: Fate) -> Result<()>;
 }
 
 impl InPlace {
@@ -57,7 +76,7 @@ impl InPlace {
         let state = State { session: [0; 16], is_fresh: options.fresh, places: Vec::new() };
         Ok(Self {
             targets,
-            keeps: !options.no_verify,
+            resumes: !options.no_verify,
             observer: watching,
             state: Mutex::new(state),
             invalidated: Mutex::default(),
@@ -79,19 +98,26 @@ impl InPlace {
     /// What is known of a session.
     fn look(&self, session: SessionId) -> Result<SessionState> {
         let traces = self.targets.iter().map(|target| target.trace(session));
-        Ok(state(&traces.collect::<Result<Vec<_>>>()?, self.keeps))
+        Ok(state(&traces.collect::<Result<Vec<_>>>()?, self.resumes))
     }
 
-    fn begin_disk(&self, wanted: &Wanted<'_>) -> Result<Arc<Written>> {
+    fn begin_disk(&self, wanted: &Wanted<'_>) -> Result<Arc<dyn Existing>> {
         let known = self.targets.iter().find(|target| target.id == wanted.name);
         let target = known.ok_or_else(|| {
             no_place(wanted.name, self.targets.iter().map(|target| target.id.as_str()))
         })?;
+        let target = target.clone();
         let mut state = lock(&self.state);
-        // Where content is kept that is not sent, a journal does not say all.
-        let session = (self.keeps && !wanted.keeps_rest).then_some(state.session);
-        let how = (session, state.is_fresh);
-        let place = Arc::new(Written::begin(target.clone(), wanted.size, how, &self.observer)?);
+        let session = Some(state.session);
+        let (size, observer) = (wanted.size, &self.observer);
+        let place: Arc<dyn Existing> = if wanted.keeps_rest {
+            Arc::new(OnlyBitmaps::begin(target, size, session, observer)?)
+        } else {
+            {
+                let how = (session, self.resumes, state.is_fresh);
+                Arc::new(Written::begin(target, size, how, observer)?)
+            }
+        };
         state.places.push(Arc::clone(&place));
         Ok(place)
     }
@@ -100,7 +126,7 @@ impl InPlace {
         let places = std::mem::take(&mut lock(&self.state).places);
         for place in &places {
             let invalidated = place.finish()?;
-            lock(&self.invalidated).push((place.target.id.clone(), invalidated));
+            lock(&self.invalidated).push((place.target().id.clone(), invalidated));
         }
         // Until all are finished each of them can be gone on with.
         places.iter().try_for_each(|place| place.end())
@@ -133,7 +159,7 @@ impl Destination for InPlace {
 
     fn complete(&self) -> stream::Result<()> {
         let state = lock(&self.state);
-        let came = state.places.iter().map(|place| place.target.id.as_str());
+        let came = state.places.iter().map(|place| place.target().id.as_str());
         Ok(all_came(self.targets.iter().map(|target| target.id.as_str()), came)?)
     }
 

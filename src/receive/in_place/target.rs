@@ -8,7 +8,7 @@ use qcow2_file::layout::header::incompatible;
 use qcow2_file::{Access, Chain, HostFile, Opener, Storage as _};
 
 use super::super::ReceiveOptions;
-use crate::berth::{Log, Receipt, Trace, log_of, short_words};
+use crate::berth::{Log, Receipt, Trace, gone, log_of, short_words};
 use crate::copy::Format;
 use crate::disk::{Disk, Request, check_probe};
 use crate::incoming::SessionId;
@@ -145,19 +145,28 @@ impl Target {
     /// What its receipt says.
     pub(super) fn published(&self) -> Result<Published> {
         let (path, devices) = self.log_place();
-        let log = log_of(path, devices)?;
-        Receipt::published(log.as_ref(), path, (&self.id, &self.renames))
+        let receipt = log_of(path, devices)?.map(|log| Receipt::read(&log)).transpose()?.flatten();
+        let receipt = receipt.ok_or_else(|| gone(path))?;
+        Ok(receipt.published(self.files(), (&self.id, &self.renames)))
+    }
+
+    /// Its files, from top to bottom.
+    pub(super) fn files(&self) -> impl Iterator<Item = &Path> {
+        self.chain.paths()
+    }
+
+    /// Whether it says of itself that an earlier attempt has not completed it.
+    pub(super) fn is_unfinished(&self) -> bool {
+        let header = self.chain.top().as_qcow2().map(qcow2_file::Image::header);
+        header.is_some_and(|h| h.incompatible_features & incompatible::UNFINISHED_COPY != 0)
     }
 
     /// Whether a receipt speaks for it, and it does not say of itself that it is unfinished.
     fn is_published(&self, session: SessionId, log: &Log) -> Result<bool> {
-        let header = self.chain.top().as_qcow2().map(qcow2_file::Image::header);
-        let is_unfinished =
-            header.is_some_and(|h| h.incompatible_features & incompatible::UNFINISHED_COPY != 0);
         let is_it = |receipt: Receipt| {
             let size = self.chain.virtual_size();
             receipt.session == session && receipt.size == size && receipt.target == self.words()
         };
-        Ok(!is_unfinished && Receipt::read(log)?.is_some_and(is_it))
+        Ok(!self.is_unfinished() && Receipt::read(log)?.is_some_and(is_it))
     }
 }

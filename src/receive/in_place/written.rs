@@ -16,9 +16,9 @@ use qcow2_file::Storage;
 use qcow2_file::bitmaps::PersistentBitmap;
 use qcow2_file::storage::{Watched, Writes};
 
-use super::lock;
 use super::sink::Sink;
 use super::target::Target;
+use super::{Existing, lock};
 use crate::berth::{Kept, Prover, Receipt};
 use crate::copy::{Format, difference, invalidated, open_editor_in};
 use crate::hash::content;
@@ -28,13 +28,15 @@ use crate::{DiskProof, Error, Observer, Phase, Result, renames};
 
 /// An existing image that is written.
 pub(super) struct Written {
-    pub(super) target: Arc<Target>,
+    target: Arc<Target>,
     /// Bytes of the disk that came.
     size: u64,
     /// Ends before the image is closed.
     prover: Option<Prover>,
     sink: Arc<Sink>,
     session: Option<SessionId>,
+    /// Whether another attempt can go on with what has arrived.
+    resumes: bool,
     kept: Option<Kept>,
     observer: Arc<dyn Observer>,
     stored: Mutex<Vec<PersistentBitmap>>,
@@ -43,22 +45,22 @@ pub(super) struct Written {
 
 impl Written {
     /// The disk of an image comes, with so many bytes. With a session its journal is gone on with,
-    /// or begun, anew if that `is_fresh`.
+    /// or begun: anew where nothing `resumes`.
     pub(super) fn begin(
         target: Arc<Target>,
         size: u64,
-        (session, is_fresh): (Option<SessionId>, bool),
+        (session, resumes, is_fresh): (Option<SessionId>, bool, bool),
         observer: &Arc<dyn Observer>,
     ) -> Result<Self> {
         let writes = Arc::new(Writes::new(size, target.cluster_bits()));
         let sink = Arc::new(open(&target, size, &writes)?);
         let of = (size, writes);
-        let is_proved = session.is_some() && target.stands_alone();
+        let is_proved = session.is_some() && resumes && target.stands_alone();
         let prover = is_proved.then(|| Prover::start(&sink, |sink: &Sink| sink, of)).transpose()?;
         let identity = session.map(|session| Identity { session, size, target: target.words() });
-        let kept = Kept::begin(target.log_place(), identity, is_fresh)?;
+        let kept = Kept::begin(target.log_place(), identity, is_fresh || !resumes)?;
         let (observer, stored, receipt) = (observer.clone(), Mutex::default(), Mutex::default());
-        Ok(Self { target, size, prover, sink, session, kept, observer, stored, receipt })
+        Ok(Self { target, size, prover, sink, session, resumes, kept, observer, stored, receipt })
     }
 
     fn prove(&self, sealed: &Sealed) -> Result<Option<DiskProof>> {
@@ -66,7 +68,9 @@ impl Written {
         self.checkpoint()?;
         *lock(&self.stored) = self.sink.add(&sealed.bitmaps)?;
         self.prover.iter().for_each(Prover::stop);
-        let Some(said) = sealed.content else { return Ok(None) };
+        let Some(said) = sealed.content else {
+            return self.note_receipt(sealed, None).map(|()| None);
+        };
         let found = self.target.reopen()?;
         self.observer.phase(Phase::Prove);
         let read = match &self.prover {
@@ -83,45 +87,18 @@ impl Written {
         }
         // They become valid, and are read back, when the source has let go.
         let bitmaps = sealed.bitmaps.iter().map(Bitmap::digest).collect::<Result<_, _>>()?;
-        let proof = DiskProof { content: read, bitmaps };
-        if let Some(session) = self.session {
-            let names = sealed.bitmaps.iter().map(|bitmap| (bitmap.name.clone(), bitmap));
-            let of = (session, self.size, self.target.words());
-            *lock(&self.receipt) = Some(Receipt::of(of, &proof, names));
-        }
+        let proof = DiskProof { content: Some(read), bitmaps };
+        self.note_receipt(sealed, Some(&proof))?;
         Ok(Some(proof))
     }
 
-    /// The source has let go: bitmaps become valid, and the image opens again. Answers which of the
-    /// destination's own cannot be trusted.
-    pub(super) fn finish(&self) -> Result<Vec<BitmapReport>> {
-        let Some(editor) = self.sink.take() else { return Ok(Vec::new()) };
-        editor.close()?;
-        let found = self.target.reopen()?;
-        match difference(&lock(&self.stored), &found.bitmaps)? {
-            None => Ok(invalidated(&found)),
-            Some(reason) => Err(Error::ProofMismatch { path: self.target.path.clone(), reason }),
-        }
-    }
-
-    /// All images are finished: the receipt takes the journal's place. What a device holds later
-    /// nobody can tell without reading it, so that its journal stays, which is read again before it
-    /// is believed.
-    pub(super) fn end(&self) -> Result<()> {
-        let Some(kept) = self.kept.as_ref().filter(|kept| !kept.log().is_of_device()) else {
-            return Ok(());
-        };
-        lock(&self.receipt).take().map_or(Ok(()), |receipt| receipt.write(kept.log()))?;
-        kept.end()
-    }
-
-    /// The attempt has failed. The mark of what was written stays.
-    pub(super) fn leave(&self, fate: Fate) -> Result<()> {
-        match (&self.kept, fate) {
-            (Some(_), Fate::Kept | Fate::Revoked) => self.checkpoint(),
-            (Some(kept), Fate::Dropped) => kept.end(),
-            (None, _) => Ok(()),
-        }
+    /// What the receipt will say.
+    fn note_receipt(&self, sealed: &Sealed, proof: Option<&DiskProof>) -> Result<()> {
+        let Some(session) = self.session else { return Ok(()) };
+        let names = sealed.bitmaps.iter().map(|bitmap| (bitmap.name.clone(), bitmap));
+        let receipt = Receipt::of((session, self.size, self.target.words()), proof, names)?;
+        *lock(&self.receipt) = Some(receipt);
+        Ok(())
     }
 
     fn checkpoint(&self) -> Result<()> {
@@ -131,8 +108,46 @@ impl Written {
         }
     }
 
+    /// What notes which parts have arrived, where they can be gone on with.
     fn keeper(&self) -> Option<&Keeper> {
-        self.kept.as_ref().map(|kept| &kept.keeper)
+        self.kept.as_ref().filter(|_| self.resumes).map(|kept| &kept.keeper)
+    }
+}
+
+impl Existing for Written {
+    fn target(&self) -> &Target {
+        &self.target
+    }
+
+    fn finish(&self) -> Result<Vec<BitmapReport>> {
+        let Some(editor) = self.sink.take() else { return Ok(Vec::new()) };
+        editor.close()?;
+        let found = self.target.reopen()?;
+        match difference(&lock(&self.stored), &found.bitmaps)? {
+            None => Ok(invalidated(&found)),
+            Some(reason) => Err(Error::ProofMismatch { path: self.target.path.clone(), reason }),
+        }
+    }
+
+    /// The receipt takes the journal's place. What a device holds later nobody can tell without
+    /// reading it, so that its journal stays, which is read again before it is believed.
+    fn end(&self) -> Result<()> {
+        let Some(kept) = self.kept.as_ref().filter(|kept| !kept.log().is_of_device()) else {
+            return Ok(());
+        };
+        if let Some(mut receipt) = lock(&self.receipt).take() {
+            receipt.write(kept.log(), self.target.files())?;
+        }
+        kept.end()
+    }
+
+    /// The mark of what was written stays.
+    fn leave(&self, fate: Fate) -> Result<()> {
+        match (&self.kept, fate) {
+            (Some(_), Fate::Kept | Fate::Revoked) => self.checkpoint(),
+            (Some(kept), Fate::Dropped) => kept.end(),
+            (None, _) => Ok(()),
+        }
     }
 }
 
@@ -172,7 +187,7 @@ impl Landing for Written {
     }
 
     fn wants_nodes(&self) -> bool {
-        self.kept.is_some()
+        self.keeper().is_some()
     }
 
     fn begin(&self, range: Range<u64>) -> stream::Result<()> {

@@ -1,0 +1,63 @@
+//! What a new image stands on: a file that this side's user names, and no stream does.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use block_mig::device::ChainBacking;
+use qcow2_file::chain;
+use qcow2_file::create::Backing;
+use qcow2_file::{Access, HostFile, Opener};
+
+use crate::copy::{Format, recorded_name};
+use crate::disk::check_probe;
+use crate::{Error, Observer, Result};
+
+/// A backing file for a new image.
+#[derive(Debug, Clone)]
+pub struct Base {
+    path: PathBuf,
+    format: Format,
+    /// Whether what it names itself may be opened.
+    allow_named: bool,
+    backing: Backing,
+}
+
+impl Base {
+    /// Opens the file at `path`, with everything below it if `allow_named`, for an image at
+    /// `destination`, and locks it against writers as long as this lives. Without a format it is
+    /// probed, and refused where that is no safe guess.
+    pub fn open(
+        path: &Path,
+        format: Option<Format>,
+        (destination, allow_named): (&Path, bool),
+        observer: &dyn Observer,
+    ) -> Result<Self> {
+        let file = HostFile::open(path, Access::Read)?;
+        if HostFile::open(destination, Access::Read).is_ok_and(|found| found.id() == file.id()) {
+            let path = path.display();
+            let reason = format!("{path} cannot be replaced by an image that stands on it");
+            return Err(Error::Usage { reason });
+        }
+        let opener = Opener::new().format(format.map(Into::into)).allow_named_files(allow_named);
+        let chain = opener.lock(true).open(path)?;
+        check_probe(path, &chain, observer)?;
+        let format: Format = chain.top().format().into();
+        let backing = Backing {
+            name: recorded_name(path, destination)?,
+            format: Some(format.to_string()),
+            reader: Some(Arc::new(ChainBacking(chain))),
+        };
+        Ok(Self { path: path.to_owned(), format, allow_named, backing })
+    }
+
+    /// How a new image names and reads it.
+    pub(super) fn backing(&self) -> Backing {
+        self.backing.clone()
+    }
+
+    /// How an image that stands on it is read, and whether what the base names may be opened.
+    pub(super) fn below(&self) -> (chain::Backing, bool) {
+        let file = chain::Backing::File(self.path.clone(), Some(self.format.into()));
+        (file, self.allow_named)
+    }
+}
