@@ -9,10 +9,10 @@ use block_mig::plan::{Scope, survey};
 use qcow2_file::bitmaps::{Bitmaps, State};
 use serde::Serialize;
 
-use crate::copy::Format;
+use crate::copy::{BitmapSelection, Format};
 use crate::disk::{Disk, Request};
 use crate::observe::Progress;
-use crate::{Observer, Phase, Result};
+use crate::{Error, Observer, Phase, Result};
 
 /// What to compare, and how.
 #[derive(Debug, Clone, Default)]
@@ -29,8 +29,8 @@ pub struct CompareOptions {
     pub allow_backing: bool,
     /// A longer image equals a shorter one if the rest is zero.
     pub allow_size: bool,
-    /// Whether bitmaps count: `None` compares them where both sides can hold some.
-    pub bitmaps: Option<bool>,
+    /// Which bitmaps count: `None` compares all of them where both sides can hold some.
+    pub bitmaps: Option<BitmapSelection>,
 }
 
 /// How the content of two images compares.
@@ -84,12 +84,20 @@ pub fn run(options: &CompareOptions, observer: &dyn Observer) -> Result<Comparis
     };
     let a = open(&options.a, options.format_a)?;
     let b = open(&options.b, options.format_b)?;
-    let content = contents(&a, &b, options.allow_size, observer)?;
     let both_can = a.image().is_some() && b.image().is_some();
-    let bitmaps = match options.bitmaps.unwrap_or(both_can) {
-        true => all_bitmaps(&a, &b)?,
-        false => Vec::new(),
+    let names = match &options.bitmaps {
+        None if both_can => all_names(&a, &b),
+        None | Some(BitmapSelection::None) => Vec::new(),
+        Some(BitmapSelection::All) => all_names(&a, &b),
+        Some(BitmapSelection::Named(names)) => known(names, &all_names(&a, &b))?,
     };
+    let counts = options.bitmaps.as_ref().map_or(both_can, |b| *b != BitmapSelection::None);
+    let content = contents(&a, &b, options.allow_size, observer)?;
+    let mut bitmaps: Vec<_> =
+        names.iter().map(|name| one_bitmap(name, &a, &b)).collect::<Result<_>>()?;
+    if counts {
+        bitmaps.extend(unlistable(&a, &b));
+    }
     let equal = content.equal && bitmaps.iter().all(|b| b.equal);
     Ok(Comparison { equal, content, bitmaps })
 }
@@ -117,24 +125,37 @@ fn contents(
     Ok(ContentComparison { equal: first_difference.is_none(), first_difference })
 }
 
-/// Compares every name that either side has, in the order of `a`, then of `b`.
-fn all_bitmaps(a: &Disk, b: &Disk) -> Result<Vec<BitmapComparison>> {
+/// Every name that either side has, in the order of `a`, then of `b`.
+fn all_names(a: &Disk, b: &Disk) -> Vec<String> {
     let names = |disk: &Disk| -> Vec<String> {
         let directory = disk.bitmaps.directory();
         directory.iter().flat_map(|d| d.list()).map(|e| e.name().to_owned()).collect()
     };
-    let (left, right) = (names(a), names(b));
-    let others = right.iter().filter(|name| !left.contains(name));
-    let mut found: Vec<_> =
-        left.iter().chain(others).map(|name| one_bitmap(name, a, b)).collect::<Result<_>>()?;
-    for (disk, side) in [(a, "first"), (b, "second")] {
-        found.extend(disk.bitmaps.unlistable().map(|why| BitmapComparison {
+    let mut found = names(a);
+    let others: Vec<_> = names(b).into_iter().filter(|name| !found.contains(name)).collect();
+    found.extend(others);
+    found
+}
+
+/// The names that were asked for, each once. One that neither side has is a slip of the pen.
+fn known(asked: &[String], all: &[String]) -> Result<Vec<String>> {
+    if let Some(unknown) = asked.iter().find(|name| !all.contains(name)) {
+        return Err(Error::Usage { reason: format!("neither image has a bitmap {unknown:?}") });
+    }
+    Ok(all.iter().filter(|name| asked.contains(name)).cloned().collect())
+}
+
+/// A side whose bitmaps nobody can name equals nothing.
+fn unlistable(a: &Disk, b: &Disk) -> Vec<BitmapComparison> {
+    let sides = [(a, "first"), (b, "second")].into_iter();
+    let of_side = |(disk, side): (&Disk, &str)| {
+        disk.bitmaps.unlistable().map(|why| BitmapComparison {
             name: "*".into(),
             equal: false,
             reason: Some(format!("the {side} image: {why}")),
-        }));
-    }
-    Ok(found)
+        })
+    };
+    sides.filter_map(of_side).collect()
 }
 
 fn one_bitmap(name: &str, a: &Disk, b: &Disk) -> Result<BitmapComparison> {

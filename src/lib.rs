@@ -28,6 +28,7 @@ mod observe;
 pub mod options;
 pub mod outgoing;
 pub mod policy;
+mod preserve;
 mod proof;
 mod publish;
 pub mod qemu;

@@ -12,7 +12,8 @@ pub enum Phase {
     Wait,
     /// Reading again what an earlier try left. Totals are bytes of the disk.
     Recheck,
-    /// Moving guest data. Totals are bytes of stored data, zeroes excluded.
+    /// Moving guest data. Totals are bytes of stored data, zeroes excluded; at a destination, which
+    /// is not told how much that is, bytes of the disks, zeroes included.
     Transfer,
     /// Storing bitmaps.
     Bitmaps,

@@ -36,7 +36,9 @@ impl Patience {
             Error::Peer { blame, .. } => *blame == Blame::Transport,
             _ => false,
         };
-        if was_answered {
+        // A destination that is busy with somebody else has not answered.
+        let is_busy = matches!(error, Error::Connect(e) if e.kind() == io::ErrorKind::ResourceBusy);
+        if was_answered && !is_busy {
             self.lost = Some(now);
         }
         may_pass && self.is_waiting(now)
@@ -188,6 +190,10 @@ mod tests {
         let said = |blame| Error::Peer { blame, text: "so".to_owned() };
         assert!(patience.may_go_on(&said(Blame::Transport), true, now));
         assert!(!patience.may_go_on(&said(Blame::Device), true, now));
+        let busy = || Error::Connect(io::ErrorKind::ResourceBusy.into());
+        assert!(patience.may_go_on(&busy(), true, now + 9 * second));
+        assert!(!patience.may_go_on(&busy(), true, now + 10 * second), "that is no answer");
+        assert!(!Patience::new(second).may_go_on(&busy(), true, now), "it was never let in");
         assert!(!Patience::new(Duration::ZERO).may_go_on(&cut(), true, now));
     }
 }

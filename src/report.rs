@@ -2,6 +2,7 @@
 //!
 //! Outcomes are made where the thing happened and are never guessed here.
 
+use format_spec::native::answer::Published;
 use serde::Serialize;
 
 use crate::error::Error;
@@ -13,7 +14,8 @@ use crate::error::Error;
 pub enum Status {
     /// Everything was done that could be; the disks say how well.
     Completed,
-    /// A receipt says that an earlier run had finished.
+    /// A receipt says that an earlier run had finished. `verified` is `yes` where that run had
+    /// proved it and nobody has written to the disk since.
     AlreadyComplete,
     /// It failed and nothing was published.
     Failed,
@@ -45,7 +47,7 @@ pub enum Verified {
 pub enum BitmapOutcome {
     /// It is valid at the destination, bit for bit.
     Preserved,
-    /// It was sent; only the peer could confirm it.
+    /// It was sent, or stored without being read back; only the peer could confirm it, if anybody.
     Sent,
     /// It is not at the destination.
     Dropped,
@@ -95,6 +97,59 @@ pub struct DiskReport {
     pub bitmaps: Vec<BitmapReport>,
 }
 
+impl DiskReport {
+    /// A disk that was asked for, before anything is known of it but its name.
+    pub fn untouched(id: String) -> Self {
+        Self {
+            id,
+            bytes_data: 0,
+            bytes_zero: 0,
+            content_hash: None,
+            verified: Verified::No,
+            not_carried: Vec::new(),
+            bitmaps: Vec::new(),
+        }
+    }
+
+    /// The same disk, where an earlier run had published it, as the destination says.
+    pub(crate) fn of_before(self, found: Option<&Published>) -> Self {
+        let content = found.and_then(|found| found.content);
+        let is_unchanged = found.is_some_and(|found| found.is_unchanged);
+        let mut bitmaps = self.bitmaps;
+        let preserved = |bitmap: &&mut BitmapReport| bitmap.outcome == BitmapOutcome::Preserved;
+        for bitmap in bitmaps.iter_mut().filter(preserved).filter(|_| !is_unchanged) {
+            let reason = "the disk was written to since it was published".to_owned();
+            (bitmap.outcome, bitmap.reason) = (BitmapOutcome::Sent, Some(reason));
+        }
+        let verified = match content {
+            _ if !is_unchanged => Verified::Unconfirmed,
+            Some(_) => Verified::Yes,
+            None => Verified::No,
+        };
+        let content_hash = content.map(|root| root.to_string());
+        Self { bytes_data: 0, bytes_zero: 0, content_hash, verified, bitmaps, ..self }
+    }
+
+    /// Claims of bitmaps no more than was seen, by what was seen of the disk.
+    pub(crate) fn as_seen(mut self) -> Self {
+        use BitmapOutcome::{Dropped, Preserved, Sent};
+        let (claimed, outcome, reason) = match self.verified {
+            Verified::No => (Preserved, Sent, "nobody read it back (--no-verify)"),
+            Verified::Mismatch => {
+                (Preserved, Dropped, "the copy does not read back as what was sent")
+            }
+            Verified::Unconfirmed => (Sent, Sent, "only the destination could confirm it"),
+            Verified::Yes => return self,
+        };
+        let told =
+            |bitmap: &&mut BitmapReport| bitmap.outcome == claimed && bitmap.reason.is_none();
+        for bitmap in self.bitmaps.iter_mut().filter(told) {
+            (bitmap.outcome, bitmap.reason) = (outcome, Some(reason.to_owned()));
+        }
+        self
+    }
+}
+
 /// Guest memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -135,7 +190,8 @@ pub struct Report {
 }
 
 impl Report {
-    /// The summary of an operation that failed before it had anything to report.
+    /// The summary of an operation that failed before it had anything to report. Its disks are to
+    /// be added where they are known.
     pub fn failure(error: &Error, total_time_ms: u64) -> Self {
         let status = match error {
             Error::Interrupted => Status::Interrupted,
@@ -174,13 +230,12 @@ pub fn error_chain(error: &dyn std::error::Error) -> String {
 /// The exit status that a report stands for. Pure; see CLI.md "Exit status".
 pub fn exit_status(report: &Report) -> u8 {
     match report.status {
-        Status::AlreadyComplete => 0,
         Status::Interrupted => 130,
         Status::Unknown => 8,
         _ if report.disks.iter().any(|d| d.verified == Verified::Mismatch) => 1,
         Status::Failed => 3,
-        Status::Completed if report.disks.iter().any(has_lost_something) => 6,
-        Status::Completed => 0,
+        _ if report.disks.iter().any(has_lost_something) => 6,
+        Status::Completed | Status::AlreadyComplete => 0,
     }
 }
 

@@ -42,6 +42,14 @@ impl Bitmap {
     }
 }
 
+/// As an image stores it.
+impl From<PersistentBitmap> for Bitmap {
+    fn from(stored: PersistentBitmap) -> Self {
+        let PersistentBitmap { name, granularity_bits, is_enabled, bits } = stored;
+        Self { name, granularity_bits, is_enabled, bits }
+    }
+}
+
 /// Loads a consistent bitmap of an image.
 pub fn load(bitmaps: &Bitmaps, name: &str) -> qcow2_file::Result<Bitmap> {
     let entry = bitmaps.find(name)?;

@@ -476,6 +476,10 @@ fn hellos_of_others_are_refused_by_name() {
     assert_eq!(refused(|c| c.features |= ZLIB), "features chosen");
     assert_eq!(refused(|c| c.channels = 5), "connections granted");
     assert_eq!(refused(|c| c.features = ZSTD), "connections granted");
+    let both = Offer { features: offer.features | ZLIB, ..offer.clone() };
+    assert!(both.accepts(&choice).is_ok());
+    let chosen = Choice { features: MULTI_CHANNEL | ZSTD | ZLIB, ..choice.clone() };
+    assert_eq!(both.accepts(&chosen).unwrap_err().field, "features chosen");
     // Longer than it may be, a text is cut at a character.
     let refusal = Refusal { blame: Blame::Device, text: "é".repeat(600) };
     let Hello::Refusal(read) = decode_hello(&Hello::Refusal(refusal).encode()).unwrap() else {

@@ -84,9 +84,12 @@ fn answers_survive() {
         sent_as: sent_as.to_owned(),
         digest: BitmapDigest([7; 32]),
     };
-    let content = ContentHash([3; 32]);
-    for bitmaps in [vec![], vec![bitmap("b", "b"), bitmap("new", "old")]] {
-        let published = Published { name: "vda".to_owned(), size: 512, content, bitmaps };
+    let content = Some(ContentHash([3; 32]));
+    for (content, is_unchanged, bitmaps) in
+        [(content, true, vec![]), (None, false, vec![bitmap("b", "b"), bitmap("new", "old")])]
+    {
+        let (name, size) = ("vda".to_owned(), 512);
+        let published = Published { name, size, content, is_unchanged, bitmaps };
         check_record!(Answer, Answer::Published(published));
     }
     check_record!(
@@ -137,9 +140,11 @@ fn journal_records_survive() {
     check_record!(JournalRecord, JournalRecord::Commit([4; 16]));
     check_record!(JournalRecord, JournalRecord::Bitmap(BlockRecord::Run(run)));
     check_record!(JournalRecord, JournalRecord::Bitmap(BlockRecord::BitmapRemove(version)));
-    let hash = ContentHash([2; 32]);
-    let (session, target) = ([1; 16], "raw".to_owned());
-    check_record!(JournalRecord, JournalRecord::Receipt { session, size: 512, hash, target });
+    for hash in [Some(ContentHash([2; 32])), None] {
+        let (session, size, stamp, target) = ([1; 16], 512, [7; 16], "raw".to_owned());
+        let receipt = JournalRecord::Receipt { session, size, hash, stamp, target };
+        check_record!(JournalRecord, receipt);
+    }
     check_record!(
         JournalRecord,
         JournalRecord::ReceiptBitmap {

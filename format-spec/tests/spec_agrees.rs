@@ -81,7 +81,7 @@ fn modules() -> BTreeMap<&'static str, Constants> {
         (
             "native::answer",
             constants!(answer: ACK HAVE HAVE_ZEROES HAVE_DONE READY COMMITTED FAILED HAVE_BITMAP
-                PUBLISHED KEEPALIVE UNKNOWN_OFFSET),
+                PUBLISHED KEEPALIVE UNKNOWN_OFFSET UNCHANGED),
         ),
         (
             "native::journal",

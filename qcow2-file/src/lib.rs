@@ -27,6 +27,7 @@ pub mod check;
 pub mod create;
 pub mod edit;
 pub mod error;
+mod first_failure;
 pub mod guard;
 pub mod image;
 pub mod layout;

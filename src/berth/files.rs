@@ -1,7 +1,7 @@
 //! New disks of a receiving command: places by name, gone on with where an earlier attempt of the
 //! same session left them.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use format_spec::native::answer::Published;
@@ -83,7 +83,7 @@ pub struct FileOptions {
 
 impl FileOptions {
     /// Whether another attempt can go on with what an attempt leaves.
-    fn keeps(&self) -> bool {
+    pub(super) fn resumes(&self) -> bool {
         !self.no_verify && !self.keeps_nothing
     }
 }
@@ -124,7 +124,7 @@ impl Files {
             return Ok(SessionState::Fresh);
         }
         let traces = self.disks.iter().map(|disk| Trace::of(disk, session));
-        Ok(state(&traces.collect::<Result<Vec<_>>>()?, self.options.keeps()))
+        Ok(state(&traces.collect::<Result<Vec<_>>>()?, self.options.resumes()))
     }
 
     /// Finishes a publication that a crash interrupted.
@@ -142,7 +142,8 @@ impl Files {
             let data = data.as_ref().map(|data| data.path.as_path());
             let bitmaps = bitmaps_of(&disk.path, disk.format, data)?;
             let Recovered { session, size, content, target } = found.clone();
-            Receipt { session, size, content, target, bitmaps }.write(log)
+            let files = data.into_iter().chain([disk.path.as_path()]);
+            Receipt::of_stored((session, size, target), content, bitmaps).write(log, files)
         });
         match done {
             // What was wished before does not matter any more.
@@ -177,12 +178,11 @@ impl Files {
         }
         let data = disk.data_file();
         let mut new = disk.new_disk(wanted.size, data.as_ref())?;
-        new.session = self.options.keeps().then_some(state.session);
-        new.is_fresh = state.is_fresh;
+        new.session = (!self.options.keeps_nothing).then_some(state.session);
+        new.is_fresh = state.is_fresh || !self.options.resumes();
         let (found, options) = (state.found, self.options);
         drop(state);
         let known = match found {
-            SessionState::Committed => Known::published(&new)?,
             SessionState::Ready => Some(Known::prepared(&new, disk.format)?.ok_or_else(|| {
                 let path = disk.path.display();
                 let reason = format!("what was proved of {path} is gone; use --fresh");
@@ -190,10 +190,7 @@ impl Files {
             })?),
             _ => None,
         };
-        let held = match found {
-            SessionState::Committed => Vec::new(),
-            _ => self.clear(&new)?,
-        };
+        let held = self.clear(&new)?;
         let place =
             Arc::new(FilePlace::open((disk, &new), (known, held), options, &self.observer)?);
         self.lock().places.push(Arc::clone(&place));
@@ -220,6 +217,7 @@ impl Files {
         let places = std::mem::take(&mut self.lock().places);
         let open: Vec<_> = places.iter().filter(|place| place.unfinished().is_some()).collect();
         let disks: Vec<_> = open.iter().filter_map(|place| place.unfinished()).collect();
+        disks.iter().try_for_each(|disk| disk.open_to_others())?;
         publish_together(&disks, self.options.replaces, |index| {
             open.get(index).map_or(Ok(()), |place| place.write_receipt())
         })
@@ -246,8 +244,11 @@ impl Destination for Files {
 
     fn published(&self) -> stream::Result<Vec<Published>> {
         let of = |disk: &DiskPlace| {
-            let log = Log::beside(&disk.path)?;
-            Receipt::published(Some(&log), &disk.path, (&disk.name, &disk.renames))
+            let receipt = Receipt::read(&Log::beside(&disk.path)?)?;
+            let receipt = receipt.ok_or_else(|| gone(&disk.path))?;
+            let data = disk.data_file().map(|data| data.path);
+            let files = data.as_deref().into_iter().chain([disk.path.as_path()]);
+            Ok(receipt.published(files, (&disk.name, &disk.renames)))
         };
         self.disks.iter().map(of).collect::<Result<_>>().map_err(failed)
     }
@@ -274,6 +275,11 @@ impl Destination for Files {
             }
         }
     }
+}
+
+/// A receipt that was there is not there any more.
+pub(crate) fn gone(disk: &Path) -> Error {
+    Error::Usage { reason: format!("the receipt of {} is gone", disk.display()) }
 }
 
 /// A disk comes that nobody made a place for.

@@ -31,12 +31,12 @@ mod unfinished;
 
 pub use base::Base;
 pub use files::{DiskPlace, FileOptions, Files};
-pub(crate) use files::{all_came, no_place};
+pub(crate) use files::{all_came, gone, no_place};
 pub(crate) use kept::{Kept, log_of};
 pub(crate) use log::{Log, has_traces};
 pub(crate) use prover::Prover;
-pub(crate) use receipt::Receipt;
+pub(crate) use receipt::{Receipt, ReceiptBitmap};
 pub(crate) use recover::{Half, Recovered, recover};
 pub(crate) use sink::Closed;
 pub(crate) use trace::{Trace, state};
-pub(crate) use unfinished::{NewDisk, NewKind, Unfinished, short_words};
+pub(crate) use unfinished::{NewDisk, NewKind, Unfinished, publish_together, short_words};

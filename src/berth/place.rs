@@ -10,6 +10,7 @@ use block_mig::Landing;
 use block_mig::journal::Keeper;
 use block_mig::limits::workers;
 use format_spec::content_hash::{BitmapDigest, ContentHash, Node};
+use format_spec::native::journal::UNPROVED;
 use mig_core::block::BlockSink;
 use mig_core::section::{Fate, Have};
 use mig_core::stream;
@@ -19,7 +20,6 @@ use qcow2_file::lock::Lock;
 
 use super::base::Base;
 use super::files::{DiskPlace, FileOptions, failed};
-use super::log::Log;
 use super::prover::Prover;
 use super::receipt::{Receipt, ReceiptBitmap};
 use super::sink::Sink;
@@ -33,39 +33,29 @@ use crate::proof::DiskProof;
 use crate::renames::no_place;
 use crate::{Error, Observer, Phase, Renames, Result, Silent};
 
-/// A disk that is complete since an earlier attempt.
+/// A disk that was proved by an earlier attempt and has its temporary names.
 pub(super) struct Known {
     content: ContentHash,
     bitmaps: Vec<ReceiptBitmap>,
-    /// Its files, while they have temporary names.
-    unfinished: Option<Unfinished>,
+    unfinished: Unfinished,
 }
 
 impl Known {
-    /// A disk that was published.
-    pub(super) fn published(disk: &NewDisk<'_>) -> Result<Option<Self>> {
-        let receipt = Receipt::read(&Log::beside(disk.path)?)?;
-        Ok(receipt.map(|r| Self { content: r.content, bitmaps: r.bitmaps, unfinished: None }))
-    }
-
-    /// A disk that was proved.
+    /// Finds it.
     pub(super) fn prepared(disk: &NewDisk<'_>, format: Format) -> Result<Option<Self>> {
         let Some((unfinished, content)) = Unfinished::prepared(disk)? else { return Ok(None) };
         let (path, data) = unfinished.paths();
         let bitmaps = bitmaps_of(path, format, data)?;
-        Ok(Some(Self { content, bitmaps, unfinished: Some(unfinished) }))
+        Ok(Some(Self { content, bitmaps, unfinished }))
     }
 
     /// Holds what the source says against it. Where it says something else, what was proved can be
     /// gone on with, and is not complete any more.
     fn proof(&self, path: &Path, renames: &Renames, sealed: &Sealed) -> Result<DiskProof> {
         let held = self.hold(renames, sealed);
-        held.map_err(|reason| {
-            let keeper = self.unfinished.as_ref().and_then(|unfinished| unfinished.keeper());
-            match keeper.map_or(Ok(()), Keeper::unprepare) {
-                Ok(()) => Error::ProofMismatch { path: path.to_owned(), reason },
-                Err(error) => error.into(),
-            }
+        held.map_err(|reason| match self.unfinished.keeper().map_or(Ok(()), Keeper::unprepare) {
+            Ok(()) => Error::ProofMismatch { path: path.to_owned(), reason },
+            Err(error) => error.into(),
         })
     }
 
@@ -163,21 +153,24 @@ impl FilePlace {
         &self.name
     }
 
+    /// What notes which parts have arrived, where they can be gone on with.
     fn keeper(&self) -> Option<&Keeper> {
-        self.unfinished.as_ref().and_then(|unfinished| unfinished.keeper())
+        let resumes = self.options.resumes();
+        self.unfinished.as_ref().filter(|_| resumes).and_then(|unfinished| unfinished.keeper())
     }
 
     /// Its files, while they have temporary names.
     pub(super) fn unfinished(&self) -> Option<&Unfinished> {
-        let known = self.known.as_ref().and_then(|known| known.unfinished.as_ref());
-        self.unfinished.as_deref().or(known)
+        self.unfinished.as_deref().or(self.known.as_ref().map(|known| &known.unfinished))
     }
 
     /// Writes the receipt, once it is published.
     pub(super) fn write_receipt(&self) -> Result<()> {
-        let receipt = self.receipt.lock().unwrap_or_else(PoisonError::into_inner);
-        match (&*receipt, self.unfinished()) {
-            (Some(receipt), Some(unfinished)) => receipt.write(unfinished.log()),
+        let mut receipt = self.receipt.lock().unwrap_or_else(PoisonError::into_inner);
+        match (&mut *receipt, self.unfinished()) {
+            (Some(receipt), Some(unfinished)) => {
+                receipt.write(unfinished.log(), unfinished.targets())
+            }
             _ => Ok(()),
         }
     }
@@ -185,7 +178,8 @@ impl FilePlace {
     /// The attempt has failed.
     pub(super) fn leave(&self, fate: Fate) -> Result<()> {
         let Some(unfinished) = self.unfinished() else { return Ok(()) };
-        let Some(keeper) = unfinished.keeper().filter(|_| fate != Fate::Dropped) else {
+        let is_kept = fate != Fate::Dropped && self.options.resumes();
+        let Some(keeper) = unfinished.keeper().filter(|_| is_kept) else {
             return unfinished.forsake();
         };
         // READY stands until the source says otherwise.
@@ -205,7 +199,9 @@ impl FilePlace {
         unfinished.seal(&stored)?;
         let sealed_after = begun.elapsed();
         self.prover.iter().for_each(Prover::stop);
-        let Some(said) = sealed.content else { return Ok(None) };
+        let Some(said) = sealed.content else {
+            return unfinished.prepare(UNPROVED).map(|()| None);
+        };
         self.observer.phase(Phase::Prove);
         let (path, data) = unfinished.paths();
         let disk = self.open_made(path, data)?;
@@ -264,11 +260,13 @@ impl FilePlace {
         })
     }
 
-    fn note_receipt(&self, sealed: &Sealed, proof: &DiskProof) {
-        let Some(session) = self.session else { return };
+    /// What the receipt will say.
+    fn note_receipt(&self, sealed: &Sealed, proof: Option<&DiskProof>) -> Result<()> {
+        let Some(session) = self.session else { return Ok(()) };
         let names = sealed.bitmaps.iter().map(|b| (self.renames.stored(&b.name), b));
-        let receipt = Receipt::of((session, self.size, self.target.clone()), proof, names);
+        let receipt = Receipt::of((session, self.size, self.target.clone()), proof, names)?;
         *self.receipt.lock().unwrap_or_else(PoisonError::into_inner) = Some(receipt);
+        Ok(())
     }
 
     /// Reads again what an earlier attempt left, and tells what of it is believed.
@@ -313,8 +311,9 @@ impl Landing for FilePlace {
 
     fn arrived(&self, range: Range<u64>, first: u64, nodes: &[Node]) -> stream::Result<()> {
         self.prover.iter().for_each(|prover| prover.arrived(range.clone()));
-        let Some(unfinished) = &self.unfinished else { return Ok(()) };
-        let Some(keeper) = unfinished.keeper() else { return Ok(()) };
+        let (Some(unfinished), Some(keeper)) = (&self.unfinished, self.keeper()) else {
+            return Ok(());
+        };
         match keeper.units_landed(first, nodes)? {
             true => unfinished.checkpoint().map_err(failed),
             false => Ok(()),
@@ -333,7 +332,7 @@ impl Landing for FilePlace {
 
     fn durable(&self) -> stream::Result<()> {
         match &self.unfinished {
-            Some(unfinished) if unfinished.keeper().is_some() => {
+            Some(unfinished) if self.keeper().is_some() => {
                 unfinished.checkpoint().map_err(failed)?;
             }
             _ => self.sink().sync()?,
@@ -361,9 +360,7 @@ impl Place for FilePlace {
             (None, Some(unfinished)) => self.prove(unfinished, sealed).map_err(failed)?,
             (None, None) => None,
         };
-        if let Some(proof) = &proof {
-            self.note_receipt(sealed, proof);
-        }
+        self.note_receipt(sealed, proof.as_ref()).map_err(failed)?;
         Ok(proof)
     }
 }
@@ -389,9 +386,8 @@ pub(super) fn bitmaps_of(
     let Some(directory) = disk.bitmaps.directory() else { return Ok(Vec::new()) };
     let digest = |entry: &qcow2_file::bitmaps::Entry| {
         let bitmap = bitmap_mig::load(directory, entry.name())?;
-        let granularity = u32::try_from(entry.granularity()).unwrap_or(u32::MAX);
-        let (is_enabled, digest) = (bitmap.is_enabled, bitmap.digest()?);
-        Ok(ReceiptBitmap { name: bitmap.name, granularity, is_enabled, digest })
+        let digest = bitmap.digest()?;
+        Ok(ReceiptBitmap::of(bitmap.name.clone(), &bitmap, digest))
     };
     directory.list().iter().map(digest).collect()
 }

@@ -8,11 +8,12 @@ use std::path::Path;
 use bitmap_mig::Bitmap;
 use format_spec::Reader;
 use format_spec::content_hash::{BitmapDigest, ContentHash};
-use format_spec::native::answer::{NO_CONTENT, Published, PublishedBitmap};
+use format_spec::native::answer::{Published, PublishedBitmap};
 use format_spec::native::frame::{Record, encode_end};
 use format_spec::native::journal::{JournalRecord, RECEIPT_MAGIC, decode_start, encode_start};
 
 use super::log::Log;
+use crate::facts::stamp;
 use crate::proof::DiskProof;
 use crate::publish::sync_directory;
 use crate::{Error, Renames, Result};
@@ -29,53 +30,73 @@ pub(crate) struct ReceiptBitmap {
     pub(crate) digest: BitmapDigest,
 }
 
+impl ReceiptBitmap {
+    /// Of a bitmap that is stored as `name`, and hashes to that.
+    pub(crate) fn of(name: String, bitmap: &Bitmap, digest: BitmapDigest) -> Self {
+        let granularity = 1u32.checked_shl(bitmap.granularity_bits.into()).unwrap_or(0);
+        Self { name, granularity, is_enabled: bitmap.is_enabled, digest }
+    }
+}
+
 /// What was published.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Receipt {
     pub(crate) session: [u8; 16],
     pub(crate) size: u64,
-    pub(crate) content: ContentHash,
+    /// `None` where it was not proved.
+    pub(crate) content: Option<ContentHash>,
     /// What the destination was asked to be; see [`NewDisk::target`](super::NewDisk::target).
     pub(crate) target: String,
+    /// What its files were like when it was written.
+    pub(crate) stamp: [u8; 16],
     pub(crate) bitmaps: Vec<ReceiptBitmap>,
 }
 
 impl Receipt {
-    /// Of a disk of a session, a size and a target that was proved, with its bitmaps in the order
-    /// of the proof, by the names that they are stored by.
+    /// Of a disk of a session, a size and a target, with the bitmaps that are stored with it, by
+    /// the names that they are stored by, in the order of the proof, if there is one.
     pub(crate) fn of<'b>(
-        (session, size, target): ([u8; 16], u64, String),
-        proof: &DiskProof,
+        of: ([u8; 16], u64, String),
+        proof: Option<&DiskProof>,
         bitmaps: impl Iterator<Item = (String, &'b Bitmap)>,
-    ) -> Self {
-        let bitmaps = bitmaps.zip(&proof.bitmaps).map(|((name, bitmap), digest)| ReceiptBitmap {
-            name,
-            granularity: 1u32.checked_shl(bitmap.granularity_bits.into()).unwrap_or(0),
-            is_enabled: bitmap.is_enabled,
-            digest: *digest,
-        });
-        let (content, bitmaps) = (proof.content.unwrap_or(NO_CONTENT), bitmaps.collect());
-        Self { session, size, content, target, bitmaps }
+    ) -> Result<Self> {
+        let bitmap = |(index, (name, bitmap)): (usize, (String, &Bitmap))| {
+            let read = proof.and_then(|proof| proof.bitmaps.get(index)).copied();
+            Ok(ReceiptBitmap::of(name, bitmap, read.map_or_else(|| bitmap.digest(), Ok)?))
+        };
+        let bitmaps = bitmaps.enumerate().map(bitmap).collect::<Result<_>>()?;
+        Ok(Self::of_stored(of, proof.and_then(|proof| proof.content), bitmaps))
     }
 
-    /// What the receipt of the disk at `path` says, for a source that asks again. `disk` is its
+    /// The same, of what is stored already.
+    pub(crate) fn of_stored(
+        (session, size, target): ([u8; 16], u64, String),
+        content: Option<ContentHash>,
+        bitmaps: Vec<ReceiptBitmap>,
+    ) -> Self {
+        Self { session, size, content, target, stamp: [0; 16], bitmaps }
+    }
+
+    /// Whether nobody has written to the disk since, as far as its files tell.
+    pub(crate) fn is_unchanged<'p>(&self, files: impl Iterator<Item = &'p Path>) -> bool {
+        stamp(files).is_ok_and(|stamp| stamp == self.stamp)
+    }
+
+    /// What the receipt says of a disk in these files, for a source that asks again. `disk` is its
     /// name on the wire.
-    pub(crate) fn published(
-        log: Option<&Log>,
-        path: &Path,
+    pub(crate) fn published<'p>(
+        self,
+        files: impl Iterator<Item = &'p Path>,
         (disk, renames): (&str, &Renames),
-    ) -> Result<Published> {
-        let receipt = log.map(Self::read).transpose()?.flatten();
-        let receipt = receipt.ok_or_else(|| Error::Usage {
-            reason: format!("the receipt of {} is gone", path.display()),
-        })?;
+    ) -> Published {
+        let is_unchanged = self.is_unchanged(files);
         let bitmap = |ReceiptBitmap { name, digest, .. }| {
             let sent_as = renames.sent(&name);
             PublishedBitmap { name, sent_as, digest }
         };
-        let Self { size, content, bitmaps, .. } = receipt;
+        let Self { size, content, bitmaps, .. } = self;
         let bitmaps = bitmaps.into_iter().map(bitmap).collect();
-        Ok(Published { name: disk.to_owned(), size, content, bitmaps })
+        Published { name: disk.to_owned(), size, content, is_unchanged, bitmaps }
     }
 
     /// The receipt beside a destination, if there is one that is whole.
@@ -90,28 +111,45 @@ impl Receipt {
         Ok(Self::decode(&bytes))
     }
 
-    /// Writes it durably, whole or not at all.
-    pub(crate) fn write(&self, log: &Log) -> Result<()> {
+    /// Notes what the disk's files are like now, which nobody writes to any more, and writes the
+    /// receipt durably, whole or not at all.
+    pub(crate) fn write<'p>(
+        &mut self,
+        log: &Log,
+        files: impl Iterator<Item = &'p Path>,
+    ) -> Result<()> {
         let (path, half) = (log.receipt(), log.half_receipt());
+        self.stamp = stamp(files).map_err(failed("look at the disk of", path))?;
         if let Err(e) = fs::remove_file(half)
             && e.kind() != io::ErrorKind::NotFound
         {
             return Err(failed("remove", half)(e));
         }
+        let written = self
+            .write_half(half)
+            .and_then(|()| fs::rename(half, path).map_err(failed("rename to", path)));
+        if written.is_err() {
+            // Best effort: what is half is never read.
+            let _ = fs::remove_file(half);
+        }
+        written?;
+        sync_directory(path)
+    }
+
+    fn write_half(&self, half: &Path) -> Result<()> {
         let file = qcow2_file::HostFile::create_new(half)?;
         let mut writer = file.file();
         writer.write_all(&self.encode()).map_err(failed("write", half))?;
-        file.file().sync_all().map_err(failed("sync", half))?;
-        fs::rename(half, path).map_err(failed("rename to", path))?;
-        sync_directory(path)
+        file.file().sync_all().map_err(failed("sync", half))
     }
 
     fn encode(&self) -> Vec<u8> {
         let mut out = Vec::new();
         encode_start(RECEIPT_MAGIC, &mut out);
-        let Self { session, size, content, target, bitmaps } = self;
-        let (session, size, hash, target) = (*session, *size, *content, target.clone());
-        JournalRecord::Receipt { session, size, hash, target }.encode(&mut out);
+        let Self { session, size, content, target, stamp, bitmaps } = self;
+        let (session, size, hash, stamp) = (*session, *size, *content, *stamp);
+        let target = target.clone();
+        JournalRecord::Receipt { session, size, hash, stamp, target }.encode(&mut out);
         for bitmap in bitmaps {
             let record = JournalRecord::ReceiptBitmap {
                 granularity: bitmap.granularity,
@@ -131,7 +169,7 @@ impl Receipt {
         let mut reader = Reader::new(bytes, 0);
         decode_start(&mut reader, RECEIPT_MAGIC).ok()?;
         let first = Record::decode(&mut reader).ok()?;
-        let JournalRecord::Receipt { session, size, hash: content, target } =
+        let JournalRecord::Receipt { session, size, hash: content, stamp, target } =
             JournalRecord::decode(&first).ok()??
         else {
             return None;
@@ -140,7 +178,7 @@ impl Receipt {
         loop {
             let record = Record::decode(&mut reader).ok()?;
             if record.header.is_end() {
-                let receipt = Self { session, size, content, target, bitmaps };
+                let receipt = Self { session, size, content, target, stamp, bitmaps };
                 return (reader.left() == 0).then_some(receipt);
             }
             match JournalRecord::decode(&record).ok()? {
@@ -179,8 +217,9 @@ mod tests {
         Receipt {
             session: [1; 16],
             size: 512,
-            content: ContentHash([2; 32]),
+            content: Some(ContentHash([2; 32])),
             target: "raw".into(),
+            stamp: [0; 16],
             bitmaps: vec![bitmap("a"), bitmap("b")],
         }
     }
@@ -188,11 +227,21 @@ mod tests {
     #[test]
     fn a_receipt_is_read_whole_or_not_at_all() {
         let dir = tempfile::tempdir().unwrap();
-        let log = Log::beside(&dir.path().join("disk")).unwrap();
+        let disk = dir.path().join("disk");
+        let log = Log::beside(&disk).unwrap();
+        let files = || std::iter::once(disk.as_path());
         assert_eq!(Receipt::read(&log).unwrap(), None);
-        receipt().write(&log).unwrap();
-        receipt().write(&log).unwrap();
-        assert_eq!(Receipt::read(&log).unwrap(), Some(receipt()));
+        receipt().write(&log, files()).unwrap_err();
+        fs::write(&disk, b"content").unwrap();
+        let mut written = receipt();
+        written.write(&log, files()).unwrap();
+        written.write(&log, files()).unwrap();
+        assert_ne!(written.stamp, [0; 16]);
+        assert_eq!(Receipt::read(&log).unwrap().as_ref(), Some(&written));
+        assert!(written.is_unchanged(files()));
+        fs::write(&disk, b"another").unwrap();
+        fs::File::open(&disk).unwrap().set_modified(std::time::UNIX_EPOCH).unwrap();
+        assert!(!written.is_unchanged(files()));
         let bytes = fs::read(log.receipt()).unwrap();
         for at in 0..bytes.len() {
             let mut bad = bytes.clone();

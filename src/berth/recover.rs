@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use format_spec::content_hash::ContentHash;
+use format_spec::native::journal::UNPROVED;
 
 use super::log::Log;
 use crate::publish::{Draft, hold, publish};
@@ -29,8 +30,8 @@ pub(crate) struct Recovered {
     pub(crate) session: [u8; 16],
     /// Guest-visible bytes.
     pub(crate) size: u64,
-    /// What was proved before it began.
-    pub(crate) content: ContentHash,
+    /// What was proved before it began, if anything was.
+    pub(crate) content: Option<ContentHash>,
     /// What it was asked to be.
     pub(crate) target: String,
 }
@@ -121,7 +122,10 @@ fn proved(log: &Log, sessions: &[[u8; 16]]) -> Result<Option<Recovered>> {
     let found = log.peek()?.filter(|found| sessions.contains(&found.identity.session));
     Ok(found.and_then(|found| {
         let block_mig::journal::Identity { session, size, target } = found.identity;
-        found.prepared.map(|content| Recovered { session, size, content, target })
+        found.prepared.map(|root| {
+            let content = Some(root).filter(|root| *root != UNPROVED);
+            Recovered { session, size, content, target }
+        })
     }))
 }
 

@@ -1,6 +1,7 @@
 //! What lies at the places of a migration, and what is answered to its source because of it.
 
 use format_spec::native::hello::SessionState;
+use format_spec::native::journal::UNPROVED;
 
 use super::files::DiskPlace;
 use super::log::Log;
@@ -43,11 +44,12 @@ impl Trace {
                 return Ok(Self::Nothing);
             }
         }
+        // What nobody proved cannot be held against anything.
         Ok(match found.prepared {
-            Some(_) => Self::Proved,
+            Some(root) if root != UNPROVED => Self::Proved,
             // An unfinished image that stands on another is not gone on with.
-            None if disk.base.is_some() => Self::Nothing,
-            None => Self::Begun,
+            _ if disk.base.is_some() => Self::Nothing,
+            _ => Self::Begun,
         })
     }
 }

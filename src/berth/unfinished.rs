@@ -22,7 +22,7 @@ use super::sink::Sink;
 use crate::copy::{DataFileTarget, Shape};
 use crate::publish::{Draft, publish};
 use crate::renames::{NO_PLACE_IN_RAW, NO_PLACE_IN_VERSION_2};
-use crate::{Error, Result};
+use crate::{Error, Result, preserve};
 
 /// What a new disk is to be.
 #[derive(Debug)]
@@ -226,16 +226,15 @@ impl Unfinished {
         self.drafts.iter().try_for_each(sync)
     }
 
-    /// Gives the files their final names. Everything is durable; `content` is what was proved.
-    pub(crate) fn publish(&self, content: Option<ContentHash>, replaces: bool) -> Result<()> {
-        if let (Some(keeper), Some(content), true) = (&self.keeper, content, self.drafts.len() > 1)
-        {
-            keeper.prepare(content)?;
-        }
-        publish_together(&[self], replaces, |_| Ok(()))
+    /// Gives the files owner and mode of what they replace, or those of new files: until here they
+    /// were ours alone.
+    pub(super) fn open_to_others(&self) -> Result<()> {
+        self.drafts.iter().try_for_each(preserve::as_usual)?;
+        self.sync()
     }
 
-    /// Notes durably that everything was proved.
+    /// Notes durably that everything is there, and what was proved, or
+    /// [`UNPROVED`](format_spec::native::journal::UNPROVED).
     pub(crate) fn prepare(&self, content: ContentHash) -> Result<()> {
         if let Some(keeper) = &self.keeper {
             keeper.prepare(content)?;
@@ -251,6 +250,11 @@ impl Unfinished {
             [only] => (only.temporary(), None),
             [] => (Path::new(""), None),
         }
+    }
+
+    /// Its final names, in the order in which they are given.
+    pub(crate) fn targets(&self) -> impl Iterator<Item = &Path> {
+        self.drafts.iter().map(Draft::target)
     }
 
     /// Its journal and receipt.

@@ -6,8 +6,6 @@ use clap::{Args as Group, Parser, Subcommand, ValueEnum};
 
 use bitferry::copy::{BitmapSelection, Format};
 
-use super::size;
-
 /// Move VM disk images with their backup bitmaps: copy them, prove the copy, go on with
 /// incremental backups.
 #[derive(Debug, Parser)]
@@ -162,7 +160,7 @@ pub(crate) struct CopyArgs {
     pub(crate) skip_broken_bitmaps: bool,
     /// To or from another host: connections, each an ssh of its own
     #[arg(long, value_name = "N", help_heading = "Transport")]
-    #[arg(value_parser = clap::value_parser!(u16).range(1..=255))]
+    #[arg(value_parser = clap::value_parser!(u16).range(1..=255), allow_negative_numbers = true)]
     pub(crate) channels: Option<u16>,
     /// Compress on the way to or from another host: none, zlib[:LEVEL] or zstd[:LEVEL]
     #[arg(long, value_name = "METHOD", default_value = "none", hide_default_value = true)]
@@ -171,7 +169,7 @@ pub(crate) struct CopyArgs {
     /// To or from another host: how long a cut is waited for before giving up; 0, the default: not
     /// at all
     #[arg(long, value_name = "SECONDS", value_parser = super::transport::seconds)]
-    #[arg(help_heading = "Transport")]
+    #[arg(help_heading = "Transport", allow_negative_numbers = true)]
     pub(crate) reconnect: Option<std::time::Duration>,
     #[command(flatten)]
     pub(crate) control: super::supervise::ControlArgs,
@@ -185,7 +183,8 @@ pub(crate) struct CopyArgs {
     pub(crate) state_dir: super::state_dir::StateDirArgs,
     /// Bytes per second at most that are read from SRC, or go over the wire; K, M, G and T are
     /// powers of 1024
-    #[arg(long, value_name = "RATE", value_parser = size::parse, help_heading = "Transport")]
+    #[arg(long, value_name = "RATE", value_parser = super::transport::rate)]
+    #[arg(help_heading = "Transport", allow_negative_numbers = true)]
     pub(crate) bandwidth: Option<u64>,
     /// Say what would be done, the space it needs and what would be lost; write nothing
     #[arg(long)]
@@ -229,18 +228,11 @@ pub(crate) struct CompareArgs {
     /// Let a longer image equal a shorter one where the rest is zero
     #[arg(long)]
     pub(crate) allow_size: bool,
-    /// Whether bitmaps count; without this they do where both images can hold some
-    #[arg(long, value_name = "all|none", hide_possible_values = true)]
-    pub(crate) bitmaps: Option<BitmapsCount>,
-}
-
-/// Whether bitmaps are compared.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum BitmapsCount {
-    /// All of them
-    All,
-    /// None
-    None,
+    /// Bitmaps that count: all, none or names, written behind an equals sign; all without a value.
+    /// Without this option they count where both images can hold some
+    #[arg(long, value_name = "all|none|NAME,…", num_args = 0..=1, require_equals = true)]
+    #[arg(default_missing_value = "all")]
+    pub(crate) bitmaps: Option<BitmapSelection>,
 }
 
 /// Print the content hash of an image and the digests of its bitmaps

@@ -2,7 +2,7 @@
 
 use bitferry::compare::{CompareOptions, Comparison};
 
-use super::args::{BitmapsCount, CompareArgs};
+use super::args::CompareArgs;
 use super::watch::Watch;
 use super::{Outcome, Output, table};
 
@@ -14,7 +14,7 @@ pub(crate) fn run(args: CompareArgs, output: &Output) -> Outcome {
         format_b: args.other_format,
         allow_backing: args.allow_backing,
         allow_size: args.allow_size,
-        bitmaps: args.bitmaps.map(|count| count == BitmapsCount::All),
+        bitmaps: args.bitmaps,
     };
     let watch = Watch::quiet_unless_asked(output)?;
     let comparison = bitferry::compare::run(&options, &watch)?;

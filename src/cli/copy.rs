@@ -9,6 +9,7 @@ use bitferry::{Error, Report, exit_status};
 use mig_core::meter::Meter;
 
 use super::args::CopyArgs;
+use super::outcome::Asked;
 use super::remote::{self, Route};
 use super::size::{human, human_time};
 use super::watch::{Summary, Watch};
@@ -16,13 +17,14 @@ use super::{Outcome, Output, WOULD_LOSE, outcome, table, target_options};
 
 pub(crate) fn run(args: CopyArgs, output: &Output) -> Outcome {
     let start = Instant::now();
+    let asked = Asked::copy(&args.destination);
     let result = match remote::route(&args.source, &args.destination) {
         Ok(Route::To(remote)) => remote::to(args, &remote, output),
         Ok(Route::From(remote)) => remote::from(args, &remote, output),
         Ok(Route::Here) => here(args, output),
         Err(error) => Err(error),
     };
-    outcome::failed(&result, start, output)?;
+    outcome::failed(&result, start, &asked, output)?;
     result
 }
 

@@ -41,6 +41,21 @@ impl DialectArg {
             Self::Qemu(_) => Dialect::Qemu,
         }
     }
+
+    /// Refuses to receive what a source of that version cannot send. The bytes do not tell that
+    /// somebody migrates with `-i`; whether a version can, is known.
+    pub(crate) fn check_source(self, shared_base: bool) -> Result<()> {
+        let Self::Qemu(Some(version)) = self else { return Ok(()) };
+        let version = Version::decide(Some(version), "")?;
+        if !shared_base || version.has_block_section() {
+            return Ok(());
+        }
+        let reason = format!(
+            "QEMU {version} sends no disk contents (9.0 was the last) and has no `migrate -i`: \
+             leave --shared-base out, or --dialect qemu:{version} where it is an older one"
+        );
+        Err(Error::Usage { reason })
+    }
 }
 
 /// What only makes sense with QEMU at the other end.
@@ -118,6 +133,17 @@ mod tests {
         for text in ["", "QEMU", "qemu:", "qemu:x", "native:1"] {
             assert!(parse(text).is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn a_source_is_asked_for_what_its_version_can_do() {
+        let check = |text: &str, shared_base| {
+            let dialect: DialectArg = text.parse().unwrap();
+            dialect.check_source(shared_base).is_ok()
+        };
+        assert!(check("native", true) && check("qemu", true) && check("qemu:9.0", true));
+        assert!(check("qemu:10.0", false) && check("qemu:99.0", false));
+        assert!(!check("qemu:9.1", true) && !check("qemu:7.1", false));
     }
 
     #[test]

@@ -2,27 +2,38 @@
 //! one `hint:` line that says what to do.
 
 use std::io::{IsTerminal as _, Write as _};
-use std::process::ExitCode;
 
 use bitferry::report::error_chain;
 use bitferry::{Blame, Error};
+use serde::Serialize;
 
-/// Prints what the argument parser has to say: help and version are success, the rest is usage.
-pub(crate) fn usage(error: &clap::Error) -> ExitCode {
-    // Nobody is left to be told where stderr is gone.
-    let _ = error.print();
-    ExitCode::from(if error.use_stderr() { 2 } else { 0 })
+/// The document of a verb that failed before it had another one to print.
+#[derive(Debug, Serialize)]
+pub(crate) struct Failure {
+    /// As in a summary.
+    error: String,
+}
+
+impl Failure {
+    pub(crate) fn new(error: &Error) -> Self {
+        Self { error: error_chain(error) }
+    }
 }
 
 /// Prints an error and its hint on stderr.
 pub(crate) fn print(error: &Error) {
+    print_lines(&error_chain(error), &hint(error));
+}
+
+/// Prints what is wrong, and what to do.
+pub(crate) fn print_lines(error: &str, hint: &str) {
     let stderr = std::io::stderr();
     let is_coloured = stderr.is_terminal() && super::output::may_colour();
     let (red, cyan, plain) =
         if is_coloured { ("\x1b[1;31m", "\x1b[36m", "\x1b[0m") } else { ("", "", "") };
     let mut stderr = stderr.lock();
-    let _ = writeln!(stderr, "{red}error:{plain} {}", one_line(&error_chain(error)));
-    let _ = writeln!(stderr, "{cyan}hint:{plain} {}", one_line(&hint(error)));
+    let _ = writeln!(stderr, "{red}error:{plain} {}", one_line(error));
+    let _ = writeln!(stderr, "{cyan}hint:{plain} {}", one_line(hint));
 }
 
 /// Names found in images may hold anything: a line stays one line, and no terminal is driven by it.

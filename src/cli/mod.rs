@@ -29,6 +29,7 @@ mod supervise;
 mod table;
 mod target_options;
 mod transport;
+mod usage;
 mod watch;
 
 use std::process::ExitCode;
@@ -52,13 +53,17 @@ const UNKNOWN: u8 = 8;
 pub(crate) fn main() -> ExitCode {
     let args = match Args::try_parse() {
         Ok(args) => args,
-        Err(error) => return failure::usage(&error),
+        Err(error) => {
+            let words: Vec<_> = std::env::args_os().skip(1).collect();
+            return usage::answer(&error, &words);
+        }
     };
     start_log(args.common.verbose);
     let output = Output::new(&args.common, args.verb.streams_to_stdout());
     match run(args.verb, &output) {
         Ok(status) => ExitCode::from(status),
         Err(error) => {
+            output.failure(&error);
             failure::print(&error);
             ExitCode::from(error.exit_status())
         }

@@ -1,10 +1,13 @@
 //! What became of disks and bitmaps, for people.
 
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use bitferry::copy::PlannedBitmap;
+use bitferry::options::DiskOption;
 use bitferry::report::{BitmapOutcome, BitmapReport, DiskReport, Status, Verified, error_chain};
-use bitferry::{Report, connect};
+use bitferry::{Error, Report, connect};
+use mig_core::stream;
 
 use super::size::{human, human_time};
 use super::watch::Summary;
@@ -86,11 +89,48 @@ fn told(report: &mut Report, peer: Peer, theirs: Option<u8>) -> u8 {
     }
 }
 
+/// A disk that was asked for: its name in a report, and where it is or was to be.
+#[derive(Debug)]
+pub(crate) struct Asked {
+    id: String,
+    path: PathBuf,
+}
+
+impl Asked {
+    /// The one disk of a copy, which is called by its destination.
+    pub(crate) fn copy(destination: &Path) -> Vec<Self> {
+        vec![Self { id: destination.display().to_string(), path: destination.to_owned() }]
+    }
+
+    /// Those of `--disk`.
+    pub(crate) fn disks(disks: &[DiskOption]) -> Vec<Self> {
+        disks.iter().map(|d| Self { id: d.id.clone(), path: d.path.clone() }).collect()
+    }
+
+    /// What is known of it after a failure.
+    fn report(&self, error: &Error, is_only: bool) -> DiskReport {
+        let verified = match error {
+            Error::ProofMismatch { path, .. } if *path == self.path => Verified::Mismatch,
+            Error::Stream(stream::Error::Mismatch { .. }) if is_only => Verified::Mismatch,
+            _ => Verified::No,
+        };
+        DiskReport { verified, ..DiskReport::untouched(self.id.clone()) }
+    }
+}
+
 /// The summary of an operation that failed before there was one.
-pub(crate) fn failed(result: &Outcome, started: Instant, output: &Output) -> bitferry::Result<()> {
+pub(crate) fn failed(
+    result: &Outcome,
+    started: Instant,
+    asked: &[Asked],
+    output: &Output,
+) -> bitferry::Result<()> {
     if let (Err(error), true) = (result, output.is_json) {
         let elapsed_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
-        output.event(&Summary::new("summary", &Report::failure(error, elapsed_ms)))?;
+        let is_only = asked.len() == 1;
+        let disks = asked.iter().map(|disk| disk.report(error, is_only)).collect();
+        let report = Report { disks, ..Report::failure(error, elapsed_ms) };
+        output.event(&Summary::new("summary", &report))?;
     }
     Ok(())
 }
@@ -115,15 +155,16 @@ pub(crate) fn disk_text(disk: &DiskReport, output: &Output) -> String {
     if disk.bitmaps.is_empty() {
         text.push_str("  bitmaps: none\n");
     } else {
-        let rows: Vec<_> = disk.bitmaps.iter().map(bitmap_row).collect();
+        let rows: Vec<_> = disk.bitmaps.iter().map(|b| bitmap_row(b, disk.verified)).collect();
         text.push_str(&table::columns(["BITMAP", "OUTCOME", ""], &rows));
     }
     text
 }
 
-fn bitmap_row(bitmap: &BitmapReport) -> [String; 3] {
+fn bitmap_row(bitmap: &BitmapReport, disk: Verified) -> [String; 3] {
     let outcome = match bitmap.outcome {
         BitmapOutcome::Preserved => "preserved",
+        BitmapOutcome::Sent if disk == Verified::No => "stored, not verified",
         BitmapOutcome::Sent => "sent, not confirmed",
         BitmapOutcome::Dropped => "dropped",
         BitmapOutcome::Invalidated => "invalidated",

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use serde::Serialize;
 
 use super::args::{Common, When};
+use super::failure::Failure;
 
 /// Where results go and in which form. A reader that went away is not an error: what is still to
 /// be said is dropped, and the exit status stays that of the work.
@@ -23,6 +24,8 @@ pub(crate) struct Output {
     /// Whether standard output belongs to a stream, so that results go to stderr.
     uses_stderr: bool,
     is_closed: AtomicBool,
+    /// Whether anything was written, a document or its beginning.
+    has_spoken: AtomicBool,
 }
 
 /// Whether the user's environment allows colour (<https://no-color.org>).
@@ -50,6 +53,29 @@ impl Output {
             is_coloured: !common.json && is_terminal(uses_stderr) && may_colour(),
             uses_stderr,
             is_closed: AtomicBool::new(false),
+            has_spoken: AtomicBool::new(false),
+        }
+    }
+
+    /// For a program, where the flags could not be read.
+    pub(crate) fn json(uses_stderr: bool) -> Self {
+        Self {
+            is_json: true,
+            is_quiet: false,
+            shows_progress: false,
+            is_coloured: false,
+            uses_stderr,
+            is_closed: AtomicBool::new(false),
+            has_spoken: AtomicBool::new(false),
+        }
+    }
+
+    /// The document of a failure, for a program that would read nothing otherwise. Who writes
+    /// events ends them with a summary, and a document that has begun ends by itself.
+    pub(crate) fn failure(&self, error: &bitferry::Error) {
+        if self.is_json && !self.has_spoken.load(Ordering::Relaxed) {
+            // The exit status is that of the failure, whether it can be told here or not.
+            let _ = self.event(&Failure::new(error));
         }
     }
 
@@ -86,6 +112,7 @@ impl Output {
         if self.is_quiet && !self.is_json {
             return Ok(());
         }
+        self.has_spoken.store(true, Ordering::Relaxed);
         let mut out = io::BufWriter::new(self.out());
         self.judge(write(&mut out).and_then(|()| out.flush()))
     }
@@ -95,6 +122,7 @@ impl Output {
         if self.is_closed.load(Ordering::Relaxed) {
             return Ok(());
         }
+        self.has_spoken.store(true, Ordering::Relaxed);
         let mut out = self.out();
         self.judge(out.write_all(bytes).and_then(|()| out.flush()))
     }

@@ -1,6 +1,6 @@
 //! The bar: what is done, how fast, how much longer.
 
-use std::io::IsTerminal as _;
+use std::io::{IsTerminal as _, Write as _};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -62,13 +62,14 @@ impl Bar {
         if last.0.elapsed() >= LINE_INTERVAL {
             last.0 = Instant::now();
             let percent = done.saturating_mul(100) / total.max(1);
-            eprintln!("{} {percent}%, {} of {}", last.1, human(done), human(total));
+            let (done, total) = (human(done), human(total));
+            let _ = writeln!(std::io::stderr(), "{} {percent}%, {done} of {total}", last.1);
         }
     }
 
     /// A line above the bar.
     pub(crate) fn line(&self, text: &str) {
-        self.bar.suspend(|| eprintln!("{text}"));
+        self.bar.suspend(|| _ = writeln!(std::io::stderr(), "{text}"));
     }
 
     /// Takes the bar off the terminal.
@@ -114,6 +115,8 @@ fn left(state: &ProgressState, counts_proof: bool) -> Duration {
 fn words(phase: Phase) -> &'static str {
     match phase {
         Phase::Plan => "looking",
+        Phase::Wait => "waiting",
+        Phase::Recheck => "rechecking",
         Phase::Transfer => "copying",
         Phase::Bitmaps => "storing bitmaps",
         Phase::Seal => "making it durable",

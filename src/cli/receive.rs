@@ -14,7 +14,7 @@ use bitferry::options::{BackingOption, DiskOption};
 use bitferry::receive::{self, Arrivals, ReceiveOptions};
 
 use super::dialect::DialectArg;
-use super::outcome::Peer;
+use super::outcome::{Asked, Peer};
 use super::state_dir::StateDirArgs;
 use super::transport::TransportArgs;
 use super::watch::Watch;
@@ -61,7 +61,7 @@ pub(crate) struct ReceiveArgs {
     pub(crate) state_dir: StateDirArgs,
     /// Grant at most so many data connections
     #[arg(long, value_name = "N", help_heading = "Transport")]
-    #[arg(value_parser = clap::value_parser!(u16).range(1..=255))]
+    #[arg(value_parser = clap::value_parser!(u16).range(1..=255), allow_negative_numbers = true)]
     pub(crate) channels: Option<u16>,
     /// Open the backing and data files that existing images name, and those that --backing names
     #[arg(long)]
@@ -82,7 +82,8 @@ pub(crate) struct ReceiveArgs {
     /// Do not insist on the proof: the source decides
     #[arg(long)]
     pub(crate) no_verify: bool,
-    /// What the source must speak: native or qemu[:VERSION]; recognised unless given
+    /// What the source must speak: native, or qemu:VERSION with the older of its QEMU's version and
+    /// its machine type's; recognised unless given
     #[arg(long, value_name = "native|qemu[:VERSION]", help_heading = "From a QEMU")]
     pub(crate) dialect: Option<DialectArg>,
     /// The source migrates with -i: what it does not send is in the images already
@@ -99,17 +100,21 @@ struct Listening {
 
 pub(crate) fn run(args: ReceiveArgs, output: &Output) -> Outcome {
     let started = Instant::now();
-    let result = go(args, output);
-    outcome::failed(&result, started, output)?;
+    let asked = Asked::disks(&args.disk);
+    let watch = Watch::with_events(output, !args.no_verify)?;
+    let result = go(args, &watch, output);
+    outcome::failed(&result, watch.met().unwrap_or(started), &asked, output)?;
     result
 }
 
-fn go(args: ReceiveArgs, output: &Output) -> Outcome {
+fn go(args: ReceiveArgs, watch: &Watch<'_>, output: &Output) -> Outcome {
     if args.flatten {
         let reason = "--flatten is for the source: send --flatten reads through its backing chain";
         return Err(bitferry::Error::Usage { reason: reason.to_owned() });
     }
-    let watch = Watch::with_events(output, true)?;
+    if let Some(dialect) = args.dialect {
+        dialect.check_source(args.shared_base)?;
+    }
     let options = ReceiveOptions {
         disks: args.disk,
         target: target_options::parse(&args.target_options)?,
@@ -130,7 +135,7 @@ fn go(args: ReceiveArgs, output: &Output) -> Outcome {
     let (listener, refused) = listen(&args.transport)?;
     announce(&listener, &args.transport.uri, output)?;
     let limits = (None, Duration::ZERO);
-    let report = args.transport.control.supervise(limits, &watch, |observer| {
+    let report = args.transport.control.supervise(limits, watch, |observer| {
         let arrivals = Arrivals::new(&listener, observer, refused);
         receive::run(&options, &arrivals, observer)
     })?;

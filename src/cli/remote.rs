@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bitferry::connect::{self, Location, Options, Remote};
 use bitferry::copy::{BitmapSelection, Format, Rename};
@@ -79,6 +79,7 @@ pub(super) fn to(args: CopyArgs, remote: &Remote, output: &Output) -> Outcome {
 
 /// Receives from a `bitferry send` at the other host.
 pub(super) fn from(args: CopyArgs, remote: &Remote, output: &Output) -> Outcome {
+    let started = Instant::now();
     refuse_backing(&args)?;
     let watch = Watch::with_events(output, !args.no_verify)?;
     if args.dry_run {
@@ -113,6 +114,8 @@ pub(super) fn from(args: CopyArgs, remote: &Remote, output: &Output) -> Outcome 
     });
     let mut report = received.map_err(|error| refused_there(error, remote))?;
     watch.finish();
+    // Here the one that is waited for was started.
+    report.total_time_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
     name(&mut report, &args.destination.display().to_string());
     let done = format!("copied {remote} -> {}", args.destination.display());
     outcome::finish_with(report, (Peer::Source, listener.end()), &done, output)

@@ -12,9 +12,9 @@ use bitferry::send::{self, Plan, PlannedDisk, SendOptions};
 use mig_core::stream;
 
 use super::dialect::{DialectArg, QemuArgs};
-use super::outcome::Peer;
-use super::size::{self, human};
-use super::transport::{Compress, TransportArgs};
+use super::outcome::{Asked, Peer};
+use super::size::human;
+use super::transport::{Compress, TransportArgs, pause, rate};
 use super::watch::{Summary, Watch};
 use super::{Outcome, Output, WOULD_LOSE, outcome, table};
 
@@ -66,18 +66,20 @@ pub(crate) struct SendArgs {
     /// Data connections
     #[arg(long, value_name = "N", default_value_t = 1, hide_default_value = true)]
     #[arg(value_parser = clap::value_parser!(u16).range(1..=255), help_heading = "Transport")]
+    #[arg(allow_negative_numbers = true)]
     pub(crate) channels: u16,
     /// Compress on the wire: none, zlib[:LEVEL] or zstd[:LEVEL]
     #[arg(long, value_name = "METHOD", default_value = "none", hide_default_value = true)]
     #[arg(help_heading = "Transport")]
     pub(crate) compress: Compress,
     /// Bytes per second at most, on all connections together; K, M, G and T are powers of 1024
-    #[arg(long, value_name = "RATE", value_parser = size::parse, help_heading = "Transport")]
+    #[arg(long, value_name = "RATE", value_parser = rate, help_heading = "Transport")]
+    #[arg(allow_negative_numbers = true)]
     pub(crate) bandwidth: Option<u64>,
     /// How long a guest may be paused, in milliseconds: what `query-migrate-parameters` shows.
     /// Disks at rest need no pause
     #[arg(long, value_name = "MS", help_heading = "Transport")]
-    #[arg(value_parser = clap::value_parser!(u64).range(..=bitferry::control::MAX_DOWNTIME_MS))]
+    #[arg(value_parser = pause, allow_negative_numbers = true)]
     pub(crate) downtime: Option<u64>,
     /// The other end of - or exec: answers, on standard input or the command's output
     #[arg(long, help_heading = "Transport")]
@@ -90,15 +92,16 @@ pub(crate) struct SendArgs {
     /// Begin anew instead of going on with what an interrupted run left at the destination
     #[arg(long)]
     pub(crate) fresh: bool,
-    /// Say what would be sent and what would be lost; connect nothing
+    /// Say what would be sent, the space it needs there and what would be lost; connect nothing
     #[arg(long)]
     pub(crate) dry_run: bool,
 }
 
 pub(crate) fn run(args: SendArgs, output: &Output) -> Outcome {
     let started = Instant::now();
+    let asked = Asked::disks(&args.disk);
     let result = go(args, output);
-    outcome::failed(&result, started, output)?;
+    outcome::failed(&result, started, &asked, output)?;
     result
 }
 
@@ -246,6 +249,10 @@ fn show_plan(plan: &Plan, watch: &Watch<'_>, output: &Output) -> Outcome {
 
 fn plan_text(plan: &Plan, output: &Output) -> String {
     let mut text: String = plan.disks.iter().map(|disk| disk_text(disk, output)).collect();
+    if plan.disks.len() > 1 {
+        let space = human(plan.space_needed);
+        text.push_str(&format!("space for all: at most {space} at the destination\n"));
+    }
     for why in &plan.refusals {
         text.push_str(&format!("refused: {}\n", output.bad(outcome::without_prefix(why))));
     }
@@ -259,6 +266,7 @@ fn disk_text(disk: &PlannedDisk, output: &Output) -> String {
         ("  source", format!("{} ({})", disk.source, disk.source_format)),
         ("  virtual size", human(disk.virtual_size)),
         ("  to send", format!("{data}, and {zero} of zeroes")),
+        ("  space", format!("at most {} at the destination", human(disk.space_needed))),
     ];
     fields.extend(disk.not_carried.iter().map(|what| ("  not carried", what.clone())));
     let mut text = format!("{}\n{}", output.strong(&table::name(&disk.id)), table::fields(&fields));

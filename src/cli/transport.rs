@@ -6,8 +6,10 @@ use std::time::Duration;
 use clap::Args as Group;
 
 use bitferry::connect::{Options, Tls, Uri};
+use bitferry::control::MAX_DOWNTIME_MS;
 use mig_core::stream::{Compression, Method};
 
+use super::size;
 use super::supervise::ControlArgs;
 
 /// Options of whatever has a URI.
@@ -32,15 +34,35 @@ pub(crate) struct TransportArgs {
     pub(crate) tls_peer: Option<String>,
     /// How long a cut is waited for before giving up; 0, the default: not at all
     #[arg(long, value_name = "SECONDS", value_parser = seconds, help_heading = "Transport")]
+    #[arg(allow_negative_numbers = true)]
     pub(crate) reconnect: Option<Duration>,
     #[command(flatten)]
     pub(crate) control: ControlArgs,
 }
 
+/// Longest time that a cut is waited for: 30 days. What is more is milliseconds, or a slip.
+const MAX_RECONNECT_SECONDS: u64 = 30 * 24 * 3600;
+
 /// A whole number of seconds.
 pub(super) fn seconds(text: &str) -> Result<Duration, String> {
-    let seconds: Result<u32, _> = text.parse();
-    seconds.map(|n| Duration::from_secs(n.into())).map_err(|e| e.to_string())
+    let seconds = text.parse().ok().filter(|n| *n <= MAX_RECONNECT_SECONDS);
+    seconds.map(Duration::from_secs).ok_or_else(|| {
+        format!("it is a whole number of seconds, {MAX_RECONNECT_SECONDS} (30 days) at most")
+    })
+}
+
+/// Bytes per second. Of `--control`, 0 means no limit; who types it here would hardly mean that.
+pub(super) fn rate(text: &str) -> Result<u64, String> {
+    match size::parse(text)? {
+        0 => Err("nothing moves at that rate: without this option there is no limit".to_owned()),
+        rate => Ok(rate),
+    }
+}
+
+/// Milliseconds of a pause, as many as QEMU allows.
+pub(super) fn pause(text: &str) -> Result<u64, String> {
+    let milliseconds = text.parse().ok().filter(|ms| *ms <= MAX_DOWNTIME_MS);
+    milliseconds.ok_or_else(|| format!("{text} is not in 0..={MAX_DOWNTIME_MS}"))
 }
 
 impl TransportArgs {

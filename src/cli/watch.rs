@@ -1,5 +1,6 @@
 //! Who watches a long operation for the user: the bar, the events, the warnings, Ctrl-C.
 
+use std::io::Write as _;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -30,6 +31,8 @@ struct State {
     phase: Phase,
     /// When progress was told last, and what.
     last_event: Option<(Instant, (u64, u64))>,
+    /// When somebody came who was waited for.
+    met: Option<Instant>,
 }
 
 /// One line of a long operation's JSON.
@@ -76,7 +79,7 @@ impl<'a> Watch<'a> {
             bar: output.shows_progress.then(|| Bar::new(has_proof)),
             is_quiet: output.is_quiet,
             is_interrupted: interrupt::watch()?,
-            state: Mutex::new(State { phase: Phase::Plan, last_event: None }),
+            state: Mutex::new(State { phase: Phase::Plan, last_event: None, met: None }),
         })
     }
 
@@ -85,6 +88,11 @@ impl<'a> Watch<'a> {
         if let Some(bar) = &self.bar {
             bar.finish();
         }
+    }
+
+    /// When somebody came who was waited for; nothing where nobody did.
+    pub(crate) fn met(&self) -> Option<Instant> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner).met
     }
 
     fn emit(&self, event: &Event<'_>) {
@@ -104,8 +112,12 @@ impl Drop for Watch<'_> {
 
 impl Observer for Watch<'_> {
     fn phase(&self, phase: Phase) {
-        *self.state.lock().unwrap_or_else(PoisonError::into_inner) =
-            State { phase, last_event: None };
+        {
+            let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+            let has_come = state.phase == Phase::Wait && phase != Phase::Wait;
+            let met = state.met.or_else(|| has_come.then(Instant::now));
+            *state = State { phase, last_event: None, met };
+        }
         self.emit(&Event::Phase { phase: phase.name() });
         if let Some(bar) = &self.bar {
             bar.phase(phase);
@@ -138,7 +150,8 @@ impl Observer for Watch<'_> {
         let line = format!("warning: {}", failure::one_line(message));
         match &self.bar {
             Some(bar) => bar.line(&line),
-            None => eprintln!("{line}"),
+            // Not `eprintln`, which panics where nobody reads.
+            None => _ = writeln!(std::io::stderr(), "{line}"),
         }
     }
 

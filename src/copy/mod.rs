@@ -6,11 +6,11 @@ mod metered;
 mod new;
 mod options;
 mod plan;
-mod preserve;
 mod prove;
+mod receipt;
 mod resolve;
 mod shape;
-mod space;
+pub(crate) mod space;
 mod target;
 
 use std::time::Instant;
@@ -28,6 +28,7 @@ pub(crate) use resolve::recorded_name;
 pub(crate) use shape::Shape;
 pub(crate) use target::DataFileTarget;
 
+use self::in_place::Found;
 use self::plan::Job;
 use self::prove::Proof;
 use self::target::Target;
@@ -50,12 +51,10 @@ struct Done {
 /// that fails publishes nothing either, and is reported.
 pub fn run(options: &CopyOptions, observer: &dyn Observer) -> Result<Report> {
     let started = Instant::now();
-    let recovered = new::recover_publication(options)?;
+    new::recover_publication(options)?;
     let mut job = Job::decide(options, observer)?;
-    if let Some(recovered) = recovered.filter(|_| !options.fresh)
-        && new::session(&job)? == Some(recovered.session)
-    {
-        return Ok(already_complete(&job, recovered.content, started));
+    if let Some(content) = receipt::finished(&job)? {
+        return Ok(already_complete(job, content, started));
     }
     job.go_or_refuse()?;
     let done = match job.target {
@@ -73,11 +72,12 @@ fn report(job: &Job<'_>, done: Done, started: Instant) -> Report {
         id: job.options.destination.display().to_string(),
         bytes_data: moved.bytes_data,
         bytes_zero: moved.bytes_zero,
-        content_hash: proof.content_hash,
+        content_hash: proof.content.map(|root| root.to_string()),
         verified: proof.verified,
         not_carried: not_carried(job, &moved),
         bitmaps,
-    };
+    }
+    .as_seen();
     let is_bad = proof.verified == Verified::Mismatch;
     Report {
         status: if is_bad { Status::Failed } else { Status::Completed },
@@ -92,13 +92,15 @@ fn report(job: &Job<'_>, done: Done, started: Instant) -> Report {
     }
 }
 
-/// A crash had come between the renames of this very copy: now all of it has its names.
-fn already_complete(job: &Job<'_>, content: ContentHash, started: Instant) -> Report {
-    let moved = Transferred { content_hash: Some(content), ..Transferred::default() };
-    let verified = Verified::Yes;
-    let proof = Proof { verified, content_hash: Some(content.to_string()), mismatch: None };
+/// This very copy was made before, and is as it was left.
+fn already_complete(mut job: Job<'_>, content: Option<ContentHash>, started: Instant) -> Report {
+    // What stands there now is what came, and replaces nothing.
+    job.bitmaps = bitmaps::plan(job.options, &job.source, &job.target, Found::default());
+    let moved = Transferred { content_hash: content, ..Transferred::default() };
+    let verified = if content.is_some() { Verified::Yes } else { Verified::No };
+    let proof = Proof { verified, content, mismatch: None };
     let done = Done { moved, proof, invalidated: Vec::new(), is_resumed: true, repeated: 0 };
-    Report { status: Status::AlreadyComplete, ..report(job, done, started) }
+    Report { status: Status::AlreadyComplete, ..report(&job, done, started) }
 }
 
 /// What was planned not to be carried, and what turned out so.

@@ -9,6 +9,7 @@ use block_mig::limits::{MAX_UNIT_BYTES, UNIT_BYTES, workers};
 use block_mig::recorded::Recorded;
 use block_mig::{TransferOptions, Transferred, transfer};
 use format_spec::Blame;
+use format_spec::native::journal::UNPROVED;
 use mig_core::block::BlockSink;
 use qcow2_file::Opener;
 use qcow2_file::create::Backing;
@@ -17,29 +18,31 @@ use super::metered::Metered;
 use super::options::{CopyOptions, Existing};
 use super::plan::Job;
 use super::target::Target;
-use super::{Done, bitmaps, preserve, prove};
-use crate::berth::{Half, NewDisk, NewKind, Recovered, Unfinished, recover};
+use super::{Done, bitmaps, prove, receipt};
+use crate::berth::{
+    Half, NewDisk, NewKind, Receipt, Recovered, Unfinished, publish_together, recover,
+};
 use crate::carry::Asked;
 use crate::facts::{Facts, FileFacts, host};
 use crate::observe::Progress;
 use crate::publish::directory;
-use crate::report::Verified;
-use crate::{Error, Observer, Phase, Result};
+use crate::report::{Verified, error_chain};
+use crate::{Error, Observer, Phase, Result, preserve};
 
 /// Copies to a new destination. Nothing has a final name before everything is durable and proved.
 /// What an error leaves is gone on with by the same command, where there is a journal and the error
 /// is not in the source's bytes.
 pub(super) fn copy(job: &Job<'_>, observer: &dyn Observer) -> Result<Done> {
     let unfinished = Unfinished::open(&disk(job)?)?;
-    let is_kept = unfinished.keeper().is_some();
+    let is_kept = resumes(job);
     let done = finish(job, &unfinished, observer);
     match &done {
         // A source that is damaged stays so: there is nothing to go on with.
-        Err(error) if is_kept && error.blame() == Blame::Bytes => unfinished.forsake()?,
-        Err(_) if is_kept => observer.warning(
+        Err(error) if !is_kept || error.blame() == Blame::Bytes => unfinished.forsake()?,
+        Err(_) => observer.warning(
             "what was copied so far is kept: the same command goes on with it, --fresh starts anew",
         ),
-        _ => {}
+        Ok(_) => {}
     }
     done
 }
@@ -47,7 +50,8 @@ pub(super) fn copy(job: &Job<'_>, observer: &dyn Observer) -> Result<Done> {
 fn finish(job: &Job<'_>, unfinished: &Unfinished, observer: &dyn Observer) -> Result<Done> {
     let is_resumed = unfinished.is_resumed;
     let repeated = if is_resumed { recheck(job, unfinished, observer)? } else { 0 };
-    let moved = move_data(job, unfinished.sink(), unfinished.keeper(), observer)?;
+    let keeper = unfinished.keeper().filter(|_| resumes(job));
+    let moved = move_data(job, unfinished.sink(), keeper, observer)?;
     observer.phase(Phase::Bitmaps);
     let stored = bitmaps::load(&job.source, &job.bitmaps)?;
     observer.phase(Phase::Seal);
@@ -62,7 +66,18 @@ fn finish(job: &Job<'_>, unfinished: &Unfinished, observer: &dyn Observer) -> Re
             unfinished.drafts.iter().try_for_each(|draft| preserve::like(model, draft))?;
         }
         unfinished.sync()?;
-        unfinished.publish(moved.content_hash, job.options.existing == Existing::Replace)?;
+        unfinished.prepare(proof.content.unwrap_or(UNPROVED))?;
+        let replaces = job.options.existing == Existing::Replace;
+        publish_together(&[unfinished], replaces, |_| {
+            // The copy is there all the same.
+            if let Err(error) = receipt::write(job, unfinished.log(), &proof, &stored) {
+                let why = error_chain(&error);
+                observer.warning(&format!(
+                    "the same command will not know that it had finished: {why}"
+                ));
+            }
+            Ok(())
+        })?;
     }
     Ok(Done { moved, proof, invalidated: Vec::new(), is_resumed, repeated })
 }
@@ -89,30 +104,38 @@ fn disk<'a>(job: &'a Job<'_>) -> Result<NewDisk<'a>> {
         path: &job.options.destination,
         size: job.source.disk.chain.virtual_size(),
         kind,
-        session: session(job)?,
-        is_fresh: job.options.fresh,
+        session: Some(session(job)?),
+        is_fresh: job.options.fresh || !resumes(job),
         wishes: String::new(),
     })
 }
 
-/// Finishes the publication that a crash interrupted, where the destination is a pair of files.
-pub(super) fn recover_publication(options: &CopyOptions) -> Result<Option<Recovered>> {
+/// Finishes the publication that a crash interrupted.
+pub(super) fn recover_publication(options: &CopyOptions) -> Result<()> {
     if options.existing == Existing::InPlace {
-        return Ok(None);
+        return Ok(());
     }
     let destination = options.destination.as_path();
     let data = options.target.data_file.as_ref().map(|name| directory(destination).join(name));
     let targets: Vec<_> = data.as_deref().into_iter().chain([destination]).collect();
-    let place = Half { files: targets, target: None };
-    Ok(recover(&[place], options.existing == Existing::Replace, |_, _, _| Ok(()))?.pop())
+    let place = Half { files: targets.clone(), target: None };
+    recover(&[place], options.existing == Existing::Replace, |_, log, found| {
+        let Recovered { session, size, content, target } = found.clone();
+        // Nobody asks a copy on one host which bitmaps it has.
+        let mut receipt = Receipt::of_stored((session, size, target), content, Vec::new());
+        receipt.write(log, targets.iter().rev().copied())
+    })?;
+    Ok(())
 }
 
-/// The session of this copy. What stands on a backing file, or is not hashed, is copied anew each
-/// time.
-pub(super) fn session(job: &Job<'_>) -> Result<Option<[u8; 16]>> {
-    if job.options.no_verify || job.source.kept.is_some() {
-        return Ok(None);
-    }
+/// Whether the same command can go on with what this one leaves: not where nothing is hashed, nor
+/// above a backing file.
+pub(super) fn resumes(job: &Job<'_>) -> bool {
+    !job.options.no_verify && job.source.kept.is_none()
+}
+
+/// The session of this copy.
+pub(super) fn session(job: &Job<'_>) -> Result<[u8; 16]> {
     let failed = |path: PathBuf| move |source| Error::File { action: "look at", path, source };
     let facts = |file: &Arc<qcow2_file::HostFile>| {
         FileFacts::of(file.file()).map_err(failed(file.path().to_owned()))
@@ -122,13 +145,14 @@ pub(super) fn session(job: &Job<'_>) -> Result<Option<[u8; 16]>> {
     let destination = &options.destination;
     let absolute = std::path::absolute(destination).map_err(failed(destination.clone()))?;
     let bitmaps = Asked::wishes(&options.bitmaps, &options.renames, options.skip_broken_bitmaps);
+    let kept = job.source.kept.as_ref().map(|kept| format!("{kept:?}")).unwrap_or_default();
     let facts = Facts {
         host: host(),
         disks: vec![(String::new(), job.source.disk.chain.virtual_size(), files)],
         destination: absolute.into_os_string().into_encoded_bytes(),
-        wishes: vec!["copy".to_owned(), format!("{:?}", job.target), bitmaps],
+        wishes: vec!["copy".to_owned(), format!("{:?}", job.target), bitmaps, kept],
     };
-    Ok(Some(facts.session()))
+    Ok(facts.session())
 }
 
 fn backing(job: &Job<'_>) -> Result<Option<Backing>> {

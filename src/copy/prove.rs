@@ -24,7 +24,7 @@ use crate::{Error, Observer, Phase, Result, Silent};
 pub(super) struct Proof {
     pub(super) verified: Verified,
     /// The source's content, where it was hashed.
-    pub(super) content_hash: Option<String>,
+    pub(super) content: Option<ContentHash>,
     /// What differs.
     pub(super) mismatch: Option<String>,
 }
@@ -90,12 +90,12 @@ pub(super) fn prove(
         _ => whole.size(),
     };
     let copied = StartOf { disk: &whole, size };
-    let (content_hash, mut mismatch) = content(job, &copied, moved, observer)?;
+    let (root, mut mismatch) = content(job, &copied, moved, observer)?;
     if mismatch.is_none() && !matches!(job.target, Target::Raw | Target::RawInPlace) {
         mismatch = bitmaps::difference(stored, &found.bitmaps)?;
     }
     let verified = if mismatch.is_none() { Verified::Yes } else { Verified::Mismatch };
-    Ok(Proof { verified, content_hash: Some(content_hash.to_string()), mismatch })
+    Ok(Proof { verified, content: Some(root), mismatch })
 }
 
 /// What the source's content hashes to, and in what the copy's differs, if it does.
@@ -128,6 +128,5 @@ fn content(
 }
 
 fn unproved(moved: &Transferred) -> Proof {
-    let content_hash = moved.content_hash.map(|h| h.to_string());
-    Proof { verified: Verified::No, content_hash, mismatch: None }
+    Proof { verified: Verified::No, content: moved.content_hash, mismatch: None }
 }

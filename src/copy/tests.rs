@@ -77,7 +77,7 @@ fn are_equal(a: &Path, b: &Path, bitmaps: bool) -> bool {
         a: a.to_owned(),
         b: b.to_owned(),
         allow_backing: true,
-        bitmaps: Some(bitmaps),
+        bitmaps: Some(if bitmaps { BitmapSelection::All } else { BitmapSelection::None }),
         ..CompareOptions::default()
     };
     let found = compare::run(&options, &Silent).unwrap();

@@ -1,6 +1,8 @@
 //! The first connection: hear the offer, answer it.
 
+use std::io::Write;
 use std::sync::Arc;
+use std::time::Duration;
 
 use format_spec::native::hello::{
     Choice, Hello, MULTI_CHANNEL, Offer, RESUME, Refusal, SessionState, ZLIB, ZSTD,
@@ -34,7 +36,7 @@ pub(super) fn accept(
     let line = main.line;
     let mut reader = StreamReader::new(main.reader, 0);
     let mut writer = StreamWriter::new(main.writer, 0);
-    let offered = within(options.timing.hello, &*line, || reader.hello());
+    let offered = reader.hello_within(options.timing.hello, &*line);
     let answered = offered.and_then(|hello| choose(hello, nature, destination, options));
     let (offer, choice) = match answered {
         Ok(answered) => answered,
@@ -64,9 +66,20 @@ pub(super) fn accept(
 /// Ends a connection that nothing will come of, before its hello was heard, and tells why.
 pub(crate) fn turn_away(main: Connection, blame: Blame, text: String) {
     let Connection { reader, writer, line, .. } = main;
-    refuse(Refusal { blame, text }, &mut StreamWriter::new(writer, 0));
     let mut reader = StreamReader::new(reader, 0);
-    within(Timing::default().linger, &*line, || reader.drain(u64::MAX));
+    let linger = Timing::default().linger;
+    refuse_and_linger((&mut reader, writer), &*line, Refusal { blame, text }, linger);
+}
+
+/// Says why nothing will come of a connection, stays until that was read, and ends it.
+pub(super) fn refuse_and_linger(
+    (reader, writer): (&mut StreamReader, Box<dyn Write + Send>),
+    line: &dyn HangUp,
+    refusal: Refusal,
+    linger: Duration,
+) {
+    refuse(refusal, &mut StreamWriter::new(writer, 0));
+    within(linger, line, || reader.drain(u64::MAX));
     line.hang_up();
 }
 

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bitmap_mig::{ArrivedBitmap, Bitmap, KeptBitmaps, LoadBitmaps};
 use block_mig::Landing;
-use block_mig::arrive::{Known, LoadBlocks, SealedDisk};
+use block_mig::arrive::{Known, LoadBlocks, SealedDisk, Tally};
 use format_spec::content_hash::BitmapDigest;
 use format_spec::native::answer::{Answer, Ready};
 use format_spec::native::block::{BitmapVersion, BlockRecord, Disk, DiskId};
@@ -46,10 +46,11 @@ impl BlockSection {
         destination: Arc<dyn Destination>,
         known: Known,
         kept: Option<KeptBitmaps>,
+        tally: Arc<Tally>,
     ) -> Self {
         Self {
             destination,
-            blocks: LoadBlocks::new(known),
+            blocks: LoadBlocks::new(known).counted_in(tally),
             bitmaps: kept.map_or_else(LoadBitmaps::new, LoadBitmaps::resumed),
             tells: AtomicBool::new(known == Known::Some),
             places: Mutex::default(),

@@ -6,22 +6,29 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::Scope;
 use std::time::{Duration, Instant};
 
-use format_spec::native::hello::{Choice, Hello, Join};
+use format_spec::Blame;
+use format_spec::native::hello::{Choice, Hello, Join, Refusal};
 use mig_core::limits::MAX_WAITING_JOINS;
 use mig_core::stream::{Error, Result, StreamReader};
 use mig_core::transport::{Connection, HangUp, Listen};
 
+use super::accept::refuse_and_linger;
 use super::read::Session;
 use crate::Timing;
 
 /// How often it is looked whether the session has ended.
 const LOOK_INTERVAL: Duration = Duration::from_millis(200);
+/// The same once nobody is waited for: what comes then is told no, and the end waits for nothing.
+const BUSY_INTERVAL: Duration = Duration::from_millis(50);
+/// What another source is told.
+const BUSY: &str = "a migration is being received here: try again when it is over";
 /// How long the newest of too many connections waits for one of the others to say its hello.
 const GRACE: Duration = Duration::from_millis(50);
 
 /// Accepts connections until all that were granted have joined, and reads them on threads of their
 /// own. Strangers are closed; they cost a thread for as long as a hello may take, and no more than
-/// a few at a time: the oldest makes room for the newest.
+/// a few at a time: the oldest makes room for the newest. Where there may be strangers they are
+/// told no until the session is over: another source would wait for an answer otherwise.
 pub(super) fn accept_all<'s>(
     scope: &'s Scope<'s, '_>,
     session: &'s Session,
@@ -31,27 +38,34 @@ pub(super) fn accept_all<'s>(
 ) {
     let waiting: Arc<Waiting> = Arc::default();
     let begun = Instant::now();
-    while !session.has_all() && !session.is_over() {
+    while !session.is_over() {
+        let has_all = session.has_all();
+        if has_all && !listen.has_strangers() {
+            break;
+        }
         let left = timing.join.saturating_sub(begun.elapsed());
         // Strangers do not make it longer.
-        if left.is_zero() {
+        if left.is_zero() && !has_all {
             waiting.hang_up();
             session.fail(Error::Connect(io::ErrorKind::TimedOut.into()));
             return;
         }
         // In slices, so that an end of the session is seen.
-        match listen.accept(Some(left.min(LOOK_INTERVAL))) {
+        let slice = if has_all { BUSY_INTERVAL } else { left.min(LOOK_INTERVAL) };
+        match listen.accept(Some(slice)) {
             Ok(connection) => {
                 waiting.enter(connection.line.clone(), listen.has_strangers());
                 let waiting = waiting.clone();
                 scope.spawn(move || {
-                    if let Some(mut reader) = greet(connection, session, choice, &waiting) {
+                    let said = (session, choice, timing);
+                    if let Some(mut reader) = greet(connection, said, &waiting) {
                         session.read_data(&mut reader);
                     }
                 });
             }
             Err(e) if e.kind() == io::ErrorKind::TimedOut => {}
-            Err(e) if session.has_all() || session.is_over() => drop(e),
+            // Nobody else can come; who is here goes on.
+            Err(_) if session.has_all() || session.is_over() => break,
             Err(e) => {
                 waiting.hang_up();
                 session.fail(Error::Connect(e));
@@ -68,13 +82,19 @@ pub(super) fn accept_all<'s>(
 /// Hears the hello of a connection; `None` for one that does not belong here.
 fn greet(
     connection: Connection,
-    session: &Session,
-    choice: &Choice,
+    (session, choice, timing): (&Session, &Choice, &Timing),
     waiting: &Waiting,
 ) -> Option<StreamReader> {
     let Connection { reader, writer, line, peer } = connection;
     let mut reader = StreamReader::new(reader, 0);
     let hello = reader.hello();
+    if let Ok(Hello::Offer(_)) = hello {
+        tracing::warn!("{peer} offers another migration, and was refused");
+        let refusal = Refusal { blame: Blame::Transport, text: BUSY.to_owned() };
+        refuse_and_linger((&mut reader, writer), &*line, refusal, timing.linger);
+        waiting.leave(&line);
+        return None;
+    }
     waiting.leave(&line);
     match admit(hello, session, choice, &line) {
         Ok(join) => {

@@ -19,9 +19,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use bitmap_mig::KeptBitmaps;
 use block_mig::Monitor;
-use block_mig::arrive::Known;
+use block_mig::arrive::{Known, Tally};
 use format_spec::Blame;
-use format_spec::native::answer::Answer;
+use format_spec::native::answer::{Answer, Published};
 use format_spec::native::hello::{MAX_CHANNELS, RESUME, SessionState};
 use mig_core::heart::{Heart, within};
 use mig_core::section::{AnswerWriter as _, Fate, Registry};
@@ -50,6 +50,8 @@ pub struct IncomingOptions<'a> {
     pub timing: Timing,
     /// Where bitmaps are kept from one attempt to the next: share it between them.
     pub kept: Arc<KeptSession>,
+    /// Where it is counted what has come.
+    pub tally: Arc<Tally>,
 }
 
 /// The bitmaps of a session that was cut off, in memory.
@@ -77,6 +79,7 @@ impl<'a> IncomingOptions<'a> {
             workers: mig_core::limits::LOAD_WORKERS,
             timing: Timing::default(),
             kept: Arc::default(),
+            tally: Arc::default(),
         }
     }
 }
@@ -113,6 +116,8 @@ pub struct Received {
     pub wire_bytes: u64,
     /// The disks in the order of their numbers.
     pub disks: Vec<ReceivedDisk>,
+    /// What an earlier attempt had published, where that was all of it.
+    pub published: Vec<Published>,
 }
 
 /// Receives one migration whose source has made its first connection. Further connections come from
@@ -132,9 +137,11 @@ pub fn receive(
         resumed: accepted.choice.state != SessionState::Fresh,
         wire_bytes: 0,
         disks: Vec::new(),
+        published: Vec::new(),
     };
     if received.already_complete {
-        accepted.already_complete(&*destination, options)?;
+        received.published = destination.published()?;
+        accepted.already_complete(&received.published, options);
         return Ok(received);
     }
     let known = match accepted.choice.state {
@@ -143,7 +150,8 @@ pub fn receive(
         _ => Known::Nothing,
     };
     let kept = options.kept.take(received.session).filter(|_| known == Known::Some);
-    let block = Arc::new(BlockSection::new(destination.clone(), known, kept));
+    let block =
+        Arc::new(BlockSection::new(destination.clone(), known, kept, options.tally.clone()));
     let mut sections = others;
     sections.add(block_mig::save::SECTION, block.clone());
     let resumes = accepted.choice.features & RESUME != 0;
@@ -168,20 +176,16 @@ pub fn receive(
 impl Accepted {
     /// All was published before: says so, and what that is. A source that hears nothing is read to
     /// its end, so that it ends as well as it would have.
-    fn already_complete(
-        mut self,
-        destination: &dyn Destination,
-        options: &IncomingOptions<'_>,
-    ) -> Result<()> {
+    fn already_complete(mut self, published: &[Published], options: &IncomingOptions<'_>) {
         if !self.back.is_one_way() {
-            let published = destination.published()?.into_iter().map(Answer::Published);
+            let published = published.iter().cloned().map(Answer::Published);
             let committed = Answer::Committed(self.offer.session);
             let told = published.chain([committed]).try_for_each(|said| self.back.answer(&said));
             // It may ask again.
             if let Err(error) = told {
                 tracing::debug!(%error, "the source did not wait to hear what is published");
             }
-            return Ok(());
+            return;
         }
         let over = Heart::new();
         std::thread::scope(|scope| {
@@ -195,7 +199,6 @@ impl Accepted {
             });
             self.reader.drain(u64::MAX);
         });
-        Ok(())
     }
 }
 
@@ -241,7 +244,7 @@ fn run(
         for _ in 0..options.workers.max(1) {
             scope.spawn(|| session.work());
         }
-        if choice.channels > 1 {
+        if choice.channels > 1 || listen.has_strangers() {
             scope.spawn(move || join::accept_all(scope, session, listen, choice, &options.timing));
         }
         // Also where somebody panics: who waits inside this scope would wait for good.

@@ -308,7 +308,7 @@ impl Tries {
     /// An answer to what was unknown: what is complete became so in this run.
     fn answered(&mut self, sent: Sent) -> Sent {
         match sent.outcome {
-            Outcome::AlreadyComplete => {
+            Outcome::AlreadyComplete(_) => {
                 let confirmed = self.confirmed.take();
                 Sent { outcome: Outcome::Completed, confirmed, ..sent }
             }

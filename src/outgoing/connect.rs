@@ -1,14 +1,14 @@
 //! Connect and negotiate: hello, answer, further connections.
 
-use std::io::Read;
+use std::io::{self, Read};
 use std::sync::Arc;
 
 use block_mig::Monitor;
+use format_spec::Blame;
 use format_spec::native::hello::{
-    Choice, Hello, Join, MAX_CHANNELS, MULTI_CHANNEL, Offer, RESUME, SessionState,
+    Choice, Hello, Join, MAX_CHANNELS, MULTI_CHANNEL, Offer, RESUME, Refusal, SessionState,
 };
 use mig_core::channels::Channels;
-use mig_core::heart::within;
 use mig_core::stream::{Breaker, Error, Method, Result, StreamReader, StreamWriter};
 use mig_core::transport::{Connection, Dial, HangUp};
 
@@ -109,11 +109,17 @@ fn hear(
     line: &dyn HangUp,
     options: &OutgoingOptions<'_>,
 ) -> Result<Choice> {
-    match within(options.timing.hello, line, || reader.hello())? {
+    match reader.hello_within(options.timing.hello, line)? {
         Hello::Choice(choice) => {
             let accepted = offer.accepts(&choice);
             accepted.map_err(|source| Error::Malformed { channel: 0, source })?;
             Ok(choice)
+        }
+        // Somebody else has the connection that would be ours: it may be over soon.
+        Hello::Refusal(Refusal { blame: Blame::Transport, text }) => {
+            let busy =
+                io::Error::new(io::ErrorKind::ResourceBusy, format!("the peer says: {text}"));
+            Err(Error::Connect(busy))
         }
         Hello::Refusal(refusal) => Err(Error::Peer { blame: refusal.blame, text: refusal.text }),
         Hello::Offer(_) | Hello::Join(_) => {

@@ -35,7 +35,7 @@ pub(super) fn drive(
 ) -> Result<Sent> {
     let Connected { channels, breaker, answers: reader, choice, silent: _silent } = connected;
     let mut sent = Sent {
-        outcome: Outcome::AlreadyComplete,
+        outcome: Outcome::AlreadyComplete(Vec::new()),
         peer: choice.program,
         wire_bytes: channels.written(),
         resumed: choice.state != SessionState::Fresh,
@@ -84,10 +84,11 @@ fn finished(
     breaker: &Breaker,
     options: &OutgoingOptions<'_>,
 ) -> Result<Outcome> {
-    let Some(reader) = reader else { return Ok(Outcome::AlreadyComplete) };
+    let Some(reader) = reader else { return Ok(Outcome::AlreadyComplete(Vec::new())) };
     match receipt::hear(reader, breaker, options) {
         Ok(published) => {
-            receipt::hold(&options.expected, &published).map(|()| Outcome::AlreadyComplete)
+            receipt::hold(&options.expected, &published)?;
+            Ok(Outcome::AlreadyComplete(published))
         }
         Err(error) => Ok(Outcome::Unknown(error)),
     }

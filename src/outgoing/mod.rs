@@ -33,7 +33,7 @@ use std::time::Duration;
 
 use block_mig::Monitor;
 use format_spec::Blame;
-use format_spec::native::answer::Ready;
+use format_spec::native::answer::{Published, Ready};
 use mig_core::guest::{Guest, GuestError};
 use mig_core::meter::Meter;
 use mig_core::section::SaveHandler;
@@ -98,8 +98,8 @@ impl<'a> OutgoingOptions<'a> {
 pub enum Outcome {
     /// The destination has published everything.
     Completed,
-    /// It had, before this attempt began. Nothing was sent.
-    AlreadyComplete,
+    /// It had, before this attempt began, and says what. Nothing was sent.
+    AlreadyComplete(Vec<Published>),
     /// Everything was written to a stream that nobody answers on.
     Unconfirmed,
     /// COMMIT had begun to go out, and no answer came. The destination may have published or not;

@@ -91,8 +91,10 @@ fn difference(disk: &ExpectedDisk, found: &Published) -> Option<String> {
     if disk.size != found.size {
         return Some(format!("has {} bytes there and {} here", found.size, disk.size));
     }
-    if let Some(content) = disk.content.filter(|content| *content != found.content) {
-        return Some(format!("was sent as {content} and published as {}", found.content));
+    if let (Some(sent), Some(published)) = (disk.content, found.content)
+        && sent != published
+    {
+        return Some(format!("was sent as {sent} and published as {published}"));
     }
     let bitmaps = disk.bitmaps.as_ref()?;
     let mut left: BTreeMap<&str, BitmapDigest> =
@@ -138,7 +140,8 @@ mod tests {
             digest: digest(seed),
         };
         let bitmaps = vec![bitmap("b", "b", 2), bitmap("new", "a", 1)];
-        Published { name: "vda".to_owned(), size: 512, content: ROOT, bitmaps }
+        let (name, content) = ("vda".to_owned(), Some(ROOT));
+        Published { name, size: 512, content, is_unchanged: true, bitmaps }
     }
 
     type Change = fn(&mut Published);
@@ -150,7 +153,7 @@ mod tests {
         let changes: [(&str, Change); 7] = [
             ("no disk", |p| p.name.push('x')),
             ("1024 bytes", |p| p.size = 1024),
-            ("published as", |p| p.content = ContentHash([2; 32])),
+            ("published as", |p| p.content = Some(ContentHash([2; 32]))),
             ("\"b\" as", |p| p.bitmaps[0].digest = digest(9)),
             ("was not sent", |p| p.bitmaps[0] = p.bitmaps[1].clone()),
             ("lacks bitmap \"a\"", |p| drop(p.bitmaps.pop())),
@@ -166,8 +169,9 @@ mod tests {
         // What is not known here is not held against anything.
         let vague = ExpectedDisk { content: None, bitmaps: None, ..expected() };
         let mut other = published();
-        (other.content, other.bitmaps) = (ContentHash([2; 32]), Vec::new());
+        (other.content, other.bitmaps) = (Some(ContentHash([2; 32])), Vec::new());
         hold(&[vague], &[other]).unwrap();
+        hold(&[expected()], &[Published { content: None, ..published() }]).unwrap();
         // "a" is stored as "b", and another one was "b" before.
         let mut swapped = published();
         swapped.bitmaps[0].sent_as = "z".to_owned();

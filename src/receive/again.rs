@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use format_spec::Blame;
 use format_spec::content_hash::BitmapDigest;
-use format_spec::native::answer::{NO_CONTENT, Published, PublishedBitmap};
+use format_spec::native::answer::{Published, PublishedBitmap};
 use format_spec::native::hello::SessionState;
 use mig_core::section::{Fate, Registry};
 use mig_core::stream;
@@ -41,6 +41,7 @@ pub(super) fn receive_all(
         let (on_main, on_others) = (Arc::<Passed>::default(), Arc::<Passed>::default());
         let ended = match next.take().map_or_else(|| come_back(arrivals, observer, &patience), Ok) {
             Ok(main) => {
+                incoming.tally.reset();
                 observer.phase(Phase::Transfer);
                 let listen = Counted { way: arrivals as &dyn Listen, passed: on_others.clone() };
                 let others = Registry::new();
@@ -106,6 +107,8 @@ fn come_back(
 /// not known without what lies on storage.
 fn told(received: Option<&Received>) -> Option<Vec<Published>> {
     let received = received.filter(|received| !received.already_complete)?;
+    // Its guest may run by now.
+    let is_unchanged = false;
     let of = |disk: &ReceivedDisk| {
         let proof = disk.proof.as_ref()?;
         let bitmap = |(name, digest): (&String, &BitmapDigest)| PublishedBitmap {
@@ -114,9 +117,8 @@ fn told(received: Option<&Received>) -> Option<Vec<Published>> {
             digest: *digest,
         };
         let bitmaps = disk.bitmaps.iter().zip(&proof.bitmaps).map(bitmap).collect();
-        let (name, size, content) =
-            (disk.name.clone(), disk.size, proof.content.unwrap_or(NO_CONTENT));
-        Some(Published { name, size, content, bitmaps })
+        let (name, size, content) = (disk.name.clone(), disk.size, proof.content);
+        Some(Published { name, size, content, is_unchanged, bitmaps })
     };
     received.disks.iter().map(of).collect()
 }
@@ -174,7 +176,16 @@ impl Destination for Door {
     }
 
     fn published(&self) -> stream::Result<Vec<Published>> {
-        self.published.as_ref().map_or_else(|| self.inner.published(), |told| Ok(told.clone()))
+        let Some(told) = &self.published else { return self.inner.published() };
+        // Whether somebody has written to a disk since is what storage says best, if it says.
+        let stored = self.inner.published().unwrap_or_default();
+        let is_unchanged = |told: &Published| {
+            let mut same = stored.iter().filter(|found| found.name == told.name);
+            same.any(|found| found.is_unchanged && found.content == told.content)
+        };
+        let told =
+            told.iter().map(|told| Published { is_unchanged: is_unchanged(told), ..told.clone() });
+        Ok(told.collect())
     }
 
     fn place(&self, wanted: &Wanted<'_>) -> stream::Result<Arc<dyn Place>> {

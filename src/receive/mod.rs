@@ -2,6 +2,7 @@
 
 mod again;
 mod arrivals;
+mod arriving;
 mod dialect;
 mod image;
 mod in_place;
@@ -11,12 +12,14 @@ mod relay;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use format_spec::native::answer::{Published, PublishedBitmap};
 use mig_core::heart::Heart;
 use mig_core::stream;
 use mig_core::transport::{Connection, Listen};
 
 use self::again::receive_all;
 pub use self::arrivals::Arrivals;
+use self::arriving::Arriving;
 pub use self::dialect::Dialect;
 pub use self::image::{new_image, receive_image};
 use self::in_place::InPlace;
@@ -43,16 +46,16 @@ pub fn run(
     arrivals: &Arrivals<'_>,
     observer: &dyn Observer,
 ) -> Result<Report> {
-    let started = Instant::now();
     options.check()?;
     observer.phase(Phase::Wait);
     let (dialect, main) = first(arrivals, observer, None)?;
+    // How long nobody came is nobody's work.
+    let started = Instant::now();
     if let Some(wanted) = options.dialect.filter(|wanted| *wanted != dialect) {
         let peer = &main.peer;
         let reason = format!("{peer} speaks the {dialect} dialect, and {wanted} was asked for");
         return Err(Error::Usage { reason });
     }
-    observer.phase(Phase::Transfer);
     match dialect {
         Dialect::Native => {
             if let Err(error) = options.check_for(dialect) {
@@ -118,7 +121,13 @@ fn qemu(
         is_one_way: arrivals.nature().is_one_way,
         devices: None,
     };
-    qemu::incoming::run(main, &incoming, observer)
+    let mut report = qemu::incoming::run(main, &incoming, observer)?;
+    if options.no_verify {
+        // What was stored is read back all the same: that costs nothing beside a QEMU.
+        let read_back = report.disks.iter_mut().filter(|d| d.verified != Verified::Mismatch);
+        read_back.for_each(|disk| disk.verified = Verified::No);
+    }
+    Ok(report)
 }
 
 fn native(
@@ -128,6 +137,8 @@ fn native(
 ) -> Result<Report> {
     let relay = Arc::new(Relay::default());
     let bases = bases(options, observer)?;
+    let watched = Arriving::new(observer);
+    let observer: &dyn Observer = &watched;
     let in_place = match options.existing {
         Existing::InPlace => Some(Arc::new(InPlace::open(options, observer, relay.clone())?)),
         Existing::Refuse | Existing::Replace => None,
@@ -143,9 +154,16 @@ fn native(
         Arc::clone(in_place) as _
     };
     let monitor = Stops(observer);
-    let incoming =
-        IncomingOptions { max_channels: options.max_channels, ..IncomingOptions::new(&monitor) };
-    let (over, tell) = (Heart::new(), || relay.hand_on(observer));
+    let incoming = IncomingOptions {
+        max_channels: options.max_channels,
+        tally: watched.tally(),
+        ..IncomingOptions::new(&monitor)
+    };
+    let tell = || {
+        relay.hand_on(observer);
+        watched.tell();
+    };
+    let over = Heart::new();
     let received = std::thread::scope(|scope| {
         scope.spawn(|| over.run(TELL_INTERVAL, tell));
         let arriving = (main, arrivals);
@@ -207,6 +225,8 @@ fn unused<'a>(options: &'a ReceiveOptions, report: &Report) -> Vec<&'a str> {
 fn report(options: &ReceiveOptions, received: Received, started: Instant) -> Report {
     let status =
         if received.already_complete { Status::AlreadyComplete } else { Status::Completed };
+    let before = received.published.iter().map(published_before);
+    let now = received.disks.into_iter().map(|disk| disk_report(options, disk));
     Report {
         status,
         error: None,
@@ -215,9 +235,24 @@ fn report(options: &ReceiveOptions, received: Received, started: Instant) -> Rep
         wire_bytes: received.wire_bytes,
         repeated_bytes: 0,
         resumed: received.resumed,
-        disks: received.disks.into_iter().map(|disk| disk_report(options, disk)).collect(),
+        disks: now.chain(before).collect(),
         ram: None,
     }
+}
+
+fn bitmap_report(name: String, stored: &str) -> BitmapReport {
+    let changed = (stored != name).then(|| format!("name: {name} -> {stored}"));
+    let changed = changed.into_iter().collect();
+    let outcome = BitmapOutcome::Preserved;
+    BitmapReport { name, outcome, changed, reason: None, is_wanted: true }
+}
+
+/// A disk that an earlier run had published.
+fn published_before(disk: &Published) -> DiskReport {
+    let bitmap = |found: &PublishedBitmap| bitmap_report(found.sent_as.clone(), &found.name);
+    let bitmaps = disk.bitmaps.iter().map(bitmap).collect();
+    let untouched = DiskReport::untouched(disk.name.clone());
+    DiskReport { bitmaps, ..untouched }.of_before(Some(disk)).as_seen()
 }
 
 fn disk_report(options: &ReceiveOptions, disk: ReceivedDisk) -> DiskReport {
@@ -225,18 +260,11 @@ fn disk_report(options: &ReceiveOptions, disk: ReceivedDisk) -> DiskReport {
     let renames = of_disk.map(|option| Renames::of(&options.renames, &option.id));
     let bitmap = |name: String| {
         let stored = renames.as_ref().map_or_else(|| name.clone(), |r| r.stored(&name));
-        let changed = (stored != name).then(|| format!("name: {name} -> {stored}"));
-        BitmapReport {
-            name,
-            outcome: BitmapOutcome::Preserved,
-            changed: changed.into_iter().collect(),
-            reason: None,
-            is_wanted: true,
-        }
+        bitmap_report(name, &stored)
     };
     let only_bitmaps = disk.proof.as_ref().is_some_and(|proof| proof.content.is_none());
     let content = disk.proof.and_then(|proof| proof.content);
-    DiskReport {
+    let report = DiskReport {
         id: disk.name,
         bytes_data: disk.bytes_data,
         bytes_zero: disk.bytes_zero,
@@ -244,5 +272,7 @@ fn disk_report(options: &ReceiveOptions, disk: ReceivedDisk) -> DiskReport {
         content_hash: content.map(|content| content.to_string()),
         not_carried: only_bitmaps.then(|| ONLY_BITMAPS.to_owned()).into_iter().collect(),
         bitmaps: disk.bitmaps.into_iter().map(bitmap).collect(),
-    }
+    };
+    // The bitmaps of a disk that came without content are proved all the same.
+    if only_bitmaps { report } else { report.as_seen() }
 }

@@ -105,7 +105,7 @@ pub(super) fn attempts(
                         unknown = Some(sent);
                     }
                     // It was this run whose last answer was lost.
-                    (Outcome::AlreadyComplete, Some(_)) => {
+                    (Outcome::AlreadyComplete(_), Some(_)) => {
                         return Ok((Sent { outcome: Outcome::Completed, ..sent }, moved));
                     }
                     _ => return Ok((sent, moved)),

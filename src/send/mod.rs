@@ -35,7 +35,7 @@ use crate::{Error, Observer, Phase, Result};
 /// What would be sent. Connects nothing.
 pub fn plan(options: &SendOptions, observer: &dyn Observer) -> Result<Plan> {
     let (disks, refusals) = decide(options, observer)?;
-    Ok(describe(&disks, &refusals))
+    describe(&disks, &refusals)
 }
 
 /// Sends. On an error the destination has published nothing, or says by itself what it has.
@@ -208,22 +208,38 @@ fn report(
 ) -> Report {
     let (status, error) = match &sent.outcome {
         Outcome::Completed | Outcome::Unconfirmed => (Status::Completed, None),
-        Outcome::AlreadyComplete => (Status::AlreadyComplete, None),
+        Outcome::AlreadyComplete(_) => (Status::AlreadyComplete, None),
         Outcome::Unknown(error) => (Status::Unknown, Some(error_chain(error))),
     };
     let (verified, outcome) = match &sent.outcome {
+        _ if options.no_verify => (Verified::No, BitmapOutcome::Preserved),
         Outcome::Unconfirmed | Outcome::Unknown(_) => (Verified::Unconfirmed, BitmapOutcome::Sent),
-        _ if options.no_verify || !options.blocks => (Verified::No, BitmapOutcome::Preserved),
+        _ if !options.blocks => (Verified::No, BitmapOutcome::Preserved),
         _ => (Verified::Yes, BitmapOutcome::Preserved),
     };
-    let disk = |(planned, moved): (&Planned, MovedDisk)| DiskReport {
-        id: planned.option.id.clone(),
-        bytes_data: moved.data,
-        bytes_zero: planned.sent_size().saturating_sub(moved.data + moved.kept),
-        content_hash: moved.content_hash,
-        verified,
-        not_carried: planned.not_carried(),
-        bitmaps: carry::reports(&planned.bitmaps, outcome),
+    let report = |(planned, moved): (&Planned, MovedDisk)| {
+        let report = DiskReport {
+            id: planned.option.id.clone(),
+            bytes_data: moved.data,
+            bytes_zero: planned.sent_size().saturating_sub(moved.data + moved.kept),
+            content_hash: moved.content_hash,
+            verified,
+            not_carried: planned.not_carried(),
+            bitmaps: carry::reports(&planned.bitmaps, outcome),
+        };
+        match &sent.outcome {
+            Outcome::AlreadyComplete(published) => {
+                let found = published.iter().find(|found| found.name == report.id);
+                report.of_before(found)
+            }
+            _ => report,
+        }
+    };
+    // Bitmaps that go alone are proved all the same.
+    let is_proved = !options.blocks && !options.no_verify;
+    let as_seen = |report: DiskReport| match report.verified {
+        Verified::No if is_proved => report,
+        _ => report.as_seen(),
     };
     Report {
         status,
@@ -233,7 +249,7 @@ fn report(
         wire_bytes: sent.wire_bytes,
         repeated_bytes: moved.disks().map(|disk| disk.repeated).fold(0, u64::saturating_add),
         resumed: sent.resumed,
-        disks: disks.iter().zip(moved.disks()).map(disk).collect(),
+        disks: disks.iter().zip(moved.disks()).map(report).map(as_seen).collect(),
         ram: None,
     }
 }

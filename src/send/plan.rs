@@ -12,6 +12,7 @@ use serde::Serialize;
 
 use super::SendOptions;
 use crate::carry::{self, Asked, BitmapPlan};
+use crate::copy::space::received_bytes;
 use crate::copy::{BitmapSelection, Format, PlannedBitmap, Rename};
 use crate::disk::{Disk, Request};
 use crate::options::DiskOption;
@@ -37,10 +38,13 @@ pub struct PlannedDisk {
     pub source_format: Format,
     /// Guest-visible bytes.
     pub virtual_size: u64,
-    /// Bytes of stored content that would be sent: about what the destination needs.
+    /// Bytes of stored content that would be sent.
     pub bytes_data: u64,
     /// Bytes known to read as zero.
     pub bytes_zero: u64,
+    /// Upper estimate of what a new image at the destination allocates, of the shape that it has
+    /// where nothing else is asked for there.
+    pub space_needed: u64,
     /// What the source has and the destination would not have, one phrase each.
     pub not_carried: Vec<String>,
     /// Every bitmap of the source.
@@ -53,8 +57,17 @@ pub struct PlannedDisk {
 pub struct Plan {
     /// In the order in which they were given.
     pub disks: Vec<PlannedDisk>,
+    /// Upper estimate of what all of them allocate.
+    pub space_needed: u64,
     /// Why it would be refused, one sentence each; empty where it would go on.
     pub refusals: Vec<String>,
+}
+
+impl Plan {
+    pub(crate) fn new(disks: Vec<PlannedDisk>, refusals: Vec<String>) -> Self {
+        let space_needed = disks.iter().map(|disk| disk.space_needed).fold(0, u64::saturating_add);
+        Self { disks, space_needed, refusals }
+    }
 }
 
 /// A disk that is open, and what is decided about it.
@@ -67,6 +80,8 @@ pub(super) struct Planned {
     pub(super) survey: Survey,
     /// Bytes that will be read.
     pub(super) content_bytes: u64,
+    /// Whether the destination is raw.
+    holds_no_bitmaps: bool,
     pub(super) bitmaps: BitmapPlan,
 }
 
@@ -147,7 +162,16 @@ pub(super) fn decide(
         refusals.append(&mut bitmaps.refusals);
         let reach = Reach::of(options, &disk);
         let (survey, content_bytes) = reach.survey(options, &disk)?;
-        disks.push(Planned { option, disk, reach, survey, content_bytes, bitmaps });
+        let holds_no_bitmaps = options.cannot_hold.is_some();
+        disks.push(Planned {
+            option,
+            disk,
+            reach,
+            survey,
+            content_bytes,
+            holds_no_bitmaps,
+            bitmaps,
+        });
     }
     Ok((disks, refusals))
 }
@@ -252,7 +276,18 @@ impl Planned {
         carry::load(&self.disk.bitmaps, &self.bitmaps)
     }
 
-    pub(super) fn describe(&self) -> PlannedDisk {
+    /// An upper estimate of what it takes at the destination.
+    fn space_needed(&self, bytes_data: u64) -> Result<u64> {
+        if self.holds_no_bitmaps {
+            return Ok(bytes_data);
+        }
+        let choices = self.bitmaps.decision.choices.iter();
+        let carried = choices.filter(|choice| matches!(choice.fate, Fate::Carried(_)));
+        let granularities: Vec<_> = carried.map(|choice| choice.bitmap.granularity).collect();
+        received_bytes(bytes_data, self.disk.chain.virtual_size(), &granularities)
+    }
+
+    pub(super) fn describe(&self) -> Result<PlannedDisk> {
         let names = self.bitmaps.decision.choices.iter().map(|c| match &c.fate {
             Fate::Carried(name) => Some(name.clone()),
             Fate::Unwanted | Fate::Left(_) => None,
@@ -263,23 +298,23 @@ impl Planned {
             becomes,
             reason: report.reason,
         };
-        PlannedDisk {
+        let bytes_data = self.survey.data.saturating_add(self.survey.compressed);
+        Ok(PlannedDisk {
             id: self.option.id.clone(),
             source: self.option.path.display().to_string(),
             source_format: self.disk.format(),
             virtual_size: self.disk.chain.virtual_size(),
-            bytes_data: self.survey.data.saturating_add(self.survey.compressed),
+            bytes_data,
             bytes_zero: self.survey.zero,
+            space_needed: self.space_needed(bytes_data)?,
             not_carried: self.not_carried(),
             bitmaps: reports.zip(names.chain(std::iter::repeat(None))).map(bitmap).collect(),
-        }
+        })
     }
 }
 
 /// What would be sent, in words.
-pub(super) fn describe(disks: &[Planned], refusals: &[Error]) -> Plan {
-    Plan {
-        disks: disks.iter().map(Planned::describe).collect(),
-        refusals: refusals.iter().map(|e| error_chain(e)).collect(),
-    }
+pub(super) fn describe(disks: &[Planned], refusals: &[Error]) -> Result<Plan> {
+    let disks = disks.iter().map(Planned::describe).collect::<Result<_>>()?;
+    Ok(Plan::new(disks, refusals.iter().map(|e| error_chain(e)).collect()))
 }

@@ -14,6 +14,7 @@ pub mod image;
 pub mod incoming;
 pub mod json;
 pub mod middle;
+pub mod migration;
 #[cfg(feature = "programs")]
 pub mod outgoing;
 pub mod peer;

@@ -8,6 +8,12 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use format_spec::Writer;
+use format_spec::native::control::Control;
+use format_spec::native::frame::HEADER_BYTES;
+use format_spec::qemu::container::{Section, SectionKind};
+use mig_core::channels::CONTROL_ID;
+
 /// How often a waiting thread looks whether it is over.
 const TICK: Duration = Duration::from_millis(20);
 
@@ -20,6 +26,10 @@ pub enum Cut {
     Forth(u64),
     /// When so many bytes have come back from it.
     Back(u64),
+    /// When the source has begun to say COMMIT, and so many bytes of that have gone.
+    Commit(u64),
+    /// Never, and nothing is passed on either: the source is let in and hears no more.
+    Silence,
 }
 
 /// What stands between two sides. Dropping it cuts everything.
@@ -42,7 +52,7 @@ struct Shared {
 
 impl Middle {
     /// Passes connections on to `to`. The n-th one has the n-th cut, those that follow are refused
-    /// unless the last cut is [`Cut::Never`], which holds for all of them.
+    /// unless the last cut is [`Cut::Never`] or [`Cut::Silence`], which hold for all of them.
     pub fn start(to: SocketAddr, cuts: Vec<Cut>) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
         let address = listener.local_addr().expect("bound");
@@ -100,7 +110,8 @@ impl Shared {
                     continue;
                 };
                 let number = self.connections.fetch_add(1, Ordering::Relaxed);
-                let last = self.cuts.last().filter(|cut| **cut == Cut::Never);
+                let stays = |cut: &&Cut| matches!(cut, Cut::Never | Cut::Silence);
+                let last = self.cuts.last().filter(stays);
                 let Some(cut) = self.cuts.get(number).or(last).copied() else { continue };
                 let Ok(destination) = TcpStream::connect(self.to) else { continue };
                 scope.spawn(move || self.pass(&source, &destination, cut));
@@ -110,22 +121,36 @@ impl Shared {
 
     /// Passes on what comes from either side until one of them ends, or the cut comes.
     fn pass(&self, source: &TcpStream, destination: &TcpStream, cut: Cut) {
-        let (forth, back) = match cut {
-            Cut::Never => (u64::MAX, u64::MAX),
-            Cut::Forth(limit) => (limit, u64::MAX),
-            Cut::Back(limit) => (u64::MAX, limit),
+        let (forth, commit, back) = match cut {
+            Cut::Never => (u64::MAX, None, u64::MAX),
+            Cut::Forth(limit) => (limit, None, u64::MAX),
+            Cut::Back(limit) => (u64::MAX, None, limit),
+            Cut::Commit(limit) => (u64::MAX, Some(limit), u64::MAX),
+            Cut::Silence => return self.wait_for_the_end(),
         };
         std::thread::scope(|scope| {
-            scope.spawn(|| self.copy((source, destination), forth, &self.bytes));
-            self.copy((destination, source), back, &self.bytes_back);
+            scope.spawn(|| self.copy((source, destination), (forth, commit), &self.bytes));
+            self.copy((destination, source), (back, None), &self.bytes_back);
         });
     }
 
-    fn copy(&self, (mut from, mut to): (&TcpStream, &TcpStream), limit: u64, count: &AtomicU64) {
+    fn wait_for_the_end(&self) {
+        while !self.is_over.load(Ordering::Acquire) {
+            std::thread::sleep(TICK);
+        }
+    }
+
+    fn copy(
+        &self,
+        (mut from, mut to): (&TcpStream, &TcpStream),
+        (limit, commit): (u64, Option<u64>),
+        count: &AtomicU64,
+    ) {
         from.set_nonblocking(false).expect("socket");
         from.set_read_timeout(Some(TICK)).expect("socket");
         let mut buf = vec![0; 256 << 10];
         let mut left = limit;
+        let mut commit = commit.map(|limit| (commit_head(), limit));
         while left > 0 && !self.is_over.load(Ordering::Acquire) {
             let len = match from.read(&mut buf) {
                 Ok(0) => {
@@ -139,6 +164,11 @@ impl Shared {
                 }
                 Err(_) => break,
             };
+            // It is written after the answer to PREPARE, so what is read then begins with it.
+            if let Some((_, limit)) = commit.take_if(|(head, _)| buf[..len].starts_with(head)) {
+                left = limit;
+            }
+            let len = usize::try_from(left).unwrap_or(usize::MAX).min(len);
             if to.write_all(&buf[..len]).is_err() {
                 break;
             }
@@ -149,4 +179,15 @@ impl Shared {
             let _ = stream.shutdown(Shutdown::Both);
         }
     }
+}
+
+/// How COMMIT begins on the wire: a part of the first section, the record in it.
+fn commit_head() -> Vec<u8> {
+    let mut part = Writer::new();
+    Section { id: CONTROL_ID, kind: SectionKind::Part, name: None }.encode(&mut part);
+    let mut bytes = part.into_bytes();
+    let mut record = Vec::new();
+    Control::Commit([0; 16]).encode(&mut record);
+    bytes.extend(&record[..HEADER_BYTES]);
+    bytes
 }

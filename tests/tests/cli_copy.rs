@@ -41,7 +41,8 @@ fn the_summary_says_what_became_of_everything() {
     let quiet = run("copy -q --force a.qcow2 b.qcow2", &scratch).expect_exit(Exit::Done);
     assert!(quiet.stdout.is_empty() && quiet.stderr.is_empty(), "{quiet}");
 
-    let output = run("copy --json --force a.qcow2 b.qcow2", &scratch).expect_exit(Exit::Done);
+    let output =
+        run("copy --json --fresh --force a.qcow2 b.qcow2", &scratch).expect_exit(Exit::Done);
     let events = json::lines(&output.text());
     let phases: Vec<_> = events.iter().filter(|e| e["event"] == "phase").collect();
     assert_eq!(phases.first().unwrap()["phase"], "plan");
@@ -63,7 +64,7 @@ fn statuses_are_those_of_the_contract() {
     }
     run("copy a.qcow2 b.qcow2", &scratch).expect_exit(Exit::Done);
     for (line, exit, word) in [
-        ("copy a.qcow2 b.qcow2", Exit::Device, "--force"),
+        ("copy -o cluster_size=4K a.qcow2 b.qcow2", Exit::Device, "--force"),
         ("copy nowhere.qcow2 c.qcow2", Exit::Device, "nowhere.qcow2"),
         ("copy -O raw a.qcow2 c.raw", Exit::Refused, "--bitmaps none"),
         ("copy --bitmaps nope a.qcow2 c.qcow2", Exit::Usage, "nope"),
@@ -80,7 +81,7 @@ fn statuses_are_those_of_the_contract() {
             assert!(json::summary(&failed)["error"].is_string(), "{failed}");
         }
     }
-    assert_eq!(scratch.names(), ["a.qcow2", "b.qcow2"]);
+    assert_eq!(scratch.names(), [".b.qcow2.bitferry-receipt", "a.qcow2", "b.qcow2"]);
 
     run("compare a.qcow2 b.qcow2", &scratch).expect_exit(Exit::Done);
     qemu::qemu_io(&scratch.path("b.qcow2"), "qcow2", ["write -P 9 5M 512"]);
@@ -88,6 +89,100 @@ fn statuses_are_those_of_the_contract() {
     let document = json::document(&output.text());
     assert_eq!(document["equal"], false);
     assert_eq!(document["content"]["first-difference"], 5 * MIB);
+}
+
+#[test]
+fn the_same_copy_again_is_complete_until_somebody_touches_it() {
+    let scratch = Scratch::new();
+    if !image(&scratch) {
+        return;
+    }
+    make(&scratch, "base.qcow2", 64 * MIB).write(3, 9 * MIB, MIB).done();
+    make(&scratch, "over.qcow2", 64 * MIB)
+        .backing("base.qcow2", "qcow2")
+        .bitmap("on", 65536)
+        .write(4, 9 * MIB, 65536)
+        .done();
+    let shapes = [
+        ("copy --json a.qcow2 b.qcow2", "yes"),
+        ("copy --json --no-verify a.qcow2 b.qcow2", "no"),
+        ("copy --json -o data_file=b.data,data_file_raw=on a.qcow2 b.qcow2", "yes"),
+        ("copy --json --backing base.qcow2 --allow-backing over.qcow2 b.qcow2", "yes"),
+        ("copy --json --in-place a.qcow2 old.qcow2", "yes"),
+        ("copy --json --in-place --no-verify a.qcow2 old.qcow2", "no"),
+        ("copy --json --in-place --bitmaps none a.qcow2 old.raw", "yes"),
+    ];
+    for (line, verified) in shapes {
+        make(&scratch, "old.qcow2", 64 * MIB).done();
+        std::fs::File::create(scratch.path("old.raw")).unwrap().set_len(64 * MIB).unwrap();
+        let summary = || {
+            let summary = json::summary(&run(line, &scratch).expect_exit(Exit::Done));
+            let disk = summary["disks"][0].clone();
+            assert_eq!(disk["verified"], verified, "{summary}");
+            (summary["status"].as_str().expect("a status").to_owned(), disk)
+        };
+        let (status, first) = summary();
+        assert_eq!(status, "completed", "{line}");
+        let (status, again) = summary();
+        assert_eq!(status, "already-complete", "{line}");
+        assert_eq!((&again["bytes-data"], &again["bytes-zero"]), (&0.into(), &0.into()), "{line}");
+        assert_eq!(again["content-hash"], first["content-hash"], "{line}");
+        assert_eq!(again["bitmaps"], first["bitmaps"], "{line}");
+        // A copy that somebody has written to, or whose bitmaps were changed, is no copy.
+        let image = line.rsplit(' ').next().expect("a destination");
+        if image.ends_with(".raw") {
+            std::fs::write(scratch.path(image), vec![1; 64 * MIB as usize]).unwrap();
+        } else {
+            run(&format!("bitmap add {image} new"), &scratch).expect_exit(Exit::Done);
+        }
+        let output = run(line, &scratch);
+        if line.contains("in-place") {
+            let summary = json::summary(&output.expect_exit(Exit::Done));
+            assert_eq!(summary["status"], "completed", "{line}: {summary}");
+        } else {
+            assert!(output.expect_exit(Exit::Device).complaint().contains("exists"), "{line}");
+        }
+        // Nor is one whose source was written to.
+        let over = if line.contains("in-place") { "" } else { " --force" };
+        let completes = |words: &str| {
+            let output = run(&format!("{line}{over}{words}"), &scratch).expect_exit(Exit::Done);
+            assert_eq!(json::summary(&output)["status"], "completed", "{line}");
+        };
+        completes(" --fresh");
+        let source = if line.contains("over.qcow2") { "over.qcow2" } else { "a.qcow2" };
+        qemu::qemu_io(&scratch.path(source), "qcow2", ["write -P 9 5M 512"]);
+        completes("");
+        for name in ["b.qcow2", "b.data"] {
+            let _ = std::fs::remove_file(scratch.path(name));
+        }
+    }
+}
+
+#[test]
+fn compare_takes_bitmaps_with_a_value_and_without() {
+    let scratch = Scratch::new();
+    if !image(&scratch) {
+        return;
+    }
+    run("copy --bitmaps on a.qcow2 b.qcow2", &scratch).expect_exit(Exit::Done);
+    run("copy -O raw --bitmaps none a.qcow2 c.raw", &scratch).expect_exit(Exit::Done);
+    let compared = |line: &str, exit| {
+        let output = run(&format!("compare --json -F {line}"), &scratch).expect_exit(exit);
+        let document = json::document(&output.text());
+        let bitmaps = document["bitmaps"].as_array().expect("a list").iter();
+        let names = bitmaps.map(|b| b["name"].as_str().expect("text").to_owned());
+        names.collect::<Vec<_>>()
+    };
+    let none = [""; 0];
+    assert_eq!(compared("raw a.qcow2 c.raw", Exit::Done), none);
+    assert_eq!(compared("raw --bitmaps a.qcow2 c.raw", Exit::Different), ["off", "on"]);
+    assert_eq!(compared("raw a.qcow2 --bitmaps c.raw", Exit::Different), ["off", "on"]);
+    assert_eq!(compared("raw --bitmaps=none a.qcow2 c.raw", Exit::Done), none);
+    assert_eq!(compared("qcow2 a.qcow2 b.qcow2", Exit::Different), ["off", "on"]);
+    assert_eq!(compared("qcow2 --bitmaps=on a.qcow2 b.qcow2", Exit::Done), ["on"]);
+    assert_eq!(compared("qcow2 a.qcow2 b.qcow2 --bitmaps=all", Exit::Different), ["off", "on"]);
+    let output = run("compare --bitmaps=on,nope a.qcow2 b.qcow2", &scratch);
+    assert!(output.expect_exit(Exit::Usage).complaint().contains("\"nope\""));
 }
 
 #[test]
@@ -147,7 +242,7 @@ fn after_ctrl_c_the_same_command_goes_on() {
     let again = run("copy --json a.qcow2 b.qcow2", &scratch).expect_exit(Exit::Done);
     let summary = json::summary(&again);
     assert_eq!((&summary["resumed"], &summary["status"]), (&true.into(), &"completed".into()));
-    assert_eq!(scratch.names(), ["a.qcow2", "b.qcow2"]);
+    assert_eq!(scratch.names(), [".b.qcow2.bitferry-receipt", "a.qcow2", "b.qcow2"]);
 }
 
 #[test]
@@ -192,5 +287,6 @@ fn a_limit_is_kept_and_can_be_interrupted() {
     let output = child.wait();
     assert_eq!(output.code(), Some(130), "{output}");
     let kept = [".never.qcow2.bitferry-journal", ".never.qcow2.bitferry-part"];
-    assert_eq!(scratch.names(), [kept[0], kept[1], "big.qcow2", "copy.qcow2"]);
+    let done = [".copy.qcow2.bitferry-receipt", "copy.qcow2"];
+    assert_eq!(scratch.names(), [done[0], kept[0], kept[1], "big.qcow2", done[1]]);
 }

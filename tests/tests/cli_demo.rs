@@ -10,6 +10,15 @@ fn demo(scratch: &Scratch) -> Run {
     bitferry().env("TMPDIR", scratch.dir()).arg("demo")
 }
 
+/// The number that stands between these words, whatever its unit and wherever lines are broken.
+#[track_caller]
+fn number_between(text: &str, before: &str, after: &str) -> f64 {
+    let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    let tails = text.split(before).skip(1).filter_map(|tail| tail.split_once(after));
+    let mut numbers = tails.filter_map(|(head, _)| head.trim_end_matches(['m', ' ']).parse().ok());
+    numbers.next().unwrap_or_else(|| panic!("no number between {before:?} and {after:?}:\n{text}"))
+}
+
 #[test]
 fn it_proves_and_cleans_up() {
     let scratch = Scratch::new();
@@ -19,6 +28,10 @@ fn it_proves_and_cleans_up() {
     for word in ["weekly", "nightly", "hourly", "bf1:", "equal"] {
         assert!(text.contains(word), "{word}: {output}");
     }
+    // How fast is the machine's affair; that there was a pause, and a guest that wrote, is ours.
+    assert!(number_between(&text, "): ", " writes in ") > 0.0, "{output}");
+    let pause = number_between(&text, "The guest was paused for ", "s.");
+    assert!(pause.is_finite() && pause >= 0.0, "{output}");
     assert_eq!(scratch.names(), [""; 0]);
     assert!(output.elapsed < Duration::from_secs(30), "{output}");
     if require(Peer::QemuImg).is_some() {
@@ -48,6 +61,9 @@ fn its_json_ends_with_the_summary() {
     let disk = &summary["disks"][0];
     assert_eq!(disk["verified"], "yes");
     assert_eq!(disk["bitmaps"].as_array().unwrap().len(), 3);
+    assert!(summary["downtime-ms"].is_u64(), "{summary}");
+    // The guest wrote behind the first pass: something had to go twice.
+    assert!(summary["repeated-bytes"].as_u64().unwrap() > 0, "{summary}");
     assert!(summary["wire-bytes"].as_u64().unwrap() >= disk["bytes-data"].as_u64().unwrap());
 }
 

@@ -234,9 +234,13 @@ fn a_dry_run_connects_nothing() {
     assert_eq!(plan["event"], "plan");
     assert_eq!(plan["disks"][0]["virtual-size"], 64 * MIB);
     assert_eq!(plan["disks"][0]["bitmaps"].as_array().expect("bitmaps").len(), 2);
+    let copy = bitferry().dir(scratch.dir()).words("copy --json --dry-run a.qcow2 b").output();
+    let copy = json::summary(&copy.expect_exit(Exit::Done));
+    assert_eq!(plan["space-needed"], copy["space-needed"], "{plan}");
+    assert_eq!(plan["disks"][0]["space-needed"], plan["space-needed"]);
     let text = bitferry().dir(scratch.dir()).words("send --disk vda=a.qcow2 --dry-run unix:nobody");
     let text = text.output().expect_exit(Exit::Done).text();
-    assert!(text.contains("hourly") && text.contains("nothing was sent"), "{text}");
+    assert!(["hourly", "nothing was sent", "at most "].iter().all(|w| text.contains(w)), "{text}");
 }
 
 #[test]

@@ -427,7 +427,7 @@ fn what_stands_above_a_base_is_cut_off_and_begun_again() {
         if round % 2 == 0 {
             receive.ends_within(moment);
             is_absent_or_whole(&receive.kill());
-            send.wait();
+            send.wait().expect_no_crash();
         } else {
             send.ends_within(moment);
             send.kill();

@@ -53,6 +53,31 @@ fn what_does_not_exist_is_wrong_usage() {
 }
 
 #[test]
+fn numbers_without_sense_are_refused_with_those_that_have_some() {
+    for (line, word) in [
+        ("copy --channels 0 a h:b", "1..=255"),
+        ("send --channels 256 --disk a=b tcp:h:1", "1..=255"),
+        ("receive --channels -1 --disk a=b tcp::0", "1..=255"),
+        ("copy --bandwidth 0 a b", "no limit"),
+        ("send --bandwidth 0K --disk a=b tcp:h:1", "no limit"),
+        ("copy --bandwidth -5 a b", "not a size"),
+        ("copy --bandwidth 99999999T a b", "not a size"),
+        ("copy --reconnect 1.5 a h:b", "whole number of seconds"),
+        ("send --reconnect -1 --disk a=b tcp:h:1", "whole number of seconds"),
+        ("receive --reconnect 2592001 --disk a=b tcp::0", "30 days"),
+        ("receive --reconnect 99999999999999999999 --disk a=b tcp::0", "30 days"),
+        ("send --downtime -1 --disk a=b tcp:h:1", "0..=2000000"),
+        ("receive --dialect qemu:7.1 --disk a=b tcp::0", "older than 7.2"),
+        ("receive --dialect qemu:9.1 --in-place --shared-base --disk a=b tcp::0", "migrate -i"),
+    ] {
+        let output = run(line).expect_exit(Exit::Usage);
+        let complaint = output.complaint();
+        assert!(complaint.starts_with("error: ") && complaint.contains("\nhint: "), "{output}");
+        assert!(complaint.contains(word), "{word}: {output}");
+    }
+}
+
+#[test]
 fn a_remote_operand_goes_through_ssh() {
     for (from, to) in [("host:a", "b"), ("./a", "user@host:/b")] {
         let run = bitferry().args(["copy", from, to]).env("BITFERRY_SSH", "false");
@@ -97,4 +122,11 @@ fn a_reader_that_went_away_is_no_error() {
     let output = shell.output();
     assert_eq!(output.code(), Some(0), "{output}");
     assert!(output.complaint().is_empty(), "{output}");
+    // Errors whose reader has closed the pipe before they are said.
+    for line in ["copy --frobnicate a b", "info nowhere"] {
+        let binary = bitferry_tests::bitferry::binary().display();
+        let line = format!("{binary} {line} 2>&1 >&3 | true; echo ${{PIPESTATUS[0]}}");
+        let shell = bitferry_tests::Run::new("bash").args(["-c", &format!("exec 3>&1; {line}")]);
+        assert!(["2\n", "3\n"].contains(&shell.output().text().as_str()), "{line}");
+    }
 }

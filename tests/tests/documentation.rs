@@ -1,9 +1,13 @@
-//! What the command says of itself, what its manual says and what README says must agree.
+//! What the command says of itself, what its manual says and what README says must agree; and what
+//! the specification says of this program's limits.
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
+use ::bitferry::connect::limits as connect;
 use bitferry_tests::bitferry::workspace;
 use bitferry_tests::{Exit, Scratch, bitferry};
+use mig_core::limits as stream;
 
 /// The verbs and options that `--help` shows for `path`.
 fn help(path: &[&str]) -> (Vec<String>, BTreeSet<String>) {
@@ -73,5 +77,35 @@ fn completions_know_each_verb() {
         for verb in verbs() {
             assert!(script.text().contains(&verb[0]), "{shell} does not complete {}", verb[0]);
         }
+    }
+}
+
+#[test]
+fn the_specification_names_the_limits_that_hold() {
+    let path = workspace().join("format-spec/SPEC.md");
+    let spec = std::fs::read_to_string(path).expect("SPEC.md");
+    let seconds = |limit: Duration| limit.as_secs();
+    let hello = [
+        ("HELLO_LIMIT", seconds(stream::HELLO_LIMIT)),
+        ("JOIN_LIMIT", seconds(stream::JOIN_LIMIT)),
+        ("MAX_WAITING_JOINS", stream::MAX_WAITING_JOINS as u64),
+        ("KEEPALIVE_INTERVAL", seconds(stream::KEEPALIVE_INTERVAL)),
+        ("LINGER", seconds(stream::LINGER)),
+    ];
+    let connections = [
+        ("INTRODUCTION", seconds(connect::INTRODUCTION)),
+        ("MAX_INTRODUCTIONS", connect::MAX_INTRODUCTIONS as u64),
+        ("MAX_CONNECTIONS", connect::MAX_CONNECTIONS.into()),
+        ("CONNECT", seconds(connect::CONNECT)),
+        ("IDLE", seconds(connect::IDLE)),
+    ];
+    for (module, limits) in [("mig_core::limits", hello), ("connect::limits", connections)] {
+        let table = spec.split(&format!("| limit (`{module}`) |")).nth(1).expect("a table");
+        let rows = table.lines().skip(2).take_while(|line| line.starts_with('|'));
+        let cells =
+            |row: &str| row.split('|').skip(1).take(2).map(|c| c.trim().to_owned()).collect();
+        let written: Vec<Vec<String>> = rows.map(cells).collect();
+        let held = limits.map(|(name, value)| vec![name.to_owned(), value.to_string()]);
+        assert_eq!(written, held, "{module}");
     }
 }

@@ -148,7 +148,6 @@ fn what_was_written_in_place_is_gone_on_with() {
             if other {
                 make(&scratch, "b.qcow2", 64 * MIB).write(9, 0, 32 * MIB).done();
                 run(&scratch, &format!("copy --in-place -O {format} b.qcow2 out")).ok();
-                assert!(!scratch.path(".out.bitferry-receipt").exists());
             }
             if !other {
                 cut(&scratch, (&send, &receive), "out", 16 * MIB);

@@ -178,6 +178,31 @@ fn while_one_is_waited_for_no_other_is_let_in() {
 }
 
 #[test]
+fn a_link_that_is_there_and_silent_is_given_up() {
+    let scratch = Scratch::new();
+    let Some(_) = source(&scratch) else { return };
+    // From the start, and after a cut.
+    for cuts in [vec![Cut::Silence], vec![Cut::Forth(90 * MIB), Cut::Silence]] {
+        let is_cut = cuts.len() > 1;
+        let (receiving, address) = receive(&scratch, "--reconnect 2");
+        let middle = Middle::start(address, cuts);
+        let sent = send(&scratch, "--reconnect 2", &middle).output().expect_no_crash();
+        let sent = sent.expect_exit(Exit::Transport);
+        assert!(sent.elapsed < Duration::from_secs(30), "{sent}");
+        assert!(sent.complaint().contains("did not answer within 10 seconds"), "{sent}");
+        assert!(sent.complaint().contains("\nhint: "), "{sent}");
+        assert_eq!(json::summary(&sent)["status"], "failed");
+        // The destination has had nobody yet, or has given up by itself.
+        if is_cut {
+            receiving.wait().expect_exit(Exit::Transport);
+        } else {
+            receiving.kill();
+        }
+        assert!(!scratch.path("copy").exists());
+    }
+}
+
+#[test]
 fn what_was_never_there_is_not_waited_for() {
     let scratch = Scratch::new();
     std::fs::write(scratch.path("d.raw"), [7; 4096]).expect("write");

@@ -11,6 +11,8 @@ const MAX_RUNS: usize = 1 << 20;
 pub(super) struct Coverage {
     /// End by start.
     runs: BTreeMap<u64, u64>,
+    /// Sum of their lengths.
+    bytes: u64,
 }
 
 impl Coverage {
@@ -30,17 +32,24 @@ impl Coverage {
             }
         }
         while let Some((next, next_end)) = self.runs.range(start..=end).next() {
-            let next = *next;
-            end = end.max(*next_end);
+            let (next, next_end) = (*next, *next_end);
+            end = end.max(next_end);
+            self.bytes = self.bytes.saturating_sub(next_end.saturating_sub(next));
             self.runs.remove(&next);
         }
         self.runs.insert(start, end);
+        self.bytes = self.bytes.saturating_add(end.saturating_sub(start));
         self.runs.len() <= MAX_RUNS
     }
 
     /// Whether nothing has come.
     pub(super) fn is_empty(&self) -> bool {
         self.runs.is_empty()
+    }
+
+    /// How many bytes have come, each counted once.
+    pub(super) fn bytes(&self) -> u64 {
+        self.bytes
     }
 
     /// The first byte below `size` that has not come.
@@ -82,6 +91,7 @@ mod tests {
                 last_end = Some(*end);
             }
             let covered: u64 = coverage.runs.iter().map(|(start, end)| end - start).sum();
+            prop_assert_eq!(covered, coverage.bytes());
             prop_assert_eq!(covered, bytes.iter().filter(|b| **b).count() as u64);
         }
     }

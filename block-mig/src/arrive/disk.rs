@@ -9,6 +9,7 @@ use format_spec::native::block::{Content, Run};
 use mig_core::stream::{Arrival, Result};
 
 use super::coverage::Coverage;
+use super::tally::Tally;
 use super::units::Units;
 use crate::Landing;
 use crate::error::Error;
@@ -23,6 +24,8 @@ pub(super) struct Arriving {
     pub(super) counts: Arc<LoadCounts>,
     units: Units,
     state: Mutex<State>,
+    /// Of all disks.
+    tally: Arc<Tally>,
 }
 
 /// What arrived of one disk so far. Shared with whoever reports.
@@ -61,10 +64,16 @@ pub(super) struct Placed {
 }
 
 impl Arriving {
-    pub(super) fn new(name: &str, size: u64, rest: Rest, landing: Arc<dyn Landing>) -> Self {
+    pub(super) fn new(
+        (name, size, rest): (&str, u64, Rest),
+        landing: Arc<dyn Landing>,
+        tally: Arc<Tally>,
+    ) -> Self {
+        // Of what stays here nobody knows how much will come.
+        tally.expect(if rest == Rest::Kept { 0 } else { size });
         let state = Mutex::new(State { rest, ..State::default() });
         let (name, counts, units) = (name.to_owned(), Arc::default(), Units::default());
-        Self { name, size, landing, counts, units, state }
+        Self { name, size, landing, counts, units, state, tally }
     }
 
     /// Checks a run against the rules between records, and notes that it came. `None` where there
@@ -79,7 +88,7 @@ impl Arriving {
         if state.seal.is_some() {
             return Err(at.protocol(format!("disk {:?} goes on after its seal", self.name)));
         }
-        if !state.coverage.add(range.clone()) {
+        if !self.cover(&mut state, range.clone()) {
             let reason = format!("disk {:?} comes in more pieces than this side keeps", self.name);
             return Err(at.protocol(reason));
         }
@@ -93,7 +102,14 @@ impl Arriving {
     /// Notes that these bytes are there from an earlier attempt.
     pub(super) fn is_there(&self, range: Range<u64>) -> bool {
         let end = range.end.min(self.size);
-        self.lock().coverage.add(range.start..end)
+        self.cover(&mut self.lock(), range.start..end)
+    }
+
+    fn cover(&self, state: &mut State, range: Range<u64>) -> bool {
+        let before = state.coverage.bytes();
+        let is_kept = state.coverage.add(range);
+        self.tally.add(state.coverage.bytes().saturating_sub(before));
+        is_kept
     }
 
     /// The source says that it was all.
@@ -108,6 +124,8 @@ impl Arriving {
             return Err(at.protocol(reason));
         }
         state.seal = Some(hash);
+        // What was not sent is not waited for either.
+        self.tally.add(self.size.saturating_sub(state.coverage.bytes()));
         Ok(())
     }
 

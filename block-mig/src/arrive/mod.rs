@@ -3,6 +3,7 @@
 
 mod coverage;
 mod disk;
+mod tally;
 mod units;
 
 use std::collections::BTreeMap;
@@ -18,6 +19,7 @@ use mig_core::stream::{Arrival, Result};
 
 pub use self::disk::LoadCounts;
 use self::disk::{Arriving, Rest};
+pub use self::tally::Tally;
 use crate::Landing;
 use crate::error::Error;
 use crate::ledger::UNIT_BYTES;
@@ -50,6 +52,7 @@ pub struct SealedDisk {
 /// Receives disks.
 pub struct LoadBlocks {
     known: Known,
+    tally: Arc<Tally>,
     /// In the order of their numbers.
     disks: RwLock<BTreeMap<DiskId, Arc<Arriving>>>,
 }
@@ -57,7 +60,12 @@ pub struct LoadBlocks {
 impl LoadBlocks {
     /// No disk yet.
     pub fn new(known: Known) -> Self {
-        Self { known, disks: RwLock::default() }
+        Self { known, tally: Arc::default(), disks: RwLock::default() }
+    }
+
+    /// Counts what comes there.
+    pub fn counted_in(self, tally: Arc<Tally>) -> Self {
+        Self { tally, ..self }
     }
 
     /// A disk is introduced; `land` finds its place. Tells the source what is there already.
@@ -84,7 +92,8 @@ impl LoadBlocks {
             false if self.known == Known::All => Rest::There,
             false => Rest::Comes,
         };
-        let arriving = Arc::new(Arriving::new(disk.name, disk.size, rest, landing));
+        let of = (disk.name, disk.size, rest);
+        let arriving = Arc::new(Arriving::new(of, landing, Arc::clone(&self.tally)));
         if self.known == Known::Some {
             tell(disk.disk, &arriving, answers)?;
         }

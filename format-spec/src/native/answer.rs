@@ -4,6 +4,7 @@ use super::block::{BitmapVersion, DiskId, MAX_BITMAP_NAME, MAX_DISK_NAME};
 use super::control::{decode_blame, reason};
 use super::frame::{self, OPTIONAL, Record};
 use super::hello::{self, MAX_REFUSAL_TEXT};
+use super::journal::{UNPROVED, decode_root};
 use super::units::{UnitNodes, ZeroUnits};
 use crate::content_hash::{BitmapDigest, ContentHash, Node};
 use crate::{Blame, Malformed, Problem, Reader, Writer};
@@ -30,6 +31,8 @@ pub const PUBLISHED: u16 = 10;
 pub const KEEPALIVE: u16 = OPTIONAL | 8;
 /// The stream offset of a failure that has none.
 pub const UNKNOWN_OFFSET: u64 = u64::MAX;
+/// Flag of [`Published`]: nobody has written to it since.
+pub const UNCHANGED: u32 = 0x1;
 
 /// What the destination read back.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -42,9 +45,6 @@ pub struct Ready {
     pub bitmaps: Vec<(BitmapVersion, BitmapDigest)>,
 }
 
-/// In the place of a root: none of the content was sent, and nobody has looked at it.
-pub const NO_CONTENT: ContentHash = ContentHash([0; 32]);
-
 /// What the receipt of a finished session says of one disk.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Published {
@@ -52,8 +52,10 @@ pub struct Published {
     pub name: String,
     /// Guest-visible bytes.
     pub size: u64,
-    /// Root of its content, or [`NO_CONTENT`].
-    pub content: ContentHash,
+    /// Root of its content; `None` where it was not proved.
+    pub content: Option<ContentHash>,
+    /// Whether nobody has written to it since, as far as its files tell.
+    pub is_unchanged: bool,
     /// Its bitmaps.
     pub bitmaps: Vec<PublishedBitmap>,
 }
@@ -215,7 +217,9 @@ impl Ready {
 impl Published {
     fn decode(body: &mut Reader<'_>) -> Result<Self, Malformed> {
         let size = body.be64("size")?;
-        let content = ContentHash(*body.array("content hash")?);
+        let flags = body.flags32("disk flags", UNCHANGED)?;
+        let is_unchanged = flags & UNCHANGED != 0;
+        let content = decode_root(body)?;
         let name = body.name16(MAX_DISK_NAME, "disk name")?.to_owned();
         let mut bitmaps = Vec::new();
         while body.left() > 0 {
@@ -224,11 +228,12 @@ impl Published {
             let sent_as = body.name16(MAX_BITMAP_NAME, "name of the bitmap as sent")?.to_owned();
             bitmaps.push(PublishedBitmap { name, sent_as, digest });
         }
-        Ok(Self { name, size, content, bitmaps })
+        Ok(Self { name, size, content, is_unchanged, bitmaps })
     }
 
     fn encode(&self, body: &mut Writer) {
-        body.be64(self.size).bytes(&self.content.0).text16(&self.name, MAX_DISK_NAME);
+        body.be64(self.size).be32(if self.is_unchanged { UNCHANGED } else { 0 });
+        body.bytes(&self.content.unwrap_or(UNPROVED).0).text16(&self.name, MAX_DISK_NAME);
         for PublishedBitmap { name, sent_as, digest } in &self.bitmaps {
             body.bytes(&digest.0).text16(name, MAX_BITMAP_NAME).text16(sent_as, MAX_BITMAP_NAME);
         }

@@ -222,6 +222,11 @@ impl Offer {
             let problem = Problem::Mismatch { value: choice.features, expected: self.features };
             return bad(at.saturating_add(34), "features chosen", problem);
         }
+        // One connection has one compression stream.
+        if choice.features & ZSTD != 0 && choice.features & ZLIB != 0 {
+            let problem = Problem::Other("has both zstd and zlib");
+            return bad(at.saturating_add(34), "features chosen", problem);
+        }
         let max = if choice.features & MULTI_CHANNEL == 0 { 1 } else { self.channels };
         if choice.channels > max {
             let value = choice.channels.into();

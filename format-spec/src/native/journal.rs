@@ -35,6 +35,8 @@ pub const COMMIT: u16 = 0x108;
 pub const UNIT_BYTES: u64 = 1 << 20;
 /// Longest description of a destination, in bytes.
 pub const MAX_TARGET: usize = 1024;
+/// In place of a root where nothing was hashed: what no content has.
+pub const UNPROVED: ContentHash = ContentHash([0xff; 32]);
 
 /// Any record of a journal or a receipt. Borrows from the record's body.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -54,8 +56,8 @@ pub enum JournalRecord<'a> {
     Zeroes(ZeroUnits),
     /// What the image's writer needs to reopen it unfinished.
     Image(&'a [u8]),
-    /// The disk was proved, this is its root, and READY was or will be sent. All bytes zero: no
-    /// longer.
+    /// The disk is complete, this is its root or [`UNPROVED`], and READY was or will be sent. All
+    /// bytes zero: no longer.
     Prepared(ContentHash),
     /// The source has let go of this session: publication has begun and must be finished.
     Commit([u8; 16]),
@@ -67,8 +69,11 @@ pub enum JournalRecord<'a> {
         session: [u8; 16],
         /// Size of the disk in bytes.
         size: u64,
-        /// Its root when it was published.
-        hash: ContentHash,
+        /// Its root when it was published; `None` where it was not proved.
+        hash: Option<ContentHash>,
+        /// What its files were like then, in the destination's own way: equal where nobody has
+        /// written to them since.
+        stamp: [u8; 16],
         /// Format and options of the destination, as in [`Session`](Self::Session).
         target: String,
     },
@@ -129,8 +134,9 @@ impl<'a> JournalRecord<'a> {
             COMMIT => Self::Commit(*body.array("session")?),
             RECEIPT => {
                 let (session, size) = (*body.array("session")?, body.be64("disk size")?);
-                let hash = ContentHash(*body.array("content hash")?);
-                Self::Receipt { session, size, hash, target: body.text16(MAX_TARGET, "target")? }
+                let (hash, stamp) = (decode_root(&mut body)?, *body.array("stamp")?);
+                let target = body.text16(MAX_TARGET, "target")?;
+                Self::Receipt { session, size, hash, stamp, target }
             }
             _ => {
                 let granularity = body.be32("bitmap granularity")?;
@@ -177,8 +183,9 @@ impl<'a> JournalRecord<'a> {
                 body.bytes(session);
                 COMMIT
             }
-            Self::Receipt { session, size, hash, target } => {
-                body.bytes(session).be64(*size).bytes(&hash.0).text16(target, MAX_TARGET);
+            Self::Receipt { session, size, hash, stamp, target } => {
+                body.bytes(session).be64(*size).bytes(&hash.unwrap_or(UNPROVED).0).bytes(stamp);
+                body.text16(target, MAX_TARGET);
                 RECEIPT
             }
             Self::ReceiptBitmap { granularity, is_enabled, is_persistent, digest, name } => {
@@ -189,6 +196,12 @@ impl<'a> JournalRecord<'a> {
         };
         frame::encode(kind, &[&body.into_bytes()], out);
     }
+}
+
+/// A root, if it is one.
+pub(super) fn decode_root(body: &mut Reader<'_>) -> Result<Option<ContentHash>, Malformed> {
+    let root = ContentHash(*body.array("content hash")?);
+    Ok(Some(root).filter(|root| *root != UNPROVED))
 }
 
 /// A record of chapter 6 that may stand in a journal.

@@ -1,6 +1,7 @@
 //! The reading half of one connection.
 
 use std::io::{self, BufReader, Read};
+use std::time::{Duration, Instant};
 
 use format_spec::native::frame::{HEADER_BYTES, Header, MAX_BODY, Record};
 use format_spec::native::hello::{self, Hello, PREFIX_BYTES};
@@ -9,6 +10,8 @@ use format_spec::{Malformed, Problem, Reader};
 
 use super::arrival::{Arrival, Buffers};
 use super::{Error, Method, Result, Unpacker};
+use crate::heart::within;
+use crate::transport::HangUp;
 
 /// Heads are read through a buffer of this size, bodies into their own.
 const HEAD_BYTES: usize = 16 << 10;
@@ -89,6 +92,19 @@ impl StreamReader {
         let mut rest = vec![0; header.rest_len()];
         self.fill(&mut rest)?;
         Hello::decode(header, &rest).map_err(|e| self.malformed(e))
+    }
+
+    /// The same in bounded time: `line` is hung up when it is over, and the error says why.
+    pub fn hello_within(&mut self, limit: Duration, line: &dyn HangUp) -> Result<Hello> {
+        let begun = Instant::now();
+        within(limit, line, || self.hello()).map_err(|error| match error {
+            Error::Connection { action, channel, offset, .. } if begun.elapsed() >= limit => {
+                let late = format!("the peer did not answer within {} seconds", limit.as_secs());
+                let source = io::Error::new(io::ErrorKind::TimedOut, late);
+                Error::Connection { action, channel, offset, source }
+            }
+            other => other,
+        })
     }
 
     /// Reads magic and version of the container.

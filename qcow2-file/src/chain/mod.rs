@@ -176,6 +176,12 @@ impl Chain {
         &self.files
     }
 
+    /// Where they are: each layer's own file, then its data file.
+    pub fn paths(&self) -> impl Iterator<Item = &Path> {
+        let layers = self.files.iter();
+        layers.flat_map(|l| [Some(&l.file), l.data.as_ref()]).flatten().map(|file| file.path())
+    }
+
     /// What a user should know, with the file it is about.
     pub fn warnings(&self) -> &[(Arc<str>, Warning)] {
         &self.warnings

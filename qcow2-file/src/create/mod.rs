@@ -21,11 +21,11 @@ mod step;
 mod write;
 mod zero;
 
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use crate::bitmaps::PersistentBitmap;
 use crate::error::{Error, Result};
+use crate::first_failure::FirstFailure;
 use crate::image::LayerExtent;
 use crate::image::decode::Decoders;
 use crate::in_memory;
@@ -65,7 +65,7 @@ pub struct NewImage {
     stripes: [Mutex<()>; STRIPES],
     /// Whether the image is finished. Held shared by every call but the one that finishes.
     is_finished: RwLock<bool>,
-    has_failed: AtomicBool,
+    first_failure: FirstFailure,
 }
 
 impl NewImage {
@@ -141,7 +141,7 @@ impl NewImage {
             decoders: Decoders::default(),
             stripes: std::array::from_fn(|_| Mutex::new(())),
             is_finished: RwLock::new(false),
-            has_failed: AtomicBool::new(false),
+            first_failure: FirstFailure::default(),
             file,
             header,
             geometry,
@@ -241,9 +241,7 @@ impl NewImage {
         if *is_finished {
             return self.check_open(true);
         }
-        let synced = self.save();
-        self.has_failed.fetch_or(synced.is_err(), Ordering::Relaxed);
-        synced
+        self.save().inspect_err(|error| self.first_failure.note(error))
     }
 
     fn save(&self) -> Result<()> {
@@ -273,31 +271,26 @@ impl NewImage {
         }
         let sealed = self.seal(bitmaps);
         *is_finished = sealed.is_ok();
-        let is_fatal = !matches!(sealed, Ok(()) | Err(Error::Bitmap { .. }));
-        self.has_failed.store(is_fatal, Ordering::Relaxed);
-        sealed
+        sealed.inspect_err(|error| {
+            if !matches!(error, Error::Bitmap { .. }) {
+                self.first_failure.note(error);
+            }
+        })
     }
 
     /// Runs one call, unless the image is finished or beyond repair.
     fn while_open<T>(&self, call: impl FnOnce() -> Result<T>) -> Result<T> {
         let is_finished = self.is_finished.read().unwrap_or_else(PoisonError::into_inner);
         self.check_open(*is_finished)?;
-        let result = call();
-        if result.is_err() {
-            self.has_failed.store(true, Ordering::Relaxed);
-        }
-        result
+        call().inspect_err(|error| self.first_failure.note(error))
     }
 
     fn check_open(&self, is_finished: bool) -> Result<()> {
-        let reason = if is_finished {
-            "the new image is finished"
-        } else if self.has_failed.load(Ordering::Relaxed) {
-            "an earlier write to the new image failed"
-        } else {
-            return Ok(());
-        };
-        Err(Error::Refused { file: self.file.name(), reason: reason.into() })
+        if is_finished {
+            let reason = "the new image is finished".to_owned();
+            return Err(Error::Refused { file: self.file.name(), reason });
+        }
+        self.first_failure.check(|| self.file.name(), "an earlier write to the new image failed")
     }
 
     fn check_range(&self, at: GuestOffset, len: u64) -> Result<()> {

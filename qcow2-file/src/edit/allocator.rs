@@ -7,6 +7,7 @@ use std::sync::Arc;
 use super::refcounts::Refcounts;
 use crate::allocate::Allocate;
 use crate::error::{Error, Result};
+use crate::first_failure::FirstFailure;
 use crate::layout::entry::OFFSET_MASK;
 use crate::layout::geometry::Geometry;
 use crate::layout::header::Header;
@@ -46,7 +47,7 @@ pub struct Allocator {
     table: TableState,
     /// The table is being moved: whatever that needs must fit it already.
     is_growing: bool,
-    is_poisoned: bool,
+    first_failure: FirstFailure,
 }
 
 /// What of the refcount table is newer in memory than in the file.
@@ -76,7 +77,7 @@ impl Allocator {
             pending_clusters: 0,
             table: TableState::Clean,
             is_growing: false,
-            is_poisoned: false,
+            first_failure: FirstFailure::default(),
         })
     }
 
@@ -325,18 +326,20 @@ impl Allocator {
     }
 
     fn refuse_poisoned(&self) -> Result<()> {
-        if self.is_poisoned { Err(super::poisoned(&*self.file)) } else { Ok(()) }
+        self.first_failure.check(|| self.file.name(), super::POISONED)
     }
 
     /// An eviction writes a block wherever a cluster is looked for.
     fn poison_on_failed_write<T>(&mut self, result: Result<T>) -> Result<T> {
-        self.is_poisoned |= matches!(result, Err(Error::Io { action: "write", .. }));
-        result
+        result.inspect_err(|error| {
+            if matches!(error, Error::Io { action: "write", .. }) {
+                self.first_failure.note(error);
+            }
+        })
     }
 
     fn poison_on_error<T>(&mut self, result: Result<T>) -> Result<T> {
-        self.is_poisoned |= result.is_err();
-        result
+        result.inspect_err(|error| self.first_failure.note(error))
     }
 }
 

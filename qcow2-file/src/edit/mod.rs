@@ -46,6 +46,7 @@ pub use zero::ZeroMode;
 use crate::bitmaps::header::{KNOWN_AUTOCLEAR, clear_autoclear, read_writable};
 use crate::chain::Chain;
 use crate::error::{Error, Result};
+use crate::first_failure::FirstFailure;
 use crate::guard::Guard;
 use crate::image::decode::Decoders;
 use crate::layout::geometry::Geometry;
@@ -128,7 +129,7 @@ pub struct Editor {
     mark: Mark,
     /// Enough was freed to make the next caller flush.
     is_release_due: AtomicBool,
-    is_poisoned: AtomicBool,
+    first_failure: FirstFailure,
 }
 
 impl Editor {
@@ -165,7 +166,7 @@ impl Editor {
             allocator: Mutex::new(allocator),
             mark: Mark::new(&header, options.is_in_place_copy),
             is_release_due: AtomicBool::new(false),
-            is_poisoned: AtomicBool::new(false),
+            first_failure: FirstFailure::default(),
             header,
             file,
         })
@@ -265,10 +266,7 @@ fn refuse_unusable(file: &dyn Storage, header: &Header, options: &EditorOptions)
     Ok(())
 }
 
-/// What every call answers once a metadata write or sync has failed: what the file holds is not
+/// Why every call is refused once a metadata write or sync has failed: what the file holds is not
 /// known any more, so nothing is written on top of it.
-fn poisoned(file: &dyn Storage) -> Error {
-    let reason = "an earlier write or sync of its metadata failed; close it, check it and open it \
-                  again";
-    Error::Refused { file: file.name(), reason: reason.into() }
-}
+const POISONED: &str = "an earlier write or sync of its metadata failed; close it, check it and open \
+                        it again";

@@ -8,7 +8,7 @@ use super::cow::Composed;
 use super::entries::{Target, after_write, target, units_touched};
 use super::ranges::Mode;
 use super::tables::{Table, lock};
-use super::{Editor, poisoned};
+use super::{Editor, POISONED};
 use crate::allocate::Allocate;
 use crate::error::{Error, Result};
 use crate::in_memory;
@@ -258,21 +258,19 @@ impl Editor {
     }
 
     pub(super) fn refuse_poisoned(&self) -> Result<()> {
-        if self.is_poisoned.load(Ordering::Acquire) { Err(poisoned(&*self.file)) } else { Ok(()) }
+        self.first_failure.check(|| self.file.name(), POISONED)
     }
 
     pub(super) fn poison_on_error<T>(&self, result: Result<T>) -> Result<T> {
-        if result.is_err() {
-            self.is_poisoned.store(true, Ordering::Release);
-        }
-        result
+        result.inspect_err(|error| self.first_failure.note(error))
     }
 
     /// For metadata work that mostly reads: only a failed write makes the file unknown.
     pub(super) fn poison_on_failed_write<T>(&self, result: Result<T>) -> Result<T> {
-        if matches!(result, Err(Error::Io { action: "write", .. })) {
-            self.is_poisoned.store(true, Ordering::Release);
-        }
-        result
+        result.inspect_err(|error| {
+            if matches!(error, Error::Io { action: "write", .. }) {
+                self.first_failure.note(error);
+            }
+        })
     }
 }

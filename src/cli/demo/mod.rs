@@ -26,6 +26,8 @@ use super::size::{human, human_time};
 use super::watch::{Summary, Watch};
 use super::{Outcome, Output, table};
 
+/// What the report calls the disk.
+const DISK: &str = "disk0";
 /// Width of the explanations: that of the longest hash line.
 const COLUMNS: usize = 84;
 
@@ -49,7 +51,10 @@ pub(crate) fn run(_args: &DemoArgs, output: &Output) -> Outcome {
     watch.finish();
     let report = match &result {
         Ok(report) => report.clone(),
-        Err(error) => Report::failure(error, elapsed_ms(started)),
+        Err(error) => Report {
+            disks: vec![DiskReport::untouched(DISK.to_owned())],
+            ..Report::failure(error, elapsed_ms(started))
+        },
     };
     if output.is_json {
         output.event(&Summary::new("summary", &report))?;
@@ -196,10 +201,10 @@ fn report(moved: &Moved, total_time_ms: u64) -> Report {
         total_time_ms,
         downtime_ms: Some(u64::try_from(moved.downtime.as_millis()).unwrap_or(u64::MAX)),
         wire_bytes: sent.wire_bytes,
-        repeated_bytes: 0,
+        repeated_bytes: moved.repeated,
         resumed: false,
         disks: vec![DiskReport {
-            id: "disk0".to_owned(),
+            id: DISK.to_owned(),
             bytes_data: sent.sent.bytes_data,
             bytes_zero: sent.sent.bytes_zero,
             content_hash: sent.confirmed.content.map(|content| content.to_string()),

@@ -40,7 +40,8 @@ pub(super) fn copy(job: &Job<'_>, observer: &dyn Observer) -> Result<Done> {
     let continued = Continued::begin(job, &sink, observer)?;
     let (is_resumed, repeated) =
         continued.as_ref().map_or((false, 0), |c| (c.is_resumed, c.repeated));
-    let moved = new::move_data(job, &sink, continued.as_ref().map(Continued::keeper), observer)?;
+    let moved =
+        new::move_data(job, &sink, continued.as_ref().and_then(Continued::keeper), observer)?;
     observer.phase(Phase::Seal);
     editor.sync()?;
     let mut proof = prove::prove(job, &own(job), &moved, &[], observer)?;
@@ -57,7 +58,7 @@ pub(super) fn copy(job: &Job<'_>, observer: &dyn Observer) -> Result<Done> {
     editor.close()?;
     let found = Disk::open(&own(job), &Silent)?;
     prove_bitmaps(&found, &stored, &mut proof)?;
-    continued.map_or(Ok(()), Continued::end)?;
+    continued.map_or(Ok(()), |continued| continued.finish(job, &proof, &stored))?;
     Ok(Done { moved, proof, invalidated: invalidated(&found), is_resumed, repeated })
 }
 

@@ -27,11 +27,12 @@ pub(super) fn copy(job: &Job<'_>, observer: &dyn Observer) -> Result<Done> {
     let continued = Continued::begin(job, &sink, observer)?;
     let (is_resumed, repeated) =
         continued.as_ref().map_or((false, 0), |c| (c.is_resumed, c.repeated));
-    let moved = new::move_data(job, &sink, continued.as_ref().map(Continued::keeper), observer)?;
+    let moved =
+        new::move_data(job, &sink, continued.as_ref().and_then(Continued::keeper), observer)?;
     observer.phase(Phase::Seal);
     sync(&file, job)?;
     let proof = prove::prove(job, &own(job), &moved, &[], observer)?;
-    continued.map_or(Ok(()), Continued::end)?;
+    continued.map_or(Ok(()), |continued| continued.finish(job, &proof, &[]))?;
     Ok(Done { moved, proof, invalidated: Vec::new(), is_resumed, repeated })
 }
 

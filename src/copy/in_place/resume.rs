@@ -3,15 +3,19 @@
 use block_mig::journal::{Identity, Keeper};
 use block_mig::limits::workers;
 use block_mig::recheck::ReadBack;
+use qcow2_file::bitmaps::PersistentBitmap;
 
-use super::super::new;
 use super::super::plan::Job;
-use crate::berth::Kept;
+use super::super::prove::Proof;
+use super::super::{new, receipt};
+use crate::berth::{Kept, short_words};
+use crate::report::Verified;
 use crate::{Observer, Result};
 
 /// The journal of the destination.
 pub(super) struct Continued {
     kept: Kept,
+    resumes: bool,
     /// Whether an earlier try is gone on with.
     pub(super) is_resumed: bool,
     /// Bytes that it had copied and that have to be copied again.
@@ -27,27 +31,41 @@ impl Continued {
         observer: &dyn Observer,
     ) -> Result<Option<Self>> {
         let size = job.source.disk.chain.virtual_size();
-        let target = format!("{:?}", job.target);
-        let identity = new::session(job)?.map(|session| Identity { session, size, target });
+        let target = short_words(&format!("{:?}", job.target));
+        let identity = Some(Identity { session: new::session(job)?, size, target });
         let options = job.options;
         let place = (options.destination.as_path(), options.device_journals.as_deref());
-        let kept = Kept::begin(place, identity, options.fresh)?;
+        let kept = Kept::begin(place, identity, options.fresh || !new::resumes(job))?;
         let Some(kept) = kept else { return Ok(None) };
         let (is_resumed, source) = (kept.is_resumed, job.source.blocks());
         let repeated = match is_resumed {
             true => kept.recheck(disk, Some(&*source), workers(job.options.workers), observer)?,
             false => 0,
         };
-        Ok(Some(Self { kept, is_resumed, repeated }))
+        Ok(Some(Self { kept, resumes: new::resumes(job), is_resumed, repeated }))
     }
 
-    /// What says how far it is.
-    pub(super) fn keeper(&self) -> &Keeper {
-        &self.kept.keeper
+    /// What says how far it is, where that can be gone on with.
+    pub(super) fn keeper(&self) -> Option<&Keeper> {
+        self.resumes.then_some(&self.kept.keeper)
     }
 
     /// Nothing is left to be gone on with.
     pub(super) fn end(self) -> Result<()> {
         self.kept.end()
+    }
+
+    /// All is there, as was asked for. A device has no receipt: nobody can tell what it holds
+    /// without reading it.
+    pub(super) fn finish(
+        self,
+        job: &Job<'_>,
+        proof: &Proof,
+        stored: &[PersistentBitmap],
+    ) -> Result<()> {
+        if !self.kept.log().is_of_device() && proof.verified != Verified::Mismatch {
+            receipt::write(job, self.kept.log(), proof, stored)?;
+        }
+        self.end()
     }
 }

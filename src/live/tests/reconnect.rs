@@ -293,7 +293,7 @@ fn what_is_unknown_is_settled_by_the_same_command_and_the_guest_waits() {
             cutter.is_gone.store(false, Ordering::Release);
             let report = outgoing.run(&cutter, &mut guest).unwrap();
             let is_done =
-                matches!(report.sent.outcome, Outcome::Completed | Outcome::AlreadyComplete);
+                matches!(report.sent.outcome, Outcome::Completed | Outcome::AlreadyComplete(_));
             assert!(is_done, "{moment:?}: {report:?}");
             assert_eq!(outgoing.migration.info().status, Status::Completed);
             assert_eq!((guest.pauses, guest.resumes), (1, 0), "{moment:?}");

@@ -281,6 +281,8 @@ fn data_channels_have_their_own_rules() {
     let mut eof = Writer::new();
     Element::Eof.encode(&mut eof);
     let over = data().barrier(1).raw(&eof.into_bytes());
+    let sealed = main().block(&[zeroes(0, SIZE), seal()]);
+    let late = data().barrier(1).block(&[zeroes(0, 65536)]);
     let cases = [
         ("starts or ends on a data channel", two(main(), start)),
         ("was not started", two(Script::default(), run_early)),
@@ -288,6 +290,9 @@ fn data_channels_have_their_own_rules() {
         ("handover has its place on main", two(main().barrier(1), prepare_there)),
         ("durable on some", two(main().barrier(1), data().control(&[durable]))),
         ("ends before COMMIT", two(main().barrier(1), over)),
+        // No barrier between runs and seals: what comes behind them is noticed at either end.
+        ("nothing came for byte 0", two(main().block(&[seal()]), data().barrier(1))),
+        ("goes on after its seal", two(sealed.barrier(1), late)),
     ];
     for (word, said) in cases {
         assert!(said.contains(word), "{word}: {said}");

@@ -196,7 +196,8 @@ impl ShelfPlace {
         Published {
             name: disk.to_owned(),
             size: BlockSource::size(&self.disk),
-            content: self.disk.hash(),
+            content: Some(self.disk.hash()),
+            is_unchanged: true,
             bitmaps: self.bitmaps.lock().unwrap().iter().map(bitmap).collect(),
         }
     }

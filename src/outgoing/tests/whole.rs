@@ -40,7 +40,7 @@ fn asking_again_sends_nothing() {
     attempt(&cargo, &shelf, &Net::new(None), PLAIN).0.unwrap();
     let (sent, received) = attempt(&cargo, &shelf, &Net::new(None), PLAIN);
     let sent = sent.unwrap();
-    assert!(matches!(sent.outcome, Outcome::AlreadyComplete));
+    assert!(matches!(sent.outcome, Outcome::AlreadyComplete(_)));
     assert!(received.unwrap().already_complete && sent.wire_bytes < 200);
     assert_eq!(shelf.0.lock().unwrap().commits, 1);
 }
@@ -76,7 +76,7 @@ fn a_finished_session_that_is_not_heard_to_its_end_is_unknown() {
             Ok(Sent { outcome: Outcome::Unknown(_), .. }) => {}
             Ok(sent) => {
                 heard += 1;
-                assert!(matches!(sent.outcome, Outcome::AlreadyComplete), "{at}: {sent:?}");
+                assert!(matches!(sent.outcome, Outcome::AlreadyComplete(_)), "{at}: {sent:?}");
             }
         }
     }

@@ -6,13 +6,14 @@ use super::plan::{PlannedDisk, Prepared};
 use super::report;
 use crate::Result;
 use crate::copy::PlannedBitmap;
+use crate::copy::space::received_bytes;
 use crate::send;
 
 impl Prepared<'_> {
     /// What would be sent (`--dry-run`). What stands in the way was refused before.
     pub fn describe(&self) -> Result<send::Plan> {
         let disks = self.disks.iter().map(|disk| describe(self, disk));
-        Ok(send::Plan { disks: disks.collect::<Result<_>>()?, refusals: Vec::new() })
+        Ok(send::Plan::new(disks.collect::<Result<_>>()?, Vec::new()))
     }
 }
 
@@ -40,6 +41,9 @@ fn describe(prepared: &Prepared<'_>, disk: &PlannedDisk) -> Result<send::Planned
         };
         PlannedBitmap { name: choice.bitmap.name.clone(), becomes, reason }
     };
+    let choices = disk.decision.choices.iter();
+    let carried = choices.filter(|choice| matches!(choice.fate, Fate::Carried(_)));
+    let granularities: Vec<_> = carried.map(|choice| choice.bitmap.granularity).collect();
     Ok(send::PlannedDisk {
         id: disk.id.clone(),
         source: wanted.map_or_else(String::new, |wanted| wanted.path.display().to_string()),
@@ -47,6 +51,7 @@ fn describe(prepared: &Prepared<'_>, disk: &PlannedDisk) -> Result<send::Planned
         virtual_size: disk.size(),
         bytes_data,
         bytes_zero: if has_blocks { disk.size().saturating_sub(bytes_data) } else { 0 },
+        space_needed: received_bytes(bytes_data, disk.size(), &granularities)?,
         not_carried: report::not_carried(disk, has_blocks),
         bitmaps: disk.decision.choices.iter().map(bitmap).collect(),
     })

@@ -84,7 +84,7 @@ impl OnlyBitmaps {
         if let Some(session) = self.session {
             let names = sealed.bitmaps.iter().map(|bitmap| (bitmap.name.clone(), bitmap));
             let of = (session, self.closed.0, self.target.words());
-            *lock(&self.receipt) = Some(Receipt::of(of, &proof, names));
+            *lock(&self.receipt) = Some(Receipt::of(of, Some(&proof), names)?);
         }
         if sealed.bitmaps.is_empty() {
             return Ok(proof);
@@ -128,7 +128,7 @@ impl Existing for OnlyBitmaps {
         let (path, devices) = self.target.log_place();
         let log = log_of(path, devices)?.filter(|log| !log.is_of_device());
         match (log, lock(&self.receipt).take()) {
-            (Some(log), Some(receipt)) => receipt.write(&log),
+            (Some(log), Some(mut receipt)) => receipt.write(&log, self.target.files()),
             _ => Ok(()),
         }
     }

@@ -32,8 +32,8 @@ use crate::{Observer, Result};
 /// Existing images, open and locked.
 pub(super) struct InPlace {
     targets: Vec<Arc<Target>>,
-    /// Whether journals are kept.
-    keeps: bool,
+    /// Whether another attempt can go on with what an attempt leaves.
+    resumes: bool,
     observer: Arc<dyn Observer>,
     state: Mutex<State>,
     /// Bitmaps that were there and cannot be trusted, by disk.
@@ -76,7 +76,7 @@ impl InPlace {
         let state = State { session: [0; 16], is_fresh: options.fresh, places: Vec::new() };
         Ok(Self {
             targets,
-            keeps: !options.no_verify,
+            resumes: !options.no_verify,
             observer: watching,
             state: Mutex::new(state),
             invalidated: Mutex::default(),
@@ -98,7 +98,7 @@ impl InPlace {
     /// What is known of a session.
     fn look(&self, session: SessionId) -> Result<SessionState> {
         let traces = self.targets.iter().map(|target| target.trace(session));
-        Ok(state(&traces.collect::<Result<Vec<_>>>()?, self.keeps))
+        Ok(state(&traces.collect::<Result<Vec<_>>>()?, self.resumes))
     }
 
     fn begin_disk(&self, wanted: &Wanted<'_>) -> Result<Arc<dyn Existing>> {
@@ -108,12 +108,12 @@ impl InPlace {
         })?;
         let target = target.clone();
         let mut state = lock(&self.state);
-        let session = self.keeps.then_some(state.session);
-        let (size, observer) = (wanted.size, &self.observer);
+        let (session, size, observer) = (Some(state.session), wanted.size, &self.observer);
         let place: Arc<dyn Existing> = if wanted.keeps_rest {
             Arc::new(OnlyBitmaps::begin(target, size, session, observer)?)
         } else {
-            Arc::new(Written::begin(target, size, (session, state.is_fresh), observer)?)
+            let how = (session, self.resumes, state.is_fresh);
+            Arc::new(Written::begin(target, size, how, observer)?)
         };
         state.places.push(Arc::clone(&place));
         Ok(place)

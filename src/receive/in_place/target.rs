@@ -8,7 +8,7 @@ use qcow2_file::layout::header::incompatible;
 use qcow2_file::{Access, Chain, HostFile, Opener, Storage as _};
 
 use super::super::ReceiveOptions;
-use crate::berth::{Log, Receipt, Trace, log_of, short_words};
+use crate::berth::{Log, Receipt, Trace, gone, log_of, short_words};
 use crate::copy::Format;
 use crate::disk::{Disk, Request, check_probe};
 use crate::incoming::SessionId;
@@ -145,8 +145,14 @@ impl Target {
     /// What its receipt says.
     pub(super) fn published(&self) -> Result<Published> {
         let (path, devices) = self.log_place();
-        let log = log_of(path, devices)?;
-        Receipt::published(log.as_ref(), path, (&self.id, &self.renames))
+        let receipt = log_of(path, devices)?.map(|log| Receipt::read(&log)).transpose()?.flatten();
+        let receipt = receipt.ok_or_else(|| gone(path))?;
+        Ok(receipt.published(self.files(), (&self.id, &self.renames)))
+    }
+
+    /// Its files, from top to bottom.
+    pub(super) fn files(&self) -> impl Iterator<Item = &Path> {
+        self.chain.paths()
     }
 
     /// Whether it says of itself that an earlier attempt has not completed it.

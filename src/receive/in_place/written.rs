@@ -35,6 +35,8 @@ pub(super) struct Written {
     prover: Option<Prover>,
     sink: Arc<Sink>,
     session: Option<SessionId>,
+    /// Whether another attempt can go on with what has arrived.
+    resumes: bool,
     kept: Option<Kept>,
     observer: Arc<dyn Observer>,
     stored: Mutex<Vec<PersistentBitmap>>,
@@ -43,22 +45,22 @@ pub(super) struct Written {
 
 impl Written {
     /// The disk of an image comes, with so many bytes. With a session its journal is gone on with,
-    /// or begun, anew if that `is_fresh`.
+    /// or begun: anew where nothing `resumes`.
     pub(super) fn begin(
         target: Arc<Target>,
         size: u64,
-        (session, is_fresh): (Option<SessionId>, bool),
+        (session, resumes, is_fresh): (Option<SessionId>, bool, bool),
         observer: &Arc<dyn Observer>,
     ) -> Result<Self> {
         let writes = Arc::new(Writes::new(size, target.cluster_bits()));
         let sink = Arc::new(open(&target, size, &writes)?);
         let of = (size, writes);
-        let is_proved = session.is_some() && target.stands_alone();
+        let is_proved = session.is_some() && resumes && target.stands_alone();
         let prover = is_proved.then(|| Prover::start(&sink, |sink: &Sink| sink, of)).transpose()?;
         let identity = session.map(|session| Identity { session, size, target: target.words() });
-        let kept = Kept::begin(target.log_place(), identity, is_fresh)?;
+        let kept = Kept::begin(target.log_place(), identity, is_fresh || !resumes)?;
         let (observer, stored, receipt) = (observer.clone(), Mutex::default(), Mutex::default());
-        Ok(Self { target, size, prover, sink, session, kept, observer, stored, receipt })
+        Ok(Self { target, size, prover, sink, session, resumes, kept, observer, stored, receipt })
     }
 
     fn prove(&self, sealed: &Sealed) -> Result<Option<DiskProof>> {
@@ -66,7 +68,9 @@ impl Written {
         self.checkpoint()?;
         *lock(&self.stored) = self.sink.add(&sealed.bitmaps)?;
         self.prover.iter().for_each(Prover::stop);
-        let Some(said) = sealed.content else { return Ok(None) };
+        let Some(said) = sealed.content else {
+            return self.note_receipt(sealed, None).map(|()| None);
+        };
         let found = self.target.reopen()?;
         self.observer.phase(Phase::Prove);
         let read = match &self.prover {
@@ -84,12 +88,17 @@ impl Written {
         // They become valid, and are read back, when the source has let go.
         let bitmaps = sealed.bitmaps.iter().map(Bitmap::digest).collect::<Result<_, _>>()?;
         let proof = DiskProof { content: Some(read), bitmaps };
-        if let Some(session) = self.session {
-            let names = sealed.bitmaps.iter().map(|bitmap| (bitmap.name.clone(), bitmap));
-            let of = (session, self.size, self.target.words());
-            *lock(&self.receipt) = Some(Receipt::of(of, &proof, names));
-        }
+        self.note_receipt(sealed, Some(&proof))?;
         Ok(Some(proof))
+    }
+
+    /// What the receipt will say.
+    fn note_receipt(&self, sealed: &Sealed, proof: Option<&DiskProof>) -> Result<()> {
+        let Some(session) = self.session else { return Ok(()) };
+        let names = sealed.bitmaps.iter().map(|bitmap| (bitmap.name.clone(), bitmap));
+        let receipt = Receipt::of((session, self.size, self.target.words()), proof, names)?;
+        *lock(&self.receipt) = Some(receipt);
+        Ok(())
     }
 
     fn checkpoint(&self) -> Result<()> {
@@ -99,8 +108,9 @@ impl Written {
         }
     }
 
+    /// What notes which parts have arrived, where they can be gone on with.
     fn keeper(&self) -> Option<&Keeper> {
-        self.kept.as_ref().map(|kept| &kept.keeper)
+        self.kept.as_ref().filter(|_| self.resumes).map(|kept| &kept.keeper)
     }
 }
 
@@ -126,7 +136,9 @@ impl Existing for Written {
         let Some(kept) = self.kept.as_ref().filter(|kept| !kept.log().is_of_device()) else {
             return Ok(());
         };
-        lock(&self.receipt).take().map_or(Ok(()), |receipt| receipt.write(kept.log()))?;
+        if let Some(mut receipt) = lock(&self.receipt).take() {
+            receipt.write(kept.log(), self.target.files())?;
+        }
         kept.end()
     }
 
@@ -176,7 +188,7 @@ impl Landing for Written {
     }
 
     fn wants_nodes(&self) -> bool {
-        self.kept.is_some()
+        self.keeper().is_some()
     }
 
     fn begin(&self, range: Range<u64>) -> stream::Result<()> {
