@@ -134,6 +134,10 @@ impl DiskReport {
     pub(crate) fn as_seen(mut self) -> Self {
         use BitmapOutcome::{Dropped, Preserved, Sent};
         let (claimed, outcome, reason) = match self.verified {
+            // The content is not verified, the bitmaps are.
+            Verified::No if self.not_carried.iter().any(|what| what == ONLY_BITMAPS) => {
+                return self;
+            }
             Verified::No => (Preserved, Sent, "nobody read it back (--no-verify)"),
             Verified::Mismatch => {
                 (Preserved, Dropped, "the copy does not read back as what was sent")

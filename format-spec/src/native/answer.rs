@@ -52,7 +52,7 @@ pub struct Published {
     pub name: String,
     /// Guest-visible bytes.
     pub size: u64,
-    /// Root of its content; `None` where it was not proved.
+    /// Root of its content; `None` where it was not proved, or not sent.
     pub content: Option<ContentHash>,
     /// Whether nobody has written to it since, as far as its files tell.
     pub is_unchanged: bool,

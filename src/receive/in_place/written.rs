@@ -129,9 +129,8 @@ impl Existing for Written {
         }
     }
 
-    /// The receipt takes the journal's place. What a device holds later
-    /// nobody can tell without reading it, so that its journal stays, which is read again before it
-    /// is believed.
+    /// The receipt takes the journal's place. What a device holds later nobody can tell without
+    /// reading it, so that its journal stays, which is read again before it is believed.
     fn end(&self) -> Result<()> {
         let Some(kept) = self.kept.as_ref().filter(|kept| !kept.log().is_of_device()) else {
             return Ok(());
