@@ -74,7 +74,7 @@ pub struct BitmapReport {
 }
 
 /// Said of a disk whose bitmaps alone were sent.
-pub(crate) const ONLY_BITMAPS: &str = "content: bitmaps alone were sent";
+pub(crate) const ONLY_BITMAPS: &str = "content: bitmaps go alone";
 
 /// One disk.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]

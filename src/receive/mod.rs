@@ -136,9 +136,9 @@ fn native(
     (observer, started): (&dyn Observer, Instant),
 ) -> Result<Report> {
     let relay = Arc::new(Relay::default());
+    let bases = bases(options, observer)?;
     let watched = Arriving::new(observer);
     let observer: &dyn Observer = &watched;
-    let bases = bases(options, observer)?;
     let in_place = match options.existing {
         Existing::InPlace => Some(Arc::new(InPlace::open(options, observer, relay.clone())?)),
         Existing::Refuse | Existing::Replace => None,

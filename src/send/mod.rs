@@ -212,8 +212,9 @@ fn report(
         Outcome::Unknown(error) => (Status::Unknown, Some(error_chain(error))),
     };
     let (verified, outcome) = match &sent.outcome {
-        _ if options.no_verify || !options.blocks => (Verified::No, BitmapOutcome::Preserved),
+        _ if options.no_verify => (Verified::No, BitmapOutcome::Preserved),
         Outcome::Unconfirmed | Outcome::Unknown(_) => (Verified::Unconfirmed, BitmapOutcome::Sent),
+        _ if !options.blocks => (Verified::No, BitmapOutcome::Preserved),
         _ => (Verified::Yes, BitmapOutcome::Preserved),
     };
     let report = |(planned, moved): (&Planned, MovedDisk)| {
