@@ -1,4 +1,5 @@
-//! Several migrations at a time: into one directory, and at one socket. None is disturbed by another.
+//! Several migrations at a time: into one directory, and at one socket. None is disturbed by
+//! another.
 
 use std::io::Write as _;
 use std::net::TcpStream;
