@@ -44,8 +44,8 @@ impl Trace {
                 return Ok(Self::Nothing);
             }
         }
+        // What nobody proved cannot be held against anything.
         Ok(match found.prepared {
-            // What nobody proved cannot be held against anything.
             Some(root) if root != UNPROVED => Self::Proved,
             // An unfinished image that stands on another is not gone on with.
             _ if disk.base.is_some() => Self::Nothing,

@@ -108,12 +108,12 @@ pub(crate) fn run(args: ReceiveArgs, output: &Output) -> Outcome {
 }
 
 fn go(args: ReceiveArgs, watch: &Watch<'_>, output: &Output) -> Outcome {
-    if let Some(dialect) = args.dialect {
-        dialect.check_source(args.shared_base)?;
-    }
     if args.flatten {
         let reason = "--flatten is for the source: send --flatten reads through its backing chain";
         return Err(bitferry::Error::Usage { reason: reason.to_owned() });
+    }
+    if let Some(dialect) = args.dialect {
+        dialect.check_source(args.shared_base)?;
     }
     let options = ReceiveOptions {
         disks: args.disk,

@@ -136,9 +136,9 @@ fn native(
     (observer, started): (&dyn Observer, Instant),
 ) -> Result<Report> {
     let relay = Arc::new(Relay::default());
+    let bases = bases(options, observer)?;
     let watched = Arriving::new(observer);
     let observer: &dyn Observer = &watched;
-    let bases = bases(options, observer)?;
     let in_place = match options.existing {
         Existing::InPlace => Some(Arc::new(InPlace::open(options, observer, relay.clone())?)),
         Existing::Refuse | Existing::Replace => None,
@@ -252,7 +252,7 @@ fn published_before(disk: &Published) -> DiskReport {
     let bitmap = |found: &PublishedBitmap| bitmap_report(found.sent_as.clone(), &found.name);
     let bitmaps = disk.bitmaps.iter().map(bitmap).collect();
     let untouched = DiskReport::untouched(disk.name.clone());
-    DiskReport { bitmaps, ..untouched }.of_before(Some(disk)).as_seen()
+    DiskReport { bitmaps, ..untouched }.of_before(Some(disk)).only_seen()
 }
 
 fn disk_report(options: &ReceiveOptions, disk: ReceivedDisk) -> DiskReport {
@@ -273,5 +273,5 @@ fn disk_report(options: &ReceiveOptions, disk: ReceivedDisk) -> DiskReport {
         not_carried: only_bitmaps.then(|| ONLY_BITMAPS.to_owned()).into_iter().collect(),
         bitmaps: disk.bitmaps.into_iter().map(bitmap).collect(),
     }
-    .as_seen()
+    .only_seen()
 }

@@ -212,8 +212,9 @@ fn report(
         Outcome::Unknown(error) => (Status::Unknown, Some(error_chain(error))),
     };
     let (verified, outcome) = match &sent.outcome {
-        _ if options.no_verify || !options.blocks => (Verified::No, BitmapOutcome::Preserved),
+        _ if options.no_verify => (Verified::No, BitmapOutcome::Preserved),
         Outcome::Unconfirmed | Outcome::Unknown(_) => (Verified::Unconfirmed, BitmapOutcome::Sent),
+        _ if !options.blocks => (Verified::No, BitmapOutcome::Preserved),
         _ => (Verified::Yes, BitmapOutcome::Preserved),
     };
     let report = |(planned, moved): (&Planned, MovedDisk)| {
@@ -242,7 +243,7 @@ fn report(
         wire_bytes: sent.wire_bytes,
         repeated_bytes: moved.disks().map(|disk| disk.repeated).fold(0, u64::saturating_add),
         resumed: sent.resumed,
-        disks: disks.iter().zip(moved.disks()).map(report).map(DiskReport::as_seen).collect(),
+        disks: disks.iter().zip(moved.disks()).map(report).map(DiskReport::only_seen).collect(),
         ram: None,
     }
 }

@@ -339,6 +339,8 @@ fn disk_arrives(cell: &BlockCell) {
         if is_incremental { image.backing(base.display().to_string(), "qcow2") } else { image }
     };
     let from = backed("from").write(7, MIB, 300 * KIB).write(8, 21 * MIB, 2560);
+    // Zeroes that hide what a base has: whole chunks of content that is zero, and none.
+    let from = from.write(0, 4 * MIB, MIB).io(format!("write -z {} {}", 6 * MIB, 2 * MIB));
     let from = from.write(9, 12 * MIB + 512, 70 * KIB).done();
     let to = destination(&scratch, cell.format, size, &backed);
     let mut qemu = source(Peer::Qemu72, &[("disk0", "n0", &from, "qcow2")]);
@@ -376,6 +378,9 @@ fn disk_arrives(cell: &BlockCell) {
     let disk = &received.report().disks[0];
     assert!(disk.bytes_data >= 2 * MIB, "{disk:?}");
     assert_eq!(received.report().repeated_bytes > 0, cell.is_written_meanwhile, "{disk:?}");
+    if cell.capabilities.contains(&"zero-blocks") && !cell.is_written_meanwhile {
+        assert!(disk.bytes_zero >= 3 * MIB, "{disk:?}");
+    }
     if has_bitmaps {
         qemu::check_is_clean(&to);
         let found = stored(&to);
@@ -473,6 +478,17 @@ fn a_disk_arrives_with_inc() {
     disk_arrives(&BlockCell {
         arguments,
         capabilities: &[],
+        format: "qcow2",
+        is_written_meanwhile: false,
+    });
+}
+
+#[test]
+fn a_disk_arrives_with_inc_and_zero_blocks() {
+    let arguments = json!({ "inc": true });
+    disk_arrives(&BlockCell {
+        arguments,
+        capabilities: &["zero-blocks", "return-path"],
         format: "qcow2",
         is_written_meanwhile: false,
     });

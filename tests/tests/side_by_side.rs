@@ -1,5 +1,4 @@
-//! Several migrations at a time: into one directory, and at one socket. None is disturbed by
-//! another.
+//! Several migrations at a time: into one directory, and at one socket. None disturbs another.
 
 use std::io::Write as _;
 use std::net::TcpStream;

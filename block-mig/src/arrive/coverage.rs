@@ -42,14 +42,14 @@ impl Coverage {
         self.runs.len() <= MAX_RUNS
     }
 
-    /// How many bytes have come, each counted once.
-    pub(super) fn bytes(&self) -> u64 {
-        self.bytes
-    }
-
     /// Whether nothing has come.
     pub(super) fn is_empty(&self) -> bool {
         self.runs.is_empty()
+    }
+
+    /// How many bytes have come, each counted once.
+    pub(super) fn bytes(&self) -> u64 {
+        self.bytes
     }
 
     /// The first byte below `size` that has not come.

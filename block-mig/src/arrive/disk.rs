@@ -69,7 +69,8 @@ impl Arriving {
         landing: Arc<dyn Landing>,
         tally: Arc<Tally>,
     ) -> Self {
-        tally.expect(size);
+        // Of what stays here nobody knows how much will come.
+        tally.expect(if rest == Rest::Kept { 0 } else { size });
         let state = Mutex::new(State { rest, ..State::default() });
         let (name, counts, units) = (name.to_owned(), Arc::default(), Units::default());
         Self { name, size, landing, counts, units, state, tally }

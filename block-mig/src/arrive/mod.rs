@@ -92,8 +92,8 @@ impl LoadBlocks {
             false if self.known == Known::All => Rest::There,
             false => Rest::Comes,
         };
-        let arriving =
-            Arc::new(Arriving::new((disk.name, disk.size, rest), landing, Arc::clone(&self.tally)));
+        let of = (disk.name, disk.size, rest);
+        let arriving = Arc::new(Arriving::new(of, landing, Arc::clone(&self.tally)));
         if self.known == Known::Some {
             tell(disk.disk, &arriving, answers)?;
         }

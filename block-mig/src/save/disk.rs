@@ -353,7 +353,7 @@ mod tests {
         let size = 20 * leaf + 512;
         let expected = [leaf..3 * leaf, 4 * leaf..6 * leaf, 20 * leaf..size];
         assert_eq!(found(0..size), expected);
-        assert_eq!(found(4 * leaf..5 * leaf), [4 * leaf..5 * leaf]);
+        assert_eq!(found(4 * leaf..5 * leaf), vec![4 * leaf..5 * leaf; 1]);
         assert!(found(6 * leaf..20 * leaf).is_empty());
     }
 

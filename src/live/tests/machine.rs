@@ -13,6 +13,7 @@ use block_mig::TrackedDisk;
 use block_mig::device::ChainSource;
 use mig_core::bitmap::BitmapInfo;
 use mig_core::block::{BlockSink, BlockSource, Extent, ExtentKind};
+use mig_core::guest::{Guest, GuestError};
 use mig_core::{Blame, Result};
 
 use crate::Silent;
@@ -107,6 +108,28 @@ pub(super) struct Machine {
     shadow: Mutex<BTreeMap<&'static str, Shadow>>,
     is_stopped: AtomicBool,
     writes: AtomicU64,
+    /// Whether the guest writes all over the disk.
+    is_wild: bool,
+    /// Percent of its time that the guest does not have.
+    throttle: AtomicU64,
+}
+
+/// The guest of a machine, as its migration slows it down; every level is noted.
+pub(super) struct Slowed<'a>(pub(super) &'a Machine, pub(super) Vec<u8>);
+
+impl Guest for Slowed<'_> {
+    fn pause(&mut self) -> std::result::Result<(), GuestError> {
+        Ok(())
+    }
+
+    fn resume(&mut self) -> std::result::Result<(), GuestError> {
+        Ok(())
+    }
+
+    fn throttle(&mut self, percent: u8) {
+        self.0.throttle.store(percent.into(), Ordering::Relaxed);
+        self.1.push(percent);
+    }
 }
 
 /// xorshift64*.
@@ -140,9 +163,16 @@ impl Machine {
             shadow: Mutex::default(),
             is_stopped: AtomicBool::new(false),
             writes: AtomicU64::new(0),
+            is_wild: false,
+            throttle: AtomicU64::new(0),
         };
         machine.add("nightly", 12);
         machine
+    }
+
+    /// One whose guest writes all over the disk.
+    pub(super) fn wild(seed: u64) -> Self {
+        Self { is_wild: true, ..Self::new(seed) }
     }
 
     /// Starts guest threads and a backup job.
@@ -164,7 +194,8 @@ impl Machine {
     fn guest(&self, mut random: Random) {
         while !self.is_stopped.load(Ordering::Acquire) {
             // Mostly in one part of the disk.
-            let limit = if random.below(10) < 8 { 1 << 20 } else { SIZE };
+            let is_local = random.below(10) < 8 && !self.is_wild;
+            let limit = if is_local { 1 << 20 } else { SIZE };
             let at = random.below(limit / 512) * 512;
             let len = (512 * (1 + random.below(64))).min(SIZE - at);
             let byte = u8::try_from(random.below(256)).unwrap();
@@ -189,7 +220,8 @@ impl Machine {
             }
             drop(moment);
             self.writes.fetch_add(1, Ordering::Relaxed);
-            std::thread::sleep(Duration::from_micros(200));
+            let left = 100 - self.throttle.load(Ordering::Relaxed).min(99);
+            std::thread::sleep(Duration::from_micros(200 * 100 / left));
         }
     }
 

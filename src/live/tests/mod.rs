@@ -4,6 +4,7 @@
 mod line;
 mod machine;
 mod reconnect;
+mod throttled;
 mod without_blocks;
 
 use std::sync::Arc;

@@ -29,6 +29,7 @@ fn receive_bitmaps(line: &Line, path: &Path) -> crate::Result<crate::Report> {
     let options = ReceiveOptions {
         disks: vec![format!("{NAME}={},format=qcow2", path.display()).parse().unwrap()],
         existing: Existing::InPlace,
+        reconnect: Duration::from_secs(20),
         ..ReceiveOptions::default()
     };
     let (_told, refused) = std::sync::mpsc::channel();
@@ -39,6 +40,31 @@ fn content_of(path: &Path) -> String {
     let options =
         crate::hash::HashOptions { image: path.to_owned(), format: None, allow_backing: false };
     crate::hash::run(&options, &Silent).unwrap().content_hash
+}
+
+#[test]
+fn bitmaps_without_blocks_are_gone_on_with_after_a_cut() {
+    for (seed, cut_at) in [(510, 300), (511, 3_000), (512, 6_000), (513, 9_000)] {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("mirror.qcow2");
+        mirror(&path);
+        let machine = Machine::new(seed);
+        let line = Line::cut_at(vec![cut_at, u64::MAX]);
+        let report = std::thread::scope(|scope| {
+            machine.start(scope);
+            let there = scope.spawn(|| receive_bitmaps(&line, &path));
+            let builder = Outgoing::builder().timing(patience()).reconnect(Duration::from_secs(20));
+            let builder = builder.disk(NAME, machine.disk.clone(), machine.bitmaps.clone());
+            let report = builder.no_blocks().build().unwrap().run(&line, &mut ());
+            machine.stop();
+            line.close();
+            there.join().unwrap().unwrap();
+            report.unwrap()
+        });
+        assert!(matches!(report.sent.outcome, Outcome::Completed), "{report:?}");
+        crate::bitmap::edit(&path, &[crate::bitmap::Edit::Remove("own".to_owned())]).unwrap();
+        machine.compare_bitmaps(&path);
+    }
 }
 
 #[test]

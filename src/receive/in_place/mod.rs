@@ -108,15 +108,12 @@ impl InPlace {
         })?;
         let target = target.clone();
         let mut state = lock(&self.state);
-        let session = Some(state.session);
-        let (size, observer) = (wanted.size, &self.observer);
+        let (session, size, observer) = (Some(state.session), wanted.size, &self.observer);
         let place: Arc<dyn Existing> = if wanted.keeps_rest {
             Arc::new(OnlyBitmaps::begin(target, size, session, observer)?)
         } else {
-            {
-                let how = (session, self.resumes, state.is_fresh);
-                Arc::new(Written::begin(target, size, how, observer)?)
-            }
+            let how = (session, self.resumes, state.is_fresh);
+            Arc::new(Written::begin(target, size, how, observer)?)
         };
         state.places.push(Arc::clone(&place));
         Ok(place)
