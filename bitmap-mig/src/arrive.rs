@@ -257,6 +257,48 @@ impl State {
     ) -> Result<()> {
         let name = create.name;
         let label = format!("bitmap {name:?} of disk {disk:?}");
+        self.check_new(create, (&label, size), at)?;
+        let granularity = create.shape.granularity;
+        let Ok(granularity_bits) = u8::try_from(granularity.trailing_zeros()) else {
+            return Err(at.protocol(format!("{label} has granularity {granularity}")));
+        };
+        self.bytes = self.bytes.saturating_add(create.shape.byte_len());
+        let kept = self.kept.remove(&(create.disk, name.to_owned()));
+        let (bits, digest) = match kept.filter(|kept| kept.shape == create.shape) {
+            Some(kept) => (kept.bits, kept.digest),
+            None => {
+                let digest = RunningDigest::new(create.shape).map_err(unhashable)?;
+                (Bits::new(create.shape.bits), digest)
+            }
+        };
+        self.held = self.held.saturating_add(bits.held_bytes());
+        let bitmap = Held {
+            name: name.to_owned(),
+            granularity_bits,
+            is_enabled: create.is_enabled,
+            bits,
+            digest,
+        };
+        let arriving = Arriving {
+            disk: create.disk,
+            label,
+            generation: create.version.generation,
+            bitmap: Some(bitmap),
+            shape: create.shape,
+            seal: None,
+        };
+        self.bitmaps.insert(create.version.bitmap, arriving);
+        Ok(())
+    }
+
+    /// Whether a bitmap may be created now.
+    fn check_new(
+        &self,
+        create: &BitmapCreate<'_>,
+        (label, size): (&str, u64),
+        at: &Arrival,
+    ) -> Result<()> {
+        let name = create.name;
         let BitmapShape { granularity, bits } = create.shape;
         if create.check(size).is_err() {
             let expected = BitmapShape::of_disk(size, granularity).bits;
@@ -294,35 +336,6 @@ impl State {
                  {MAX_SHAPE_BYTES} in all, {MAX_BITMAPS} bitmaps"
             )));
         }
-        let Ok(granularity_bits) = u8::try_from(create.shape.granularity.trailing_zeros()) else {
-            return Err(at.protocol(format!("{label} has granularity {granularity}")));
-        };
-        self.bytes = bytes;
-        let kept = self.kept.remove(&(create.disk, name.to_owned()));
-        let (bits, digest) = match kept.filter(|kept| kept.shape == create.shape) {
-            Some(kept) => (kept.bits, kept.digest),
-            None => {
-                let digest = RunningDigest::new(create.shape).map_err(unhashable)?;
-                (Bits::new(create.shape.bits), digest)
-            }
-        };
-        self.held = self.held.saturating_add(bits.held_bytes());
-        let bitmap = Held {
-            name: name.to_owned(),
-            granularity_bits,
-            is_enabled: create.is_enabled,
-            bits,
-            digest,
-        };
-        let arriving = Arriving {
-            disk: create.disk,
-            label,
-            generation: create.version.generation,
-            bitmap: Some(bitmap),
-            shape: create.shape,
-            seal: None,
-        };
-        self.bitmaps.insert(create.version.bitmap, arriving);
         Ok(())
     }
 

@@ -27,9 +27,9 @@ const GRACE: Duration = Duration::from_millis(50);
 
 /// Accepts connections until all that were granted have joined, and reads them on threads of their
 /// own. Strangers are closed; they cost a thread for as long as a hello may take, and no more than
-/// a few at a time: the oldest makes room for the newest. Where there may be strangers, other sources
-/// are told no until the session is over; the same one, which lost its connections before this side
-/// noticed, waits until then.
+/// a few at a time: the oldest makes room for the newest. Where there may be strangers, other
+/// sources are told no until the session is over; the same one, which lost its connections before
+/// this side noticed, waits until then.
 pub(super) fn accept_all<'s>(
     scope: &'s Scope<'s, '_>,
     session: &'s Session,

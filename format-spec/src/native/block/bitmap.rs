@@ -130,8 +130,8 @@ impl<'a> BitmapCreate<'a> {
         BITMAP_CREATE
     }
 
-    /// The disk and the name in the body of such a record that may not be well formed otherwise: for
-    /// messages.
+    /// The disk and the name in the body of such a record that may not be well formed otherwise:
+    /// for messages.
     pub fn named(body: &'a [u8]) -> Option<(DiskId, &'a str)> {
         let mut body = Reader::new(body, 0);
         body.be64("bitmap number, generation").ok()?;
