@@ -123,6 +123,10 @@ impl Listen for Counted<'_, dyn Listen + '_> {
         Ok(self.passed.count(self.way.accept(limit)?))
     }
 
+    fn put_back(&self, connection: Connection) {
+        self.way.put_back(connection);
+    }
+
     fn close(&self) {
         self.way.close();
     }

@@ -131,7 +131,7 @@ impl DiskReport {
     }
 
     /// Claims of bitmaps no more than was seen, by what was seen of the disk.
-    pub(crate) fn as_seen(mut self) -> Self {
+    pub(crate) fn only_seen(mut self) -> Self {
         use BitmapOutcome::{Dropped, Preserved, Sent};
         let (claimed, outcome, reason) = match self.verified {
             // The content is not verified, the bitmaps are.

@@ -70,6 +70,8 @@ struct State {
 #[derive(Debug)]
 struct Arriving {
     disk: DiskId,
+    /// What it is called in messages, with its disk.
+    label: String,
     generation: u32,
     /// `None` once it was removed.
     bitmap: Option<Held>,
@@ -146,9 +148,10 @@ impl LoadBitmaps {
         Ok(held.digest.leaves())
     }
 
-    /// A bitmap of a disk of `disk_size` bytes is created, all bits clear or as they were kept.
-    pub fn create(&self, create: &BitmapCreate<'_>, disk_size: u64, at: &Arrival) -> Result<()> {
-        self.lock().create(create, disk_size, at)
+    /// A bitmap of a disk of this name and size in bytes is created, all bits clear or as they were
+    /// kept.
+    pub fn create(&self, create: &BitmapCreate<'_>, disk: (&str, u64), at: &Arrival) -> Result<()> {
+        self.lock().create(create, disk, at)
     }
 
     /// The pieces in a run.
@@ -170,7 +173,9 @@ impl LoadBitmaps {
                 Ok(())
             }
             _ => {
-                let reason = "flags of a bitmap change after its seal, or to what a file has not";
+                let label = &found.label;
+                let reason =
+                    format!("flags of {label} change after its seal, or to what a file has not");
                 Err(at.protocol(reason))
             }
         }
@@ -192,14 +197,14 @@ impl LoadBitmaps {
         let mut state = self.lock();
         let Some(found) = state.live(seal.version, at)? else { return Ok(()) };
         let Some(bitmap) = found.bitmap.as_mut().filter(|_| found.seal.is_none()) else {
-            return Err(at.protocol("a bitmap is sealed twice"));
+            return Err(at.protocol(format!("{} is sealed twice", found.label)));
         };
         if let Some(said) = seal.digest {
             bitmap.hash()?;
             let digest = bitmap.digest.digest();
             if said != digest {
-                let name = &bitmap.name;
-                let reason = format!("bitmap {name:?} is {digest} here and {said} at the source");
+                let label = &found.label;
+                let reason = format!("{label} is {digest} here and {said} at the source");
                 return Err(at.protocol(reason));
             }
         }
@@ -214,14 +219,16 @@ impl LoadBitmaps {
         held.try_for_each(Held::hash)
     }
 
-    /// Takes the bitmaps of a disk, in the order of their numbers. `Err` with the name of one that
-    /// was not sealed.
+    /// Takes the bitmaps of a disk, in the order of their numbers. `Err` with one that was not
+    /// sealed: what it is called in messages.
     pub fn take(&self, disk: DiskId) -> Result<Vec<ArrivedBitmap>, String> {
         let State { bitmaps, done_with, .. } = &mut *self.lock();
         let mut arrived = Vec::new();
         for (number, found) in bitmaps.iter_mut().filter(|(_, found)| found.disk == disk) {
-            let Some(bitmap) = &found.bitmap else { continue };
-            let digest = found.seal.ok_or_else(|| bitmap.name.clone())?;
+            if found.bitmap.is_none() {
+                continue;
+            }
+            let digest = found.seal.ok_or_else(|| found.label.clone())?;
             let version = BitmapVersion { bitmap: *number, generation: found.generation };
             let Some((bitmap, running)) = found.bitmap.take().map(Held::into_parts) else {
                 continue;
@@ -242,14 +249,24 @@ fn unhashable(error: HashError) -> Error {
 }
 
 impl State {
-    fn create(&mut self, create: &BitmapCreate<'_>, disk_size: u64, at: &Arrival) -> Result<()> {
+    fn create(
+        &mut self,
+        create: &BitmapCreate<'_>,
+        (disk, size): (&str, u64),
+        at: &Arrival,
+    ) -> Result<()> {
         let name = create.name;
-        if let Err(problem) = create.check(disk_size) {
-            return Err(at.protocol(format!("number of bits of bitmap {name:?} {problem}")));
+        let label = format!("bitmap {name:?} of disk {disk:?}");
+        let BitmapShape { granularity, bits } = create.shape;
+        if create.check(size).is_err() {
+            let expected = BitmapShape::of_disk(size, granularity).bits;
+            return Err(at.protocol(format!(
+                "{label} has {bits} bits of granularity {granularity}, a disk of {size} bytes has \
+                 {expected}"
+            )));
         }
         if !create.is_persistent {
-            let reason = format!("bitmap {name:?} is not kept, and a file has no other");
-            return Err(at.protocol(reason));
+            return Err(at.protocol(format!("{label} is not kept, and a file has no other")));
         }
         let is_taken = |b: &Arriving| {
             b.disk == create.disk && b.bitmap.as_ref().is_some_and(|b| b.name == name)
@@ -259,18 +276,26 @@ impl State {
             Some(old) => old.generation.checked_add(1),
             None => Some(1),
         };
-        if expected != Some(create.version.generation) || self.bitmaps.values().any(is_taken) {
-            let reason = format!("bitmap {name:?} exists, or its generation is wrong");
+        let BitmapVersion { bitmap: number, generation } = create.version;
+        let Some(expected) = expected.filter(|_| !self.bitmaps.values().any(is_taken)) else {
+            let reason = format!("{label} exists, or another one has its number, {number}");
+            return Err(at.protocol(reason));
+        };
+        if generation != expected {
+            let reason = format!("{label} begins as generation {generation}, {expected} is next");
             return Err(at.protocol(reason));
         }
         let len = create.shape.byte_len();
         let bytes = self.bytes.saturating_add(len);
         let is_too_long = len > MAX_BITMAP_BYTES || bytes > MAX_SHAPE_BYTES;
         if self.bitmaps.len() >= MAX_BITMAPS || is_too_long {
-            return Err(at.protocol(format!("bitmap {name:?} is more than this side holds")));
+            return Err(at.protocol(format!(
+                "{label} of {len} bytes is more than this side holds: {MAX_BITMAP_BYTES} in one, \
+                 {MAX_SHAPE_BYTES} in all, {MAX_BITMAPS} bitmaps"
+            )));
         }
         let Ok(granularity_bits) = u8::try_from(create.shape.granularity.trailing_zeros()) else {
-            return Err(at.protocol(format!("granularity of bitmap {name:?}")));
+            return Err(at.protocol(format!("{label} has granularity {granularity}")));
         };
         self.bytes = bytes;
         let kept = self.kept.remove(&(create.disk, name.to_owned()));
@@ -291,6 +316,7 @@ impl State {
         };
         let arriving = Arriving {
             disk: create.disk,
+            label,
             generation: create.version.generation,
             bitmap: Some(bitmap),
             shape: create.shape,
@@ -302,13 +328,22 @@ impl State {
 
     fn piece(&mut self, disk: DiskId, piece: &Piece<'_>, at: &Arrival) -> Result<()> {
         let Some(found) = self.live(piece.version, at)? else { return Ok(()) };
-        let name = found.bitmap.as_ref().map(|b| b.name.as_str()).unwrap_or_default();
-        if found.seal.is_some() || found.disk != disk {
-            let reason = format!("a piece of bitmap {name:?}, sealed or of another disk");
+        let (label, index) = (&found.label, piece.index);
+        if found.disk != disk {
+            let (of, with) = (found.disk.0, disk.0);
+            let reason = format!("a piece of {label}, which is disk {of}, comes with disk {with}");
             return Err(at.protocol(reason));
         }
-        if let Err(problem) = found.shape.check(piece) {
-            return Err(at.protocol(format!("piece {} of bitmap {name:?} {problem}", piece.index)));
+        if found.seal.is_some() {
+            return Err(at.protocol(format!("piece {index} of {label} comes after its seal")));
+        }
+        if found.shape.check(piece).is_err() {
+            let (len, count) = (piece.bits.len(), found.shape.piece_count());
+            let wrong = found.shape.piece_len(index).map_or_else(
+                || format!("is outside: it has {count} pieces"),
+                |expected| format!("has {len} bytes, not {expected}"),
+            );
+            return Err(at.protocol(format!("piece {index} of {label} {wrong}")));
         }
         let len = found.shape.piece_len(piece.index).unwrap_or(0);
         let zeroes = [0; PIECE_BYTES];
@@ -333,10 +368,15 @@ impl State {
             Some(found) if generation == found.generation && found.bitmap.is_some() => {
                 Ok(Some(found))
             }
-            _ => {
-                let reason = format!("bitmap {bitmap}, generation {generation}, does not exist");
+            Some(found) => {
+                let (label, last) = (&found.label, found.generation);
+                let state = if found.bitmap.is_some() { "has" } else { "was removed as" };
+                let reason = format!(
+                    "{label} {state} generation {last}; generation {generation} does not exist"
+                );
                 Err(at.protocol(reason))
             }
+            None => Err(at.protocol(format!("bitmap number {bitmap} does not exist"))),
         }
     }
 }

@@ -193,4 +193,9 @@ impl SaveHandler for SaveBitmaps<'_> {
         let known = sealed.filter_map(|((version, _), digest)| Some((version, (*digest)?)));
         ready.bitmaps.extend(known);
     }
+
+    fn bitmap_name(&self, bitmap: u32) -> Option<(DiskId, String)> {
+        let found = self.numbered().find(|(version, _)| version.bitmap == bitmap);
+        found.map(|(_, saved)| (saved.disk, saved.bitmap.name.clone()))
+    }
 }

@@ -131,6 +131,16 @@ pub trait SaveHandler: Send {
     /// Adds what READY must say, after [`Stage::Seal`].
     fn expect(&self, ready: &mut Ready);
 
+    /// What a disk of its is called, for messages.
+    fn disk_name(&self, _disk: DiskId) -> Option<String> {
+        None
+    }
+
+    /// The disk of one of its bitmaps and what that is called, for messages.
+    fn bitmap_name(&self, _bitmap: u32) -> Option<(DiskId, String)> {
+        None
+    }
+
     /// A barrier was placed: what was sent before may be sent again.
     fn barrier(&mut self) {}
 

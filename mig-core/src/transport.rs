@@ -71,6 +71,12 @@ pub trait Listen: Send + Sync {
     /// closed. Fails with [`io::ErrorKind::TimedOut`] when the limit is over.
     fn accept(&self, limit: Option<Duration>) -> io::Result<Connection>;
 
+    /// Takes back a connection that is not for now: the next [`accept`](Listen::accept) answers it.
+    /// Where that cannot be, it is hung up.
+    fn put_back(&self, connection: Connection) {
+        connection.line.hang_up();
+    }
+
     /// Makes a waiting [`accept`](Listen::accept) and all later ones fail.
     fn close(&self);
 }

@@ -40,8 +40,8 @@ impl FirstFailure {
         });
     }
 
-    /// `Err` once something failed: the same again where it was the system's failure, else a refusal
-    /// of `file` for `reason`.
+    /// `Err` once something failed: the same again where it was the system's failure, else a
+    /// refusal of `file` for `reason`.
     pub(crate) fn check(&self, file: impl FnOnce() -> Arc<str>, reason: &str) -> Result<()> {
         match self.0.get() {
             None => Ok(()),

@@ -186,6 +186,7 @@ impl FilePlace {
         if fate == Fate::Revoked && keeper.prepared().is_some() {
             keeper.unprepare()?;
         }
+        self.prover.iter().for_each(Prover::catch_up);
         if self.known.is_some() { Ok(()) } else { unfinished.checkpoint() }
     }
 
@@ -300,7 +301,7 @@ impl Landing for FilePlace {
     }
 
     fn wants_nodes(&self) -> bool {
-        self.keeper().is_some()
+        self.keeper().is_some() && self.prover.is_none()
     }
 
     fn begin(&self, range: Range<u64>) -> stream::Result<()> {
@@ -314,7 +315,12 @@ impl Landing for FilePlace {
         let (Some(unfinished), Some(keeper)) = (&self.unfinished, self.keeper()) else {
             return Ok(());
         };
-        match keeper.units_landed(first, nodes)? {
+        let is_due = match &self.prover {
+            // Noted when it is read.
+            Some(_) => keeper.is_due(),
+            None => keeper.units_landed(first, nodes)?,
+        };
+        match is_due {
             true => unfinished.checkpoint().map_err(failed),
             false => Ok(()),
         }
@@ -333,13 +339,18 @@ impl Landing for FilePlace {
     fn durable(&self) -> stream::Result<()> {
         match &self.unfinished {
             Some(unfinished) if self.keeper().is_some() => {
-                unfinished.checkpoint().map_err(failed)?;
+                // What is read meanwhile is claimed below, and nothing of it is left to be synced.
+                unfinished.sink().sync()?;
+                self.prover.iter().for_each(Prover::wait);
+                unfinished.checkpoint().map_err(failed)
             }
-            _ => self.sink().sync()?,
+            // A guest may be paused next: what it would have to wait for is done before.
+            _ => {
+                self.sink().sync()?;
+                self.prover.iter().for_each(Prover::wait);
+                Ok(())
+            }
         }
-        // A guest may be paused next: what it would have to wait for is done before.
-        self.prover.iter().for_each(Prover::wait);
-        Ok(())
     }
 }
 

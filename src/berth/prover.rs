@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use block_mig::device::{ChainSource, StartOf};
+use block_mig::journal::Keeper;
 use block_mig::ledger::UNIT_BYTES;
 use block_mig::limits::workers;
 use block_mig::proven::{Finished, Proof, Proven};
@@ -27,16 +28,26 @@ pub(crate) struct Prover {
 
 impl Prover {
     /// Begins to read back what will be written to a disk of `size` bytes, which `disk` finds in
-    /// its owner. `writes` counts what is written to the file that holds its content.
+    /// its owner. `writes` counts what is written to the file that holds its content. `keeper` finds
+    /// what notes which parts of it have arrived: they are noted when they were read, with what
+    /// they hash to then, so that nothing need be hashed before it is written.
     pub(crate) fn start<T: Send + Sync + 'static>(
         owner: &Arc<T>,
-        disk: fn(&T) -> &dyn ReadBack,
+        (disk, keeper): (fn(&T) -> &dyn ReadBack, fn(&T) -> Option<&Keeper>),
         (size, writes): (u64, Arc<Writes>),
     ) -> Result<Self> {
         let proven = Arc::new(Proven::new(size, writes)?);
         let (reader, owner) = (Arc::clone(&proven), Arc::clone(owner));
         let thread = std::thread::Builder::new().name("read back".to_owned());
-        let thread = thread.spawn(move || reader.run(disk(&owner)));
+        let claim = move |owner: &T, unit, node| {
+            let claimed = keeper(owner).map_or(Ok(()), |keeper| keeper.unit_read(unit, node));
+            if let Err(error) = claimed {
+                tracing::warn!(%error, unit, "a unit will be sent again after a cut");
+            }
+        };
+        let thread = thread.spawn(move || {
+            reader.run(disk(&owner), &|unit, node| claim(&owner, unit, node));
+        });
         let failed = |source| Error::File { action: "start", path: "a thread".into(), source };
         Ok(Self { proven, size, thread: Some(thread.map_err(failed)?) })
     }
@@ -70,6 +81,12 @@ impl Prover {
     /// See [`Proven::settled`].
     pub(crate) fn settled(&self) {
         self.proven.settled();
+    }
+
+    /// All that has arrived has come to rest and was read.
+    pub(crate) fn catch_up(&self) {
+        self.proven.settled();
+        self.proven.wait();
     }
 
     /// See [`Proven::wait`].

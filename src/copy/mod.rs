@@ -77,7 +77,7 @@ fn report(job: &Job<'_>, done: Done, started: Instant) -> Report {
         not_carried: not_carried(job, &moved),
         bitmaps,
     }
-    .as_seen();
+    .only_seen();
     let is_bad = proof.verified == Verified::Mismatch;
     Report {
         status: if is_bad { Status::Failed } else { Status::Completed },

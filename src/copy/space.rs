@@ -32,14 +32,16 @@ pub(super) fn qcow2_bytes(geometry: Geometry, survey: &Survey, compressed: u64) 
     data.saturating_add(tables).saturating_add(refcounts).saturating_add(SLACK_BYTES)
 }
 
-/// An upper estimate of what a disk takes at a destination that nothing special is asked of: a qcow2
-/// image of the usual shape, with its content plain. `bitmaps`: granularities of those it gets.
+/// An upper estimate of what a disk takes at a destination of which nothing special is asked: a
+/// qcow2 image of the usual shape, with its content plain. `bitmaps`: granularities of its own.
 pub(crate) fn received_bytes(content: u64, size: u64, bitmaps: &[u64]) -> Result<u64> {
     let geometry = Shape::decide(None, &TargetOptions::default())?.geometry();
     let survey = Survey { data: content, ..Survey::default() };
-    let bits = |granularity: &u64| u8::try_from(granularity.max(&1).ilog2()).unwrap_or(u8::MAX);
-    let bitmaps = bitmaps.iter().map(|granularity| bitmap_bytes(geometry, size, bits(granularity)));
-    Ok(qcow2_bytes(geometry, &survey, 0).saturating_add(bitmaps.sum()))
+    let bytes = |granularity: &u64| {
+        let bits = u8::try_from(granularity.max(&1).ilog2()).unwrap_or(u8::MAX);
+        bitmap_bytes(geometry, size, bits)
+    };
+    Ok(qcow2_bytes(geometry, &survey, 0).saturating_add(bitmaps.iter().map(bytes).sum()))
 }
 
 /// Bytes of a bitmap with its table, all of it set.

@@ -9,7 +9,11 @@ use block_mig::Landing;
 use block_mig::arrive::{Known, LoadBlocks, SealedDisk, Tally};
 use format_spec::content_hash::BitmapDigest;
 use format_spec::native::answer::{Answer, Ready};
-use format_spec::native::block::{BitmapVersion, BlockRecord, Disk, DiskId};
+use format_spec::native::block::{
+    BITMAP_CREATE, BitmapCreate, BitmapVersion, BlockRecord, Disk, DiskId,
+};
+use format_spec::native::frame::Record;
+use format_spec::{Blame, Malformed};
 use mig_core::section::{Fate, LoadContext, LoadHandler};
 use mig_core::stream::{Arrival, Error, Result};
 
@@ -114,22 +118,34 @@ impl BlockSection {
         arrived.into_iter().map(renamed).collect()
     }
 
+    /// What is said of a record that is not well formed: of a bitmap, which one, too.
+    fn malformed(&self, at: &Arrival, record: &Record<'_>, error: Malformed) -> Error {
+        let named = Some(record).filter(|record| record.header.kind == BITMAP_CREATE);
+        let Some((disk, name)) = named.and_then(|record| BitmapCreate::named(record.body)) else {
+            return at.malformed(error);
+        };
+        let of = self.blocks.name(disk).unwrap_or_default();
+        Error::handler(Blame::Bytes, format!("bitmap {name:?} of disk {of:?}: {error}"))
+    }
+
     /// One disk: its place stores the bitmaps, and says how everything reads.
     fn prepare_disk(&self, sealed: Sealed, of: DiskId, arrived: &[Said]) -> Result<Prepared> {
         let place = lock(&self.places).get(&of).cloned().ok_or(Error::Ended)?;
+        let name = self.blocks.name(of).unwrap_or_default();
         let proof = place.prepare(&sealed)?;
         if let (Some(said), Some(read)) = (sealed.content, proof.as_ref().and_then(|p| p.content))
             && said != read
         {
-            let reason = format!("disk {} reads as {read}, the source sealed {said}", of.0);
+            let reason = format!("disk {name:?} reads as {read}, the source sealed {said}");
             return Err(Error::Mismatch { reason });
         }
         let digests = proof.iter().flat_map(|proof| &proof.bitmaps);
         for (bitmap, read) in arrived.iter().zip(digests) {
-            if bitmap.digest.is_some_and(|said| said != *read) {
-                let name = &bitmap.name;
-                let reason =
-                    format!("bitmap {name:?} reads as {read}, not as the source sealed it");
+            if let Some(said) = bitmap.digest.filter(|said| said != read) {
+                let bitmap = &bitmap.name;
+                let reason = format!(
+                    "bitmap {bitmap:?} of disk {name:?} reads as {read}, the source sealed {said}"
+                );
                 return Err(Error::Mismatch { reason });
             }
         }
@@ -149,7 +165,8 @@ fn on_main(arrival: &Arrival) -> Result<()> {
 impl LoadHandler for BlockSection {
     fn load(&self, arrival: Arrival, context: LoadContext<'_>) -> Result<()> {
         let record = arrival.record();
-        let decoded = BlockRecord::decode(&record).map_err(|e| arrival.malformed(e))?;
+        let decoded =
+            BlockRecord::decode(&record).map_err(|e| self.malformed(&arrival, &record, e))?;
         if !matches!(decoded, None | Some(BlockRecord::Run(_))) {
             on_main(&arrival)?;
         }
@@ -160,7 +177,8 @@ impl LoadHandler for BlockSection {
             Some(BlockRecord::DiskSeal(seal)) => self.blocks.seal(&seal, at),
             Some(BlockRecord::BitmapCreate(create)) => {
                 self.name_of(create.disk, create.name)?;
-                self.bitmaps.create(&create, self.blocks.size(create.disk, at)?, at)?;
+                let (disk, size) = self.blocks.facts(create.disk, at)?;
+                self.bitmaps.create(&create, (&disk, size), at)?;
                 if self.tells.load(Ordering::Acquire) {
                     let leaves = self.bitmaps.leaves(create.version)?;
                     context.answers.answer(&Answer::HaveBitmap(create.version, leaves))?;
@@ -187,19 +205,15 @@ impl LoadHandler for BlockSection {
     }
 
     fn prepare(&self, proves_all: bool, ready: &mut Ready) -> Result<()> {
-        let unsealed = |kind: &str| {
-            let kind = kind.to_owned();
-            move |name: String| {
-                let reason =
-                    format!("everything is said to be sent, {kind} {name:?} is not sealed");
-                Error::protocol(0, 0, reason)
-            }
+        let unsealed = |what: String| {
+            Error::protocol(0, 0, format!("everything is said to be sent, {what} is not sealed"))
         };
         self.destination.complete()?;
+        let sealed = self.blocks.sealed();
         let mut prepared = Vec::new();
-        for sealed in self.blocks.sealed().map_err(unsealed("disk"))? {
+        for sealed in sealed.map_err(|name| unsealed(format!("disk {name:?}")))? {
             let SealedDisk { id: disk, hash: content, is_as_it_was } = sealed;
-            let arrived = self.bitmaps.take(disk).map_err(unsealed("bitmap"))?;
+            let arrived = self.bitmaps.take(disk).map_err(unsealed)?;
             let is_proved =
                 (content.is_some() || is_as_it_was) && arrived.iter().all(|b| b.digest.is_some());
             if proves_all && !is_proved {

@@ -1,7 +1,7 @@
 //! Further connections of the source.
 
 use std::collections::VecDeque;
-use std::io;
+use std::io::{self, Cursor, Read as _};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::Scope;
 use std::time::{Duration, Instant};
@@ -27,8 +27,9 @@ const GRACE: Duration = Duration::from_millis(50);
 
 /// Accepts connections until all that were granted have joined, and reads them on threads of their
 /// own. Strangers are closed; they cost a thread for as long as a hello may take, and no more than
-/// a few at a time: the oldest makes room for the newest. Where there may be strangers they are
-/// told no until the session is over: another source would wait for an answer otherwise.
+/// a few at a time: the oldest makes room for the newest. Where there may be strangers, other sources
+/// are told no until the session is over; the same one, which lost its connections before this side
+/// noticed, waits until then.
 pub(super) fn accept_all<'s>(
     scope: &'s Scope<'s, '_>,
     session: &'s Session,
@@ -76,7 +77,9 @@ pub(super) fn accept_all<'s>(
             waiting.expire(timing.hello);
         }
     }
-    waiting.hang_up();
+    if let Some(again) = waiting.end() {
+        listen.put_back(again);
+    }
 }
 
 /// Hears the hello of a connection; `None` for one that does not belong here.
@@ -88,7 +91,13 @@ fn greet(
     let Connection { reader, writer, line, peer } = connection;
     let mut reader = StreamReader::new(reader, 0);
     let hello = reader.hello();
-    if let Ok(Hello::Offer(_)) = hello {
+    if let Ok(Hello::Offer(offer)) = hello {
+        if offer.session == choice.session {
+            let hello = Cursor::new(Hello::Offer(offer).encode());
+            let reader = Box::new(hello.chain(reader.into_rest()));
+            waiting.keep(Connection { reader, writer, line, peer });
+            return None;
+        }
         tracing::warn!("{peer} offers another migration, and was refused");
         let refusal = Refusal { blame: Blame::Transport, text: BUSY.to_owned() };
         refuse_and_linger((&mut reader, writer), &*line, refusal, timing.linger);
@@ -132,6 +141,8 @@ fn admit(
 struct Waiting {
     lines: Mutex<VecDeque<(Instant, Arc<dyn HangUp>)>>,
     left: Condvar,
+    /// The last one of the same session, which is for the next attempt.
+    again: Mutex<Option<Connection>>,
 }
 
 impl Waiting {
@@ -163,6 +174,29 @@ impl Waiting {
             }
             is_patient
         });
+    }
+
+    /// Keeps a connection for the next attempt, in the place of an older one.
+    fn keep(&self, connection: Connection) {
+        let line = connection.line.clone();
+        let older = self.again().replace(connection);
+        if let Some(older) = older {
+            older.line.hang_up();
+        }
+        self.leave(&line);
+    }
+
+    /// Nobody is waited for any more. Answers what was kept; who has just come may still say that
+    /// it is that.
+    fn end(&self) -> Option<Connection> {
+        let is_waited_for = |lines: &mut VecDeque<_>| !lines.is_empty();
+        drop(self.left.wait_timeout_while(self.lock(), GRACE, is_waited_for));
+        self.hang_up();
+        self.again().take()
+    }
+
+    fn again(&self) -> MutexGuard<'_, Option<Connection>> {
+        self.again.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn hang_up(&self) {

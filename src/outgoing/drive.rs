@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use format_spec::Blame;
 use format_spec::native::answer::Ready;
+use format_spec::native::block::DiskId;
 use format_spec::native::control::Control;
 use format_spec::native::hello::{RESUME, SessionState};
 use mig_core::channels::{CONTROL, CONTROL_ID, Channels, Main, Outlet};
@@ -312,7 +313,7 @@ impl Driver<'_> {
         let mut expected = Ready { session, disks: Vec::new(), bitmaps: Vec::new() };
         handlers.iter().for_each(|handler| handler.expect(&mut expected));
         if ready != expected {
-            return Err(Error::Mismatch { reason: difference(&expected, &ready) });
+            return Err(Error::Mismatch { reason: difference(&expected, &ready, handlers) });
         }
         self.go_on()?;
         Ok(Some(ready))
@@ -423,14 +424,24 @@ impl Driver<'_> {
 }
 
 /// Where two proofs differ, in words.
-fn difference(sent: &Ready, read: &Ready) -> String {
+fn difference(sent: &Ready, read: &Ready, names: &[Box<dyn SaveHandler + '_>]) -> String {
+    let called = |disk: DiskId| {
+        let name = names.iter().find_map(|handler| handler.disk_name(disk));
+        name.map_or_else(|| format!("disk {}", disk.0), |name| format!("disk {name:?}"))
+    };
     let disks = sent.disks.iter().zip(&read.disks).find(|(sent, read)| sent != read);
     if let Some(((disk, sent), (_, read))) = disks {
-        return format!("disk {} was sent as {sent} and reads as {read}", disk.0);
+        return format!("{} was sent as {sent} and reads as {read}", called(*disk));
     }
     let bitmaps = sent.bitmaps.iter().zip(&read.bitmaps).find(|(sent, read)| sent != read);
     if let Some(((version, sent), (_, read))) = bitmaps {
-        return format!("bitmap {} was sent as {sent} and reads as {read}", version.bitmap);
+        let number = version.bitmap;
+        let name = names.iter().find_map(|handler| handler.bitmap_name(number));
+        let bitmap = name.map_or_else(
+            || format!("bitmap {number}"),
+            |(disk, name)| format!("bitmap {name:?} of {}", called(disk)),
+        );
+        return format!("{bitmap} was sent as {sent} and reads as {read}");
     }
     "READY does not name the disks and bitmaps that were sent".to_owned()
 }

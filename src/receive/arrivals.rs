@@ -19,6 +19,8 @@ pub struct Arrivals<'a> {
     observer: &'a dyn Observer,
     /// Why connections were turned away before they were handed out.
     refused: Mutex<Receiver<String>>,
+    /// What was put back.
+    early: Mutex<Option<Connection>>,
 }
 
 impl<'a> Arrivals<'a> {
@@ -28,7 +30,7 @@ impl<'a> Arrivals<'a> {
         observer: &'a dyn Observer,
         refused: Receiver<String>,
     ) -> Self {
-        Self { listen, observer, refused: Mutex::new(refused) }
+        Self { listen, observer, refused: Mutex::new(refused), early: Mutex::default() }
     }
 
     fn tell(&self) {
@@ -48,6 +50,9 @@ impl Listen for Arrivals<'_> {
 
     fn accept(&self, limit: Option<Duration>) -> io::Result<Connection> {
         let end = limit.and_then(|limit| Instant::now().checked_add(limit));
+        if let Some(early) = self.early.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            return Ok(early);
+        }
         loop {
             let left = end.map(|end| end.saturating_duration_since(Instant::now()));
             let slice = left.map_or(LOOK_INTERVAL, |left| left.min(LOOK_INTERVAL));
@@ -65,6 +70,10 @@ impl Listen for Arrivals<'_> {
                 accepted => return accepted,
             }
         }
+    }
+
+    fn put_back(&self, connection: Connection) {
+        *self.early.lock().unwrap_or_else(PoisonError::into_inner) = Some(connection);
     }
 
     fn close(&self) {

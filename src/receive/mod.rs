@@ -252,7 +252,7 @@ fn published_before(disk: &Published) -> DiskReport {
     let bitmap = |found: &PublishedBitmap| bitmap_report(found.sent_as.clone(), &found.name);
     let bitmaps = disk.bitmaps.iter().map(bitmap).collect();
     let untouched = DiskReport::untouched(disk.name.clone());
-    DiskReport { bitmaps, ..untouched }.of_before(Some(disk)).as_seen()
+    DiskReport { bitmaps, ..untouched }.of_before(Some(disk)).only_seen()
 }
 
 fn disk_report(options: &ReceiveOptions, disk: ReceivedDisk) -> DiskReport {
@@ -264,7 +264,7 @@ fn disk_report(options: &ReceiveOptions, disk: ReceivedDisk) -> DiskReport {
     };
     let only_bitmaps = disk.proof.as_ref().is_some_and(|proof| proof.content.is_none());
     let content = disk.proof.and_then(|proof| proof.content);
-    let report = DiskReport {
+    DiskReport {
         id: disk.name,
         bytes_data: disk.bytes_data,
         bytes_zero: disk.bytes_zero,
@@ -272,7 +272,6 @@ fn disk_report(options: &ReceiveOptions, disk: ReceivedDisk) -> DiskReport {
         content_hash: content.map(|content| content.to_string()),
         not_carried: only_bitmaps.then(|| ONLY_BITMAPS.to_owned()).into_iter().collect(),
         bitmaps: disk.bitmaps.into_iter().map(bitmap).collect(),
-    };
-    // The bitmaps of a disk that came without content are proved all the same.
-    if only_bitmaps { report } else { report.as_seen() }
+    }
+    .only_seen()
 }

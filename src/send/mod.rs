@@ -235,12 +235,6 @@ fn report(
             _ => report,
         }
     };
-    // Bitmaps that go alone are proved all the same.
-    let is_proved = !options.blocks && !options.no_verify;
-    let as_seen = |report: DiskReport| match report.verified {
-        Verified::No if is_proved => report,
-        _ => report.as_seen(),
-    };
     Report {
         status,
         error,
@@ -249,7 +243,7 @@ fn report(
         wire_bytes: sent.wire_bytes,
         repeated_bytes: moved.disks().map(|disk| disk.repeated).fold(0, u64::saturating_add),
         resumed: sent.resumed,
-        disks: disks.iter().zip(moved.disks()).map(report).map(as_seen).collect(),
+        disks: disks.iter().zip(moved.disks()).map(report).map(DiskReport::only_seen).collect(),
         ram: None,
     }
 }

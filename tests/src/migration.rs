@@ -19,8 +19,8 @@ pub fn listening(receiver: &Running) -> String {
     })
 }
 
-/// Runs `send` and `receive` with these options to their ends. The URI is the receiver's: the source
-/// connects where that says it listens.
+/// Runs `send` and `receive` with these options to their ends. The URI is the receiver's: the
+/// source connects where that says it listens.
 #[track_caller]
 pub fn both(scratch: &Scratch, send: &str, receive: &str) -> (Output, Output) {
     let receiver = command(scratch, &format!("receive --json {receive}")).spawn();

@@ -156,7 +156,7 @@ fn nothing_is_claimed_that_nobody_has_seen() {
     };
     check(run("copy --json -f qcow2 a.qcow2 b.qcow2"), "yes", true, "preserved");
     for how in ["--force", "--in-place"] {
-        let line = format!("copy --json --no-verify {how} -f qcow2 a.qcow2 b.qcow2");
+        let line = format!("copy --json --fresh --no-verify {how} -f qcow2 a.qcow2 b.qcow2");
         check(run(&line), "no", false, "sent");
     }
     for (index, (there, here)) in

@@ -275,7 +275,7 @@ fn what_exists_is_kept_replaced_or_written_into() {
     let before = scratch.names();
     let new = "--disk vda=new.raw,format=raw unix:s";
     let (sent, received) = migrate(&scratch, "--disk vda=a.qcow2", new);
-    (sent.expect_exit(Exit::Refused), received.expect_exit(Exit::Refused));
+    _ = [sent, received].map(|side| side.expect_exit(Exit::Refused));
     assert_eq!(scratch.names(), before);
     migrated(&scratch, "--disk vda=a.qcow2 --bitmaps none", place);
     qemu::same_content((&source, "qcow2"), (&scratch.path("raw"), "raw"));

@@ -191,6 +191,68 @@ fn what_cannot_be_told_apart_is_an_error(stream: &[u8], devices: &[Device], scra
     assert!(kept.starts_with(&stream[devices[0].place.start..device.place.start]));
 }
 
+/// The package of a stream that went into postcopy: where it begins and what is in it.
+fn package(stream: &[u8]) -> &[u8] {
+    let head = [0x08, 0, 7, 0, 4];
+    let at = stream.windows(head.len()).position(|bytes| bytes == head).expect("a package");
+    let rest = &stream[at + head.len()..];
+    let len = u32::from_be_bytes(rest[..4].try_into().unwrap()) as usize;
+    &rest[4..4 + len]
+}
+
+/// Bits that come when the guest has moved already: the devices come before them, in a package,
+/// between the commands that it begins and ends with. There is no description then.
+fn devices_are_kept_in_postcopy(peer: Peer, kind: &str) {
+    if !require_all(&[peer, Peer::Qemu10, Peer::QemuImg, Peer::QemuIo]) {
+        return;
+    }
+    let scratch = Scratch::new();
+    let [from, to] = ["from", "to"].map(|name| make(&scratch, name, 1 << 30).done());
+    let mut source = machine(peer, kind, &from);
+    source.ok(
+        "block-dirty-bitmap-add",
+        json!({ "node": "n0", "name": "fine", "granularity": 512, "persistent": true }),
+    );
+    source.io("disk0", "write -P 4 700m 300k");
+    source.capabilities(&["dirty-bitmaps"]);
+    // Slow until it is told to go over, so that nothing is complete by then.
+    let slow = json!({ "max-bandwidth": 2 << 20, "downtime-limit": 1 });
+    source.ok("migrate-set-parameters", slow);
+    let (options, kept) = keeping(&to);
+    let stream = Arc::new(Mutex::new(Vec::new()));
+    let receiver = Receiver::recording(options, stream.clone());
+    source.ok("migrate", json!({ "uri": receiver.uri() }));
+    source.migration_reaches(&["active"]);
+    source.ok("migrate-start-postcopy", json!({}));
+    let received = receiver.wait();
+    let report = received.report();
+    assert_eq!(bitferry::exit_status(report), 0, "{report:?}");
+    source.migration_reaches(&["completed"]);
+    source.quit();
+    qemu::check_is_clean(&to);
+    let names: Vec<_> = report.disks[0].bitmaps.iter().map(|b| b.name.as_str()).collect();
+    assert_eq!(names, ["daily", "fine"]);
+    assert_eq!(qemu::dirty_ranges(&to, "fine").unwrap(), [700 * MIB..700 * MIB + 300 * 1024]);
+
+    let (kept, stream) = (kept.lock().unwrap(), stream.lock().unwrap());
+    let package = package(&stream);
+    let devices = package.strip_prefix(&[0x08, 0, 4, 0, 0]).expect("POSTCOPY_LISTEN");
+    let devices = devices.strip_suffix(&[0x08, 0, 5, 0, 0]).expect("POSTCOPY_RUN");
+    assert!(*kept == devices, "{} bytes kept of {}", kept.len(), devices.len());
+    let names = names_of(&kept, &stream);
+    assert!(names.len() > 20 && names.iter().any(|n| n.ends_with("virtio-blk")), "{names:?}");
+}
+
+#[test]
+fn devices_of_qemu_10_are_kept_in_postcopy() {
+    devices_are_kept_in_postcopy(Peer::Qemu10, "pc");
+}
+
+#[test]
+fn devices_of_qemu_7_are_kept_in_postcopy() {
+    devices_are_kept_in_postcopy(Peer::Qemu72, "q35");
+}
+
 #[test]
 fn devices_of_a_pc_of_qemu_10_are_kept() {
     devices_are_kept(Peer::Qemu10, "pc", &[]);

@@ -212,26 +212,39 @@ fn aliases_of_qemu_7_are_followed() {
     aliases_are_followed(Peer::Qemu72);
 }
 
-/// Bits that come after the guest has moved: PACKAGED, two ENDs of ram.
-#[test]
-fn bitmaps_arrive_in_postcopy() {
-    if !have(Peer::Qemu10) {
+/// Bits that come after the guest has moved: PACKAGED, two ENDs of ram. Two disks have a bitmap of
+/// the same name each, and bitmaps of several granularities, some of which do not record.
+fn bitmaps_arrive_in_postcopy(peer: Peer, capabilities: &[&str]) {
+    if !have(peer) || !have(Peer::Qemu10) {
         return;
     }
     let scratch = Scratch::new();
-    let [a, to] = ["a", "to"].map(|name| make(&scratch, name, 1 << 30).done());
-    let mut qemu = source(Peer::Qemu10, &[("disk0", "n0", &a, "qcow2")]);
-    for (name, flags) in [("x", (true, false)), ("y", (false, true))] {
-        add_bitmap(&mut qemu, "n0", name, 512, flags);
+    let [a, to_a] = ["a", "to-a"].map(|name| make(&scratch, name, 1 << 30).done());
+    let [b, to_b] = ["b", "to-b"].map(|name| make(&scratch, name, 96 * MIB + 512).done());
+    let mut qemu = source(peer, &[("disk0", "n0", &a, "qcow2"), ("disk1", "n1", &b, "qcow2")]);
+    for (node, name, granularity, flags) in [
+        ("n0", "x", 512, (true, false)),
+        ("n0", "y", 512, (false, true)),
+        ("n0", "z", 64 * KIB, (true, false)),
+        ("n1", "x", 4 * KIB, (true, false)),
+        ("n1", "y", MIB, (true, true)),
+    ] {
+        add_bitmap(&mut qemu, node, name, granularity, flags);
     }
     for at in [0, 13, 500, 1023] {
         qemu.io("disk0", &format!("write {at}m 100k"));
     }
+    for at in [1, 50, 95] {
+        qemu.io("disk1", &format!("write {at}m 5k"));
+    }
+    qemu.ok("block-dirty-bitmap-disable", json!({ "node": "n1", "name": "x" }));
+    qemu.io("disk1", "write 70m 512");
     qemu.capabilities(&["dirty-bitmaps"]);
+    qemu.capabilities(capabilities);
     qemu.ok("migrate-set-parameters", json!({ "max-bandwidth": 200_000, "downtime-limit": 1 }));
     qemu.ok("cont", json!({}));
-    let before = described(&mut qemu, "n0");
-    let receiver = Receiver::listen(places(&[("disk0", &to)]));
+    let before = [described(&mut qemu, "n0"), described(&mut qemu, "n1")];
+    let receiver = Receiver::listen(places(&[("disk0", &to_a), ("disk1", &to_b)]));
     qemu.ok("migrate", json!({ "uri": receiver.uri() }));
     qemu.migration_reaches(&["active"]);
     qemu.ok("migrate-start-postcopy", json!({}));
@@ -239,8 +252,28 @@ fn bitmaps_arrive_in_postcopy() {
     is_complete(&received);
     qemu.migration_reaches(&["completed"]);
     qemu.quit();
-    assert_eq!(stored(&to), before);
-    assert!(!is_enabled(&to, "y"));
+    assert_eq!([stored(&to_a), stored(&to_b)], before);
+    for (image, name, enabled) in
+        [(&to_a, "x", true), (&to_a, "y", false), (&to_b, "x", false), (&to_b, "y", false)]
+    {
+        assert_eq!(is_enabled(image, name), enabled, "{name}");
+        qemu::check_is_clean(image);
+    }
+}
+
+#[test]
+fn bitmaps_of_qemu_10_arrive_in_postcopy() {
+    bitmaps_arrive_in_postcopy(Peer::Qemu10, &[]);
+}
+
+#[test]
+fn bitmaps_of_qemu_10_arrive_in_postcopy_with_a_return_path() {
+    bitmaps_arrive_in_postcopy(Peer::Qemu10, &["return-path"]);
+}
+
+#[test]
+fn bitmaps_of_qemu_7_arrive_in_postcopy() {
+    bitmaps_arrive_in_postcopy(Peer::Qemu72, &[]);
 }
 
 #[test]

@@ -4,7 +4,7 @@ use format_spec::Blame;
 use format_spec::Reader;
 use format_spec::content_hash::BitmapDigest;
 use format_spec::native::answer::Ready;
-use format_spec::native::block::{self, BitmapVersion, BlockRecord, Content, Pieces, Run};
+use format_spec::native::block::{self, BitmapVersion, BlockRecord, Content, DiskId, Pieces, Run};
 use mig_core::channels::Outlet;
 use mig_core::section::{Pass, Pending, SaveHandler, SectionKey, Stage, Start};
 use mig_core::stream::{Error, Result};
@@ -147,6 +147,12 @@ impl SaveHandler for SaveLive {
     fn expect(&self, ready: &mut Ready) {
         ready.bitmaps.extend(&self.sealed);
         ready.bitmaps.sort_by_key(|(version, _)| *version);
+    }
+
+    fn bitmap_name(&self, bitmap: u32) -> Option<(DiskId, String)> {
+        self.senders
+            .iter()
+            .find_map(|sender| sender.name_of(bitmap).map(|name| (sender.disk(), name.to_owned())))
     }
 
     /// Hashes what was sent while the destination does the same: the guest may be paused.

@@ -115,6 +115,12 @@ impl Sender {
         alive.map(|told| (told.source_name.as_str(), told.name.as_str()))
     }
 
+    /// What the bitmap of a number is called.
+    pub(super) fn name_of(&self, bitmap: u32) -> Option<&str> {
+        let found = self.told.iter().find(|told| told.version.bitmap == bitmap);
+        found.map(|told| told.name.as_str())
+    }
+
     /// Begins a pass: tells what was created, changed its flags or is gone. These records go on
     /// main.
     pub fn announce(&mut self, emit: &mut dyn FnMut(&BlockRecord<'_>) -> Result<()>) -> Result<()> {

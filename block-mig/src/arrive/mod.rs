@@ -101,9 +101,14 @@ impl LoadBlocks {
         Ok(())
     }
 
-    /// Guest-visible size of a disk that was introduced.
-    pub fn size(&self, disk: DiskId, at: &Arrival) -> Result<u64> {
-        self.find(disk, at).map(|disk| disk.size)
+    /// Name and guest-visible size in bytes of a disk that was introduced.
+    pub fn facts(&self, disk: DiskId, at: &Arrival) -> Result<(String, u64)> {
+        self.find(disk, at).map(|disk| (disk.name.clone(), disk.size))
+    }
+
+    /// Name of a disk; `None` for one that was not introduced.
+    pub fn name(&self, disk: DiskId) -> Option<String> {
+        self.read().get(&disk).map(|disk| disk.name.clone())
     }
 
     /// Content or zeroes: checked now, stored soon. `run` was decoded from `arrival`.

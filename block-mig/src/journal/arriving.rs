@@ -8,7 +8,7 @@ use mig_core::stream;
 
 use super::Keeper;
 use crate::error::{Error, Result};
-use crate::ledger::{Stretch, UNIT_BYTES};
+use crate::ledger::{Entry, Stretch, UNIT_BYTES};
 
 /// Most units that are told at once.
 const HAVE_UNITS: usize = 4096;
@@ -44,6 +44,14 @@ impl Keeper {
         let start = range.start.next_multiple_of(UNIT_BYTES);
         let end = if range.end >= size { size } else { range.end & !(UNIT_BYTES - 1) };
         if start < end { self.arrived_zeroes(start..end) } else { Ok(()) }
+    }
+
+    /// A unit was read back, and this is its node. Nothing to do where it is claimed as such.
+    pub fn unit_read(&self, unit: u64, node: Node) -> Result<()> {
+        match self.with_claims(|claims| claims.get(unit))? {
+            Entry::Node(known) if known == node => Ok(()),
+            _ => self.arrived_units(unit, &[node]),
+        }
     }
 
     /// Whole units arrived, and these are their nodes. Whether a checkpoint is due.

@@ -118,7 +118,10 @@ impl Proven {
 
     /// Reads what has come to rest until [`stop`](Self::stop) is called. What cannot be read is
     /// read in the end, and is an error then.
-    pub fn run(&self, disk: &dyn ReadBack) {
+    ///
+    /// `claim` is told of each unit that was read, with its node, before anybody who
+    /// [begins](Self::begin) to write to it goes on.
+    pub fn run(&self, disk: &dyn ReadBack, claim: &dyn Fn(u64, Node)) {
         // Whatever ends this, a panic included, must not leave others waiting.
         let _ending = Ending(self);
         let mut buffer = Vec::new();
@@ -127,7 +130,10 @@ impl Proven {
             let mut state = self.lock();
             let is_quiet = state.reading.take().is_some_and(|(_, is_disturbed)| !is_disturbed);
             let noted = match read {
-                Ok(Some((node, mark))) if is_quiet => state.note(unit, node, mark),
+                Ok(Some((node, mark))) if is_quiet => {
+                    claim(unit, node);
+                    state.note(unit, node, mark)
+                }
                 Ok(_) => Ok(()),
                 Err(error) => Err(error),
             };

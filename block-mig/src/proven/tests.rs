@@ -71,7 +71,7 @@ impl Disk {
     /// Reads what has come to rest.
     fn rest(&self) {
         std::thread::scope(|scope| {
-            let reader = scope.spawn(|| self.proven.run(self));
+            let reader = scope.spawn(|| self.proven.run(self, &|_, _| {}));
             self.proven.settled();
             self.proven.wait();
             self.proven.stop();
@@ -241,7 +241,7 @@ fn what_is_at_rest_is_not_read_again() {
 fn what_arrives_in_bulk_comes_to_rest_by_itself() {
     let disk = Disk::new();
     std::thread::scope(|scope| {
-        scope.spawn(|| disk.proven.run(&disk));
+        scope.spawn(|| disk.proven.run(&disk, &|_, _| {}));
         for (_, byte) in (0..=SETTLE_BYTES / SIZE as u64).zip(1..) {
             (0..UNITS).for_each(|unit| disk.write(unit, byte));
         }
@@ -268,7 +268,7 @@ fn nobody_waits_for_a_reader_that_is_gone() {
     disk.write(0, 1);
     disk.proven.settled();
     std::thread::scope(|scope| {
-        let reader = scope.spawn(|| disk.proven.run(&disk));
+        let reader = scope.spawn(|| disk.proven.run(&disk, &|_, _| {}));
         disk.proven.wait();
         disk.proven.stop();
         assert!(reader.join().is_err());

@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use format_spec::content_hash::Node;
 use format_spec::native::answer::Ready;
-use format_spec::native::block::{self, BlockRecord, Disk, DiskSeal};
+use format_spec::native::block::{self, BlockRecord, Disk, DiskId, DiskSeal};
 use mig_core::block::BlockSource;
 use mig_core::channels::Outlet;
 use mig_core::dirty::AtomicBits;
@@ -244,6 +244,11 @@ impl SaveHandler for SaveBlocks<'_> {
             let root = saved.counts.root.get();
             ready.disks.extend(root.map(|root| (saved.disk.id, *root)));
         }
+    }
+
+    fn disk_name(&self, disk: DiskId) -> Option<String> {
+        let found = self.disks.iter().find(|saved| saved.disk.id == disk);
+        found.map(|saved| saved.disk.name.clone())
     }
 
     fn barrier(&mut self) {

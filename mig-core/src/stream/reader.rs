@@ -107,6 +107,11 @@ impl StreamReader {
         })
     }
 
+    /// What was not read yet.
+    pub fn into_rest(self) -> Box<dyn Read + Send> {
+        Box::new(self.stream)
+    }
+
     /// Reads magic and version of the container.
     pub fn start(&mut self) -> Result<()> {
         let at = self.offset;

@@ -268,5 +268,5 @@ fn refuse_unusable(file: &dyn Storage, header: &Header, options: &EditorOptions)
 
 /// Why every call is refused once a metadata write or sync has failed: what the file holds is not
 /// known any more, so nothing is written on top of it.
-const POISONED: &str = "an earlier write or sync of its metadata failed; close it, check it and open \
-                        it again";
+const POISONED: &str = "an earlier write or sync of its metadata failed; close it, check it and \
+                        open it again";

@@ -13,8 +13,8 @@ use proptest::prelude::*;
 
 use super::*;
 
-const SIZE: u64 = (1 << 20) + 512;
-const D: DiskId = DiskId(0);
+pub(super) const SIZE: u64 = (1 << 20) + 512;
+pub(super) const D: DiskId = DiskId(0);
 const CONTROL_ID: u32 = 1;
 const BLOCK_ID: u32 = 2;
 
@@ -31,11 +31,11 @@ pub(super) fn offer(channels: u16, features: u64) -> Offer {
 
 /// The bytes of a connection, put together by hand.
 #[derive(Default, Clone)]
-struct Script(Vec<u8>);
+pub(super) struct Script(Vec<u8>);
 
 impl Script {
     /// Main up to where records of disks may come: both sections started.
-    fn main() -> Self {
+    pub(super) fn main() -> Self {
         let mut out = Writer::new();
         container::encode_start(&mut out);
         Self(out.into_bytes())
@@ -62,19 +62,19 @@ impl Script {
         self
     }
 
-    fn block(self, records: &[BlockRecord<'_>]) -> Self {
+    pub(super) fn block(self, records: &[BlockRecord<'_>]) -> Self {
         let mut body = Vec::new();
         records.iter().for_each(|record| record.encode(&mut body));
         self.section(SectionKind::Part, BLOCK_ID, None, &body)
     }
 
-    fn control(self, controls: &[Control]) -> Self {
+    pub(super) fn control(self, controls: &[Control]) -> Self {
         let mut body = Vec::new();
         controls.iter().for_each(|control| control.encode(&mut body));
         self.section(SectionKind::Part, CONTROL_ID, None, &body)
     }
 
-    fn barrier(self, number: u64) -> Self {
+    pub(super) fn barrier(self, number: u64) -> Self {
         self.control(&[Control::Barrier { number, is_durable: false }])
     }
 
@@ -132,15 +132,15 @@ fn lie_on(channels: u16, features: u64, scripts: &[Script]) -> String {
     said
 }
 
-fn lie(script: Script) -> String {
+pub(super) fn lie(script: Script) -> String {
     lie_on(1, 0, &[script])
 }
 
-fn vda() -> BlockRecord<'static> {
+pub(super) fn vda() -> BlockRecord<'static> {
     BlockRecord::Disk(Disk { disk: D, keeps_rest: false, size: SIZE, name: "vda" })
 }
 
-fn create(number: u32, generation: u32, granularity: u32) -> BlockRecord<'static> {
+pub(super) fn create(number: u32, generation: u32, granularity: u32) -> BlockRecord<'static> {
     BlockRecord::BitmapCreate(BitmapCreate {
         version: BitmapVersion { bitmap: number, generation },
         disk: D,
@@ -151,28 +151,16 @@ fn create(number: u32, generation: u32, granularity: u32) -> BlockRecord<'static
     })
 }
 
-fn zeroes(offset: u64, len: u64) -> BlockRecord<'static> {
+pub(super) fn zeroes(offset: u64, len: u64) -> BlockRecord<'static> {
     BlockRecord::Run(Run::zeroes(D, offset, len))
 }
 
-fn seal() -> BlockRecord<'static> {
+pub(super) fn seal() -> BlockRecord<'static> {
     BlockRecord::DiskSeal(DiskSeal { disk: D, hash: None })
-}
-
-fn bitmap_seal(generation: u32) -> BlockRecord<'static> {
-    let version = BitmapVersion { bitmap: 0, generation };
-    BlockRecord::BitmapSeal(BitmapSeal { version, digest: None })
 }
 
 #[test]
 fn every_lie_about_disks_is_named() {
-    let huge = {
-        let mut record = create(0, 1, 512);
-        if let BlockRecord::BitmapCreate(create) = &mut record {
-            create.shape.bits += 1;
-        }
-        record
-    };
     let other_hash = BlockRecord::DiskSeal(DiskSeal {
         disk: D,
         hash: Some(format_spec::content_hash::ContentHash([0; 32])),
@@ -186,11 +174,6 @@ fn every_lie_about_disks_is_named() {
         ("nothing came for byte 65536", vec![vda(), zeroes(0, 65536), seal()]),
         ("after its seal", vec![vda(), whole.clone(), seal(), whole.clone()]),
         ("sealed twice", vec![vda(), whole.clone(), seal(), seal()]),
-        ("bits of bitmap", vec![vda(), huge]),
-        ("exists", vec![vda(), create(0, 1, 512), create(1, 1, 512)]),
-        ("generation", vec![vda(), create(0, 2, 512)]),
-        ("does not exist", vec![vda(), create(0, 1, 512), bitmap_seal(2)]),
-        ("sealed twice", vec![vda(), create(0, 1, 512), bitmap_seal(1), bitmap_seal(1)]),
     ];
     for (word, records) in cases {
         let said = lie(Script::main().block(&records));
@@ -201,7 +184,10 @@ fn every_lie_about_disks_is_named() {
     };
     for (word, records) in [
         ("disk \"vda\" is not sealed", vec![vda(), whole.clone()]),
-        ("bitmap \"b\" is not sealed", vec![vda(), create(0, 1, 512), whole.clone(), seal()]),
+        (
+            "bitmap \"b\" of disk \"vda\" is not sealed",
+            vec![vda(), create(0, 1, 512), whole.clone(), seal()],
+        ),
         ("the source sealed bf1:00", vec![vda(), whole, other_hash]),
     ] {
         let said = prepare(&records);

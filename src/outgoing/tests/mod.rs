@@ -1,5 +1,6 @@
 //! A source and a destination in one process, over socket pairs that can be cut.
 
+mod bitmap_lies;
 mod cuts;
 mod guest;
 mod lies;

@@ -8,6 +8,7 @@ use block_mig::Landing;
 use block_mig::device::{ChainSource, RawSink, StartOf};
 use block_mig::journal::{Identity, Keeper};
 use block_mig::limits::workers;
+use block_mig::recheck::ReadBack;
 use format_spec::content_hash::Node;
 use mig_core::block::BlockSink;
 use mig_core::section::{Fate, Have};
@@ -56,7 +57,9 @@ impl Written {
         let sink = Arc::new(open(&target, size, &writes)?);
         let of = (size, writes);
         let is_proved = session.is_some() && resumes && target.stands_alone();
-        let prover = is_proved.then(|| Prover::start(&sink, |sink: &Sink| sink, of)).transpose()?;
+        // What arrives is noted when it arrives.
+        let finds: (fn(&Sink) -> &dyn ReadBack, fn(&Sink) -> _) = (|sink| sink, |_| None);
+        let prover = is_proved.then(|| Prover::start(&sink, finds, of)).transpose()?;
         let identity = session.map(|session| Identity { session, size, target: target.words() });
         let kept = Kept::begin(target.log_place(), identity, is_fresh || !resumes)?;
         let (observer, stored, receipt) = (observer.clone(), Mutex::default(), Mutex::default());

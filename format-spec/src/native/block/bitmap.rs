@@ -130,6 +130,18 @@ impl<'a> BitmapCreate<'a> {
         BITMAP_CREATE
     }
 
+    /// The disk and the name in the body of such a record that may not be well formed otherwise: for
+    /// messages.
+    pub fn named(body: &'a [u8]) -> Option<(DiskId, &'a str)> {
+        let mut body = Reader::new(body, 0);
+        body.be64("bitmap number, generation").ok()?;
+        let disk = DiskId(body.be32("disk number").ok()?);
+        body.be32("bitmap granularity").ok()?;
+        body.be64("bitmap size in bits").ok()?;
+        body.be32("bitmap flags").ok()?;
+        Some((disk, body.name16(MAX_BITMAP_NAME, "bitmap name").ok()?))
+    }
+
     /// Checks the number of bits against the size of the disk.
     pub fn check(&self, disk_size: u64) -> Result<(), Problem> {
         let expected = BitmapShape::of_disk(disk_size, self.shape.granularity).bits;
