@@ -24,6 +24,8 @@ pub(crate) struct Request<'a> {
     /// Whether files that the image names may be opened.
     pub(crate) allow_named: bool,
     pub(crate) backing: Backing,
+    /// Whether the image is looked at by itself: nothing that it names is opened, or locked.
+    pub(crate) only_top: bool,
     pub(crate) data_file: Option<PathBuf>,
     /// Whether an image whose in-place copy is not finished may be read.
     pub(crate) accepts_unfinished: bool,
@@ -39,6 +41,7 @@ impl<'a> Request<'a> {
             format,
             allow_named: false,
             backing: Backing::Named,
+            only_top: false,
             data_file: None,
             accepts_unfinished: false,
             is_locked_already: false,
@@ -165,6 +168,7 @@ fn opener(request: &Request<'_>) -> Opener {
         .format(request.format.map(Into::into))
         .allow_named_files(request.allow_named)
         .backing(request.backing.clone())
+        .without_named_files(request.only_top)
         .data_file(request.data_file.clone())
         .accept_unfinished(request.accepts_unfinished)
         .lock(!request.is_locked_already)

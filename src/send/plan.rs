@@ -6,7 +6,6 @@ use bitmap_mig::{Bitmap, Fate, Holder};
 use block_mig::device::{AboveSource, ChainSource};
 use block_mig::limits::UNIT_BYTES;
 use block_mig::plan::{Scope, Survey, survey};
-use qcow2_file::chain::Backing;
 use qcow2_file::limits::MAX_BITMAP_BYTES;
 use serde::Serialize;
 
@@ -130,12 +129,11 @@ pub(super) fn decide(
     observer.phase(Phase::Plan);
     check_ids(&options.disks)?;
     let mut planned = Vec::new();
-    // Bitmaps are in the top layer: for them alone nothing below it is opened.
-    let backing = if options.blocks { Backing::Named } else { Backing::Ignored };
     for option in &options.disks {
         let request = Request {
             allow_named: options.allow_backing,
-            backing: backing.clone(),
+            // Bitmaps are in the image itself, and its content may be in use at the destination.
+            only_top: !options.blocks,
             ..Request::new(&option.path, option.format)
         };
         planned.push((option.clone(), Disk::open(&request, observer)?));

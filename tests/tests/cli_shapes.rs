@@ -194,6 +194,31 @@ fn a_file_carries_bitmaps_without_blocks() {
 }
 
 #[test]
+fn bitmaps_move_from_one_overlay_of_a_shared_disk_to_another() {
+    if !has_peers() {
+        return;
+    }
+    let scratch = Scratch::new();
+    mirrored(&scratch, SIZE);
+    // The raw disk is shared; each host has an overlay of its own for the bitmaps.
+    let overlay = "copy --bitmaps none -o data_file=disk.raw,data_file_raw=on source";
+    command(&scratch, &format!("{overlay} there")).ok();
+    std::fs::copy(scratch.path("there"), scratch.path("here")).expect("copy");
+    command(&scratch, "bitmap add --granularity 4K here b0").ok();
+    let qemu_io = Run::new(Peer::QemuIo.find().expect("qemu-io"));
+    qemu_io.args(["-c", "write -P 6 3M 1M", "here"]).dir(scratch.dir()).ok();
+    let shared = "--in-place --allow-backing --disk vda=there";
+    // The source opens neither the disk nor asks to.
+    migrated(&scratch, "--no-blocks --disk vda=here", shared);
+    qemu_img("check").words("-f qcow2 there").dir(scratch.dir()).ok();
+    let dump = |image| command(&scratch, &format!("bitmap dump --json {image} b0")).ok();
+    assert_eq!(dump("here"), dump("there"));
+    assert!(dump("there").contains("1048576"), "{}", dump("there"));
+    let compared = command(&scratch, "compare --allow-backing here there").output();
+    compared.expect_exit(Exit::Done);
+}
+
+#[test]
 fn a_kill_leaves_the_old_bitmaps_or_the_new_ones() {
     if !has_peers() {
         return;
