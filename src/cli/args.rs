@@ -182,8 +182,8 @@ pub(crate) struct CopyArgs {
     #[command(flatten)]
     pub(crate) state_dir: super::state_dir::StateDirArgs,
     /// Bytes per second at most that are read from SRC, or go over the wire; K, M, G and T are
-    /// powers of 1024
-    #[arg(long, value_name = "RATE", value_parser = super::transport::rate)]
+    /// powers of 1024, 0 is no limit
+    #[arg(long, value_name = "RATE", value_parser = super::size::parse)]
     #[arg(help_heading = "Transport", allow_negative_numbers = true)]
     pub(crate) bandwidth: Option<u64>,
     /// Say what would be done, the space it needs and what would be lost; write nothing

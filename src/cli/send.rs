@@ -13,8 +13,8 @@ use mig_core::stream;
 
 use super::dialect::{DialectArg, QemuArgs};
 use super::outcome::{Asked, Peer};
-use super::size::human;
-use super::transport::{Compress, TransportArgs, pause, rate};
+use super::size::{self, human};
+use super::transport::{Compress, TransportArgs, pause};
 use super::watch::{Summary, Watch};
 use super::{Outcome, Output, WOULD_LOSE, outcome, table};
 
@@ -72,8 +72,9 @@ pub(crate) struct SendArgs {
     #[arg(long, value_name = "METHOD", default_value = "none", hide_default_value = true)]
     #[arg(help_heading = "Transport")]
     pub(crate) compress: Compress,
-    /// Bytes per second at most, on all connections together; K, M, G and T are powers of 1024
-    #[arg(long, value_name = "RATE", value_parser = rate, help_heading = "Transport")]
+    /// Bytes per second at most, on all connections together; K, M, G and T are powers of
+    /// 1024, 0 is no limit
+    #[arg(long, value_name = "RATE", value_parser = size::parse, help_heading = "Transport")]
     #[arg(allow_negative_numbers = true)]
     pub(crate) bandwidth: Option<u64>,
     /// How long a guest may be paused, in milliseconds: what `query-migrate-parameters` shows.

@@ -9,7 +9,6 @@ use bitferry::connect::{Options, Tls, Uri};
 use bitferry::control::MAX_DOWNTIME_MS;
 use mig_core::stream::{Compression, Method};
 
-use super::size;
 use super::supervise::ControlArgs;
 
 /// Options of whatever has a URI.
@@ -49,14 +48,6 @@ pub(super) fn seconds(text: &str) -> Result<Duration, String> {
     seconds.map(Duration::from_secs).ok_or_else(|| {
         format!("it is a whole number of seconds, {MAX_RECONNECT_SECONDS} (30 days) at most")
     })
-}
-
-/// Bytes per second. Of `--control`, 0 means no limit; who types it here would hardly mean that.
-pub(super) fn rate(text: &str) -> Result<u64, String> {
-    match size::parse(text)? {
-        0 => Err("nothing moves at that rate: without this option there is no limit".to_owned()),
-        rate => Ok(rate),
-    }
 }
 
 /// Milliseconds of a pause, as many as QEMU allows.
