@@ -34,7 +34,7 @@ pub use files::{DiskPlace, FileOptions, Files};
 pub(crate) use files::{all_came, gone, no_place};
 pub(crate) use kept::{Kept, log_of};
 pub(crate) use log::{Log, has_traces};
-pub(crate) use prover::Prover;
+pub(crate) use prover::{Finds, Prover};
 pub(crate) use receipt::{Receipt, ReceiptBitmap};
 pub(crate) use recover::{Half, Recovered, recover};
 pub(crate) use sink::Closed;

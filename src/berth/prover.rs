@@ -26,14 +26,21 @@ pub(crate) struct Prover {
     thread: Option<JoinHandle<()>>,
 }
 
+/// Where in its owner a [`Prover`] finds what.
+pub(crate) struct Finds<T> {
+    /// What is read back.
+    pub(crate) disk: fn(&T) -> &dyn ReadBack,
+    /// What notes which parts have arrived, if it is told when they were read, with what they hash
+    /// to then: so nothing need be hashed before it is written.
+    pub(crate) keeper: fn(&T) -> Option<&Keeper>,
+}
+
 impl Prover {
-    /// Begins to read back what will be written to a disk of `size` bytes, which `disk` finds in
-    /// its owner. `writes` counts what is written to the file that holds its content. `keeper` finds
-    /// what notes which parts of it have arrived: they are noted when they were read, with what
-    /// they hash to then, so that nothing need be hashed before it is written.
+    /// Begins to read back what will be written to a disk of `size` bytes, which is found in its
+    /// owner. `writes` counts what is written to the file that holds its content.
     pub(crate) fn start<T: Send + Sync + 'static>(
         owner: &Arc<T>,
-        (disk, keeper): (fn(&T) -> &dyn ReadBack, fn(&T) -> Option<&Keeper>),
+        Finds { disk, keeper }: Finds<T>,
         (size, writes): (u64, Arc<Writes>),
     ) -> Result<Self> {
         let proven = Arc::new(Proven::new(size, writes)?);

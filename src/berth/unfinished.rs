@@ -6,7 +6,7 @@ use std::sync::Arc;
 use block_mig::device::RawSink;
 use block_mig::journal::{Identity, Keeper, Replayed};
 use block_mig::ledger::Ledger;
-use block_mig::recheck::{ReadBack, Recheck, Rechecked, clear_unknown, recheck};
+use block_mig::recheck::{Recheck, Rechecked, clear_unknown, recheck};
 use format_spec::content_hash::ContentHash;
 use format_spec::native::journal::MAX_TARGET;
 use format_spec::native::session::derive;
@@ -17,7 +17,7 @@ use qcow2_file::storage::{Watched, Writes};
 use qcow2_file::{Access, Guard, HostFile, Storage, preflight};
 
 use super::log::Log;
-use super::prover::Prover;
+use super::prover::{Finds, Prover};
 use super::sink::Sink;
 use crate::copy::{DataFileTarget, Shape};
 use crate::publish::{Draft, publish};
@@ -183,7 +183,7 @@ impl Unfinished {
     /// Begins to read back what will be written to it.
     pub(super) fn prover(self: &Arc<Self>) -> Result<Prover> {
         let of = (self.size, Arc::clone(&self.writes));
-        Prover::start(self, (|this| &this.sink as &dyn ReadBack, Self::keeper), of)
+        Prover::start(self, Finds { disk: |this| &this.sink, keeper: Self::keeper }, of)
     }
 
     /// Where content goes.

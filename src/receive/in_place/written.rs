@@ -8,7 +8,6 @@ use block_mig::Landing;
 use block_mig::device::{ChainSource, RawSink, StartOf};
 use block_mig::journal::{Identity, Keeper};
 use block_mig::limits::workers;
-use block_mig::recheck::ReadBack;
 use format_spec::content_hash::Node;
 use mig_core::block::BlockSink;
 use mig_core::section::{Fate, Have};
@@ -20,7 +19,7 @@ use qcow2_file::storage::{Watched, Writes};
 use super::sink::Sink;
 use super::target::Target;
 use super::{Existing, lock};
-use crate::berth::{Kept, Prover, Receipt};
+use crate::berth::{Finds, Kept, Prover, Receipt};
 use crate::copy::{Format, difference, invalidated, open_editor_in};
 use crate::hash::content;
 use crate::incoming::{Place, Sealed, SessionId};
@@ -58,7 +57,7 @@ impl Written {
         let of = (size, writes);
         let is_proved = session.is_some() && resumes && target.stands_alone();
         // What arrives is noted when it arrives.
-        let finds: (fn(&Sink) -> &dyn ReadBack, fn(&Sink) -> _) = (|sink| sink, |_| None);
+        let finds = Finds::<Sink> { disk: |sink| sink, keeper: |_| None };
         let prover = is_proved.then(|| Prover::start(&sink, finds, of)).transpose()?;
         let identity = session.map(|session| Identity { session, size, target: target.words() });
         let kept = Kept::begin(target.log_place(), identity, is_fresh || !resumes)?;
