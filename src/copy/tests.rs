@@ -93,7 +93,7 @@ fn a_copy_is_equal_and_says_so() {
     assert_eq!(report.disks[0].verified, Verified::Yes);
     assert!(outcomes(&report).values().all(|o| *o == BitmapOutcome::Preserved));
     assert!(are_equal(&source, &place.path("d.qcow2"), true));
-    assert_eq!(place.names(), ["d.qcow2", "s.qcow2"]);
+    assert_eq!(place.names(), [".d.qcow2.bitferry-receipt", "d.qcow2", "s.qcow2"]);
 }
 
 #[test]
@@ -162,7 +162,7 @@ fn an_overlay_pair_is_replaced_without_a_stale_moment() {
     options.existing = Existing::Refuse;
     fs::remove_file(place.path("o.qcow2")).unwrap();
     assert!(matches!(run(&options, &Silent), Err(Error::Exists { .. })));
-    assert_eq!(place.names(), ["o.data", "s.qcow2"]);
+    assert_eq!(place.names(), [".o.qcow2.bitferry-receipt", "o.data", "s.qcow2"]);
 }
 
 #[test]
@@ -321,6 +321,7 @@ fn a_kept_backing_file_takes_what_stands_above_it() {
         options.allow_backing = allow_backing;
         options.target.cluster_size = cluster_size;
         options.existing = Existing::Replace;
+        options.fresh = true;
         let report = run(&options, &Silent).unwrap();
         assert_eq!(report.disks[0].verified, Verified::Yes);
         assert_eq!(report.disks[0].bytes_data, 65536);
@@ -340,6 +341,7 @@ fn in_place_keeps_the_destinations_bitmaps_and_adds_ours() {
     let mut options = place.options("s.qcow2", "d.qcow2");
     options.existing = Existing::InPlace;
     options.renames = vec!["a=x".parse().unwrap(), "b=y".parse().unwrap()];
+    options.fresh = true;
     for changed in [1, 2] {
         let report = run(&options, &Silent).unwrap();
         assert_eq!(exit_status(&report), 0);
@@ -424,8 +426,8 @@ fn the_same_command_goes_on_after_an_interruption() {
             if files.len() == 1 {
                 assert!(are_equal(&source, &place.path("d"), bitmaps), "{phase:?}");
             }
-            let mut all = files.clone();
-            all.push("s");
+            let mut all = vec![".d.bitferry-receipt"];
+            all.extend(files.iter().copied().chain(["s"]));
             assert_eq!(place.names(), all, "{phase:?}");
         }
     }
@@ -453,7 +455,7 @@ fn another_command_or_a_changed_source_begins_anew() {
         let report = run(&options, &Silent).unwrap();
         assert!(!report.resumed && report.disks[0].bytes_data > 0, "{i}");
         assert!(are_equal(&place.path("s"), &place.path("d"), true), "{i}");
-        assert_eq!(place.names(), ["d", "s"], "{i}");
+        assert_eq!(place.names(), [".d.bitferry-receipt", "d", "s"], "{i}");
     }
 }
 

@@ -228,12 +228,16 @@ fn every_state_is_found_again_by_another_process() {
     // The answer was lost.
     let files = here.files(FileOptions::default());
     assert_eq!(files.begin(SESSION).unwrap(), SessionState::Committed);
-    prepare(&both(&files));
-    let files = here.files(FileOptions::default());
-    files.begin(SESSION).unwrap();
-    let mut other = sealed(false);
-    other.content = Some(root(&[0; 512]));
-    assert!(place(&files, "b").prepare(&other).is_err(), "a receipt speaks for what it names");
+    let told = || {
+        let told = files.published().unwrap().into_iter();
+        told.map(|disk| (disk.content, disk.is_unchanged)).collect::<Vec<_>>()
+    };
+    let proved = Some(root(&content()));
+    assert_eq!(told(), [(proved, true); 2]);
+    // It stays so, but a receipt speaks of the disk that it was written for.
+    let written = fs::OpenOptions::new().write(true).open(here.path("b")).unwrap();
+    written.set_modified(std::time::UNIX_EPOCH).unwrap();
+    assert_eq!(told(), [(proved, true), (proved, false)]);
     // Another session finds the place taken.
     let files = here.files(FileOptions::default());
     assert_eq!(files.begin([6; 16]).unwrap(), SessionState::Fresh);
