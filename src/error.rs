@@ -291,7 +291,7 @@ fn peer_hint(blame: Blame) -> &'static str {
 }
 
 /// Whether a file system that is full is at the root of it.
-fn is_full(error: &(dyn std::error::Error + 'static)) -> bool {
+pub(crate) fn is_full(error: &(dyn std::error::Error + 'static)) -> bool {
     let mut cause = Some(error);
     while let Some(error) = cause {
         let found = error.downcast_ref::<io::Error>().map(io::Error::kind);

@@ -97,6 +97,14 @@ pub struct DiskReport {
     pub bitmaps: Vec<BitmapReport>,
 }
 
+impl BitmapReport {
+    /// Whether the user wanted it and it cannot be used at the destination.
+    pub fn is_lost(&self) -> bool {
+        self.is_wanted
+            && matches!(self.outcome, BitmapOutcome::Dropped | BitmapOutcome::Invalidated)
+    }
+}
+
 impl DiskReport {
     /// A disk that was asked for, before anything is known of it but its name.
     pub fn untouched(id: String) -> Self {
@@ -118,7 +126,7 @@ impl DiskReport {
         let mut bitmaps = self.bitmaps;
         let preserved = |bitmap: &&mut BitmapReport| bitmap.outcome == BitmapOutcome::Preserved;
         for bitmap in bitmaps.iter_mut().filter(preserved).filter(|_| !is_unchanged) {
-            let reason = "the disk was written to since it was published".to_owned();
+            let reason = "the disk may have been written to since it was published".to_owned();
             (bitmap.outcome, bitmap.reason) = (BitmapOutcome::Sent, Some(reason));
         }
         let verified = match content {
@@ -245,9 +253,7 @@ pub fn exit_status(report: &Report) -> u8 {
 
 /// Whether something the user wanted is missing at the destination.
 fn has_lost_something(disk: &DiskReport) -> bool {
-    disk.bitmaps.iter().any(|b| {
-        b.is_wanted && matches!(b.outcome, BitmapOutcome::Dropped | BitmapOutcome::Invalidated)
-    })
+    disk.bitmaps.iter().any(BitmapReport::is_lost)
 }
 
 #[cfg(test)]

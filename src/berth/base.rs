@@ -20,6 +20,8 @@ pub struct Base {
     /// Whether what it names itself may be opened.
     allow_named: bool,
     backing: Backing,
+    /// All of its files.
+    files: Vec<PathBuf>,
 }
 
 impl Base {
@@ -42,17 +44,23 @@ impl Base {
         let chain = opener.lock(true).open(path)?;
         check_probe(path, &chain, observer)?;
         let format: Format = chain.top().format().into();
+        let files = chain.paths().map(Path::to_owned).collect();
         let backing = Backing {
             name: recorded_name(path, destination)?,
             format: Some(format.to_string()),
             reader: Some(Arc::new(ChainBacking(chain))),
         };
-        Ok(Self { path: path.to_owned(), format, allow_named, backing })
+        Ok(Self { path: path.to_owned(), format, allow_named, backing, files })
     }
 
     /// How a new image names and reads it.
     pub(super) fn backing(&self) -> Backing {
         self.backing.clone()
+    }
+
+    /// Its file, and those below.
+    pub(super) fn files(&self) -> impl Iterator<Item = &Path> {
+        self.files.iter().map(PathBuf::as_path)
     }
 
     /// How an image that stands on it is read, and whether what the base names may be opened.

@@ -142,7 +142,8 @@ impl Files {
             let data = data.as_ref().map(|data| data.path.as_path());
             let bitmaps = bitmaps_of(&disk.path, disk.format, data)?;
             let Recovered { session, size, content, target } = found.clone();
-            let files = data.into_iter().chain([disk.path.as_path()]);
+            let below = disk.base.iter().flat_map(Base::files);
+            let files = data.into_iter().chain([disk.path.as_path()]).chain(below);
             Receipt::of_stored((session, size, target), content, bitmaps).write(log, files)
         });
         match done {
@@ -247,7 +248,8 @@ impl Destination for Files {
             let receipt = Receipt::read(&Log::beside(&disk.path)?)?;
             let receipt = receipt.ok_or_else(|| gone(&disk.path))?;
             let data = disk.data_file().map(|data| data.path);
-            let files = data.as_deref().into_iter().chain([disk.path.as_path()]);
+            let below = disk.base.iter().flat_map(Base::files);
+            let files = data.as_deref().into_iter().chain([disk.path.as_path()]).chain(below);
             Ok(receipt.published(files, (&disk.name, &disk.renames)))
         };
         self.disks.iter().map(of).collect::<Result<_>>().map_err(failed)

@@ -11,6 +11,7 @@ use qcow2_file::Storage;
 
 use super::device::Device;
 use super::log::Log;
+use crate::error::is_full;
 use crate::observe::Progress;
 use crate::{Observer, Phase, Result};
 
@@ -35,9 +36,11 @@ impl Kept {
     ) -> Result<Option<Self>> {
         let Some(log) = log_of(path, devices)? else { return Ok(None) };
         let is_of_device = log.is_of_device();
+        // Whatever happens below, this is not so any more.
+        log.remove_receipt().or_else(|error| if is_of_device { Ok(()) } else { Err(error) })?;
         match Self::open(log, identity, is_fresh) {
-            // Its journal saves work: where there is no place for it, the transfer goes on.
-            Err(error) if is_of_device => {
+            // It saves work: where there is no place for it, the transfer goes on.
+            Err(error) if is_of_device || is_full(&error) => {
                 tracing::warn!(%error, "no journal is kept, so that a cut means to begin again");
                 Ok(None)
             }
@@ -46,7 +49,6 @@ impl Kept {
     }
 
     fn open(log: Log, identity: Option<Identity>, is_fresh: bool) -> Result<Option<Self>> {
-        log.remove_receipt()?;
         let Some(identity) = identity else { return log.remove().map(|()| None) };
         let found = if is_fresh { None } else { log.find(&identity)? };
         let resumed = found.map_or(Ok(None), |found| log.resume(found))?;

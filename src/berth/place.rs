@@ -52,6 +52,15 @@ impl Known {
     /// Holds what the source says against it. Where it says something else, what was proved can be
     /// gone on with, and is not complete any more.
     fn proof(&self, path: &Path, renames: &Renames, sealed: &Sealed) -> Result<DiskProof> {
+        if sealed.content.is_none() {
+            self.unfinished.keeper().map_or(Ok(()), Keeper::unprepare)?;
+            let reason = format!(
+                "{} was proved, and the source does not say any more what it has: give the same \
+                 command again",
+                path.display()
+            );
+            return Err(Error::Usage { reason });
+        }
         let held = self.hold(renames, sealed);
         held.map_err(|reason| match self.unfinished.keeper().map_or(Ok(()), Keeper::unprepare) {
             Ok(()) => Error::ProofMismatch { path: path.to_owned(), reason },
@@ -63,9 +72,9 @@ impl Known {
         let proved = self.content;
         match sealed.content {
             Some(said) if said == proved => {}
-            Some(said) => return Err(format!("{proved} was proved, the source now has {said}")),
-            None => {
-                return Err(format!("{proved} was proved, the source does not say what it has"));
+            said => {
+                let said = said.map_or_else(|| "nothing".to_owned(), |said| said.to_string());
+                return Err(format!("{proved} was proved, the source now has {said}"));
             }
         }
         if self.bitmaps.len() != sealed.bitmaps.len() {
@@ -169,7 +178,8 @@ impl FilePlace {
         let mut receipt = self.receipt.lock().unwrap_or_else(PoisonError::into_inner);
         match (&mut *receipt, self.unfinished()) {
             (Some(receipt), Some(unfinished)) => {
-                receipt.write(unfinished.log(), unfinished.targets())
+                let below = self.base.iter().flat_map(Base::files);
+                receipt.write(unfinished.log(), unfinished.targets().chain(below))
             }
             _ => Ok(()),
         }

@@ -46,9 +46,10 @@ impl Trace {
         }
         // What nobody proved cannot be held against anything.
         Ok(match found.prepared {
-            Some(root) if root != UNPROVED => Self::Proved,
-            // An unfinished image that stands on another is not gone on with.
+            // An unfinished image that stands on another is not gone on with: that one may be
+            // another by now.
             _ if disk.base.is_some() => Self::Nothing,
+            Some(root) if root != UNPROVED => Self::Proved,
             _ => Self::Begun,
         })
     }

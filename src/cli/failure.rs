@@ -47,7 +47,7 @@ fn hint(error: &Error) -> String {
         return hint;
     }
     match error {
-        Error::Interrupted => "nothing was published; give the same command again",
+        Error::Interrupted => "the same command goes on where this one stopped",
         _ => match error.blame() {
             Blame::Caller => "`bitferry help` and `bitferry help VERB` show what can be asked for",
             Blame::Bytes => "the input is damaged; make a new one or take an older copy",

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use bitferry::copy::PlannedBitmap;
 use bitferry::options::DiskOption;
 use bitferry::report::{BitmapOutcome, BitmapReport, DiskReport, Status, Verified, error_chain};
-use bitferry::{Error, Report, connect};
+use bitferry::{Blame, Error, Report, connect};
 use mig_core::stream;
 
 use super::size::{human, human_time};
@@ -40,7 +40,28 @@ pub(crate) fn finish(report: &Report, done: &str, output: &Output) -> Outcome {
     } else {
         output.text(report_text(report, done, output))?;
     }
-    Ok(bitferry::exit_status(report))
+    let status = bitferry::exit_status(report);
+    complain(report, status);
+    Ok(status)
+}
+
+/// What is not as it was asked for is said like an error, whoever reads the report.
+fn complain(report: &Report, status: u8) {
+    let (what, hint) = match status {
+        NOT_PRESERVED => {
+            let bitmaps = report.disks.iter().flat_map(|disk| &disk.bitmaps);
+            let lost = bitmaps.filter(|bitmap| bitmap.is_lost()).map(|bitmap| &*bitmap.name);
+            let lost = lost.collect::<Vec<_>>();
+            let what = format!("not preserved: {}", lost.join(", "));
+            (what, "the next backup of these is a full one; `--bitmaps` leaves them out")
+        }
+        UNKNOWN => {
+            let why = report.error.as_deref().unwrap_or("the last answer was lost");
+            (format!("the outcome is unknown: {why}"), "give the same command again: it asks")
+        }
+        _ => return,
+    };
+    super::failure::print_lines(&what, hint);
 }
 
 /// Which side of a migration a command at the other end is.
@@ -112,6 +133,9 @@ impl Asked {
         let verified = match error {
             Error::ProofMismatch { path, .. } if *path == self.path => Verified::Mismatch,
             Error::Stream(stream::Error::Mismatch { .. }) if is_only => Verified::Mismatch,
+            Error::Stream(stream::Error::Peer { blame: Blame::Mismatch, .. }) if is_only => {
+                Verified::Mismatch
+            }
             _ => Verified::No,
         };
         DiskReport { verified, ..DiskReport::untouched(self.id.clone()) }

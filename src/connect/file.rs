@@ -7,6 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use mig_core::transport::Connection;
+use qcow2_file::lock::{self, Lock, Mode};
 
 use super::error::{Error, Result};
 use super::line::{Ends, NoWriter};
@@ -16,15 +17,22 @@ pub(super) fn create(path: &Path, offset: u64) -> Result<Connection> {
     let failed = |source| Error::File { action: "write", path: path.to_owned(), source };
     refuse_pipe(path)?;
     // A stream holds the guest's secrets.
-    let open = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(path);
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).create(true).truncate(false).mode(0o600);
+    let open = options.open(path);
     let mut file = open.map_err(failed)?;
-    if file.metadata().map_err(failed)?.is_file() {
+    let is_file = file.metadata().map_err(failed)?.is_file();
+    // What somebody reads or writes as an image, the source of this very stream above all, is not
+    // overwritten.
+    let lock = is_file.then(|| lock::acquire(&file, &path.to_string_lossy().into(), Mode::Write));
+    let lock = lock.transpose().map_err(|error| failed(io::Error::other(error)))?;
+    if is_file {
         file.set_len(offset).map_err(failed)?;
     }
     file.seek(SeekFrom::Start(offset)).map_err(failed)?;
     Ok(Connection {
         reader: Box::new(io::empty()),
-        writer: Box::new(FileWriter(file)),
+        writer: Box::new(FileWriter { file, _lock: lock }),
         line: Arc::new(Ends(Vec::new())),
         peer: path.display().to_string(),
     })
@@ -58,19 +66,22 @@ fn refuse_pipe(path: &Path) -> Result<()> {
 }
 
 /// Flushing makes durable: a file is all that is left of its stream.
-struct FileWriter(File);
+struct FileWriter {
+    file: File,
+    _lock: Option<Lock>,
+}
 
 impl Write for FileWriter {
     fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
-        self.0.write(buf)
+        self.file.write(buf)
     }
 
     fn write_vectored(&mut self, bufs: &[IoSlice<'_>]) -> io::Result<usize> {
-        self.0.write_vectored(bufs)
+        self.file.write_vectored(bufs)
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        match self.0.sync_data() {
+        match self.file.sync_data() {
             // Nothing to make durable there: a terminal, /dev/null.
             Err(e) if e.kind() == io::ErrorKind::InvalidInput => Ok(()),
             result => result,

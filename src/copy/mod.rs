@@ -51,8 +51,10 @@ struct Done {
 /// that fails publishes nothing either, and is reported.
 pub fn run(options: &CopyOptions, observer: &dyn Observer) -> Result<Report> {
     let started = Instant::now();
-    new::recover_publication(options)?;
     let mut job = Job::decide(options, observer)?;
+    if new::recover_publication(&job)? {
+        job = Job::decide(options, observer)?;
+    }
     if let Some(content) = receipt::finished(&job)? {
         return Ok(already_complete(job, content, started));
     }
@@ -97,7 +99,8 @@ fn already_complete(mut job: Job<'_>, content: Option<ContentHash>, started: Ins
     // What stands there now is what came, and replaces nothing.
     job.bitmaps = bitmaps::plan(job.options, &job.source, &job.target, Found::default());
     let moved = Transferred { content_hash: content, ..Transferred::default() };
-    let verified = if content.is_some() { Verified::Yes } else { Verified::No };
+    let is_proved = content.is_some() && !job.options.no_verify;
+    let verified = if is_proved { Verified::Yes } else { Verified::No };
     let proof = Proof { verified, content, mismatch: None };
     let done = Done { moved, proof, invalidated: Vec::new(), is_resumed: true, repeated: 0 };
     Report { status: Status::AlreadyComplete, ..report(&job, done, started) }

@@ -15,18 +15,16 @@ use qcow2_file::Opener;
 use qcow2_file::create::Backing;
 
 use super::metered::Metered;
-use super::options::{CopyOptions, Existing};
+use super::options::Existing;
 use super::plan::Job;
 use super::target::Target;
 use super::{Done, bitmaps, prove, receipt};
-use crate::berth::{
-    Half, NewDisk, NewKind, Receipt, Recovered, Unfinished, publish_together, recover,
-};
+use crate::berth::{Half, Log, NewDisk, NewKind, Unfinished, publish_together, recover};
 use crate::carry::Asked;
 use crate::facts::{Facts, FileFacts, host};
 use crate::observe::Progress;
 use crate::publish::directory;
-use crate::report::{Verified, error_chain};
+use crate::report::Verified;
 use crate::{Error, Observer, Phase, Result, preserve};
 
 /// Copies to a new destination. Nothing has a final name before everything is durable and proved.
@@ -69,13 +67,7 @@ fn finish(job: &Job<'_>, unfinished: &Unfinished, observer: &dyn Observer) -> Re
         unfinished.prepare(proof.content.unwrap_or(UNPROVED))?;
         let replaces = job.options.existing == Existing::Replace;
         publish_together(&[unfinished], replaces, |_| {
-            // The copy is there all the same.
-            if let Err(error) = receipt::write(job, unfinished.log(), &proof, &stored) {
-                let why = error_chain(&error);
-                observer.warning(&format!(
-                    "the same command will not know that it had finished: {why}"
-                ));
-            }
+            receipt::write_or_warn(job, (unfinished.log(), observer), &proof, &stored);
             Ok(())
         })?;
     }
@@ -104,28 +96,39 @@ fn disk<'a>(job: &'a Job<'_>) -> Result<NewDisk<'a>> {
         path: &job.options.destination,
         size: job.source.disk.chain.virtual_size(),
         kind,
-        session: Some(session(job)?),
+        session: Some(job.session),
         is_fresh: job.options.fresh || !resumes(job),
         wishes: String::new(),
     })
 }
 
-/// Finishes the publication that a crash interrupted.
-pub(super) fn recover_publication(options: &CopyOptions) -> Result<()> {
-    if options.existing == Existing::InPlace {
-        return Ok(());
+/// Finishes the publication of this very copy, which a crash interrupted. Where it was another
+/// copy's, that one is to be given again: nothing is published that was not asked for.
+pub(super) fn recover_publication(job: &Job<'_>) -> Result<bool> {
+    let options = job.options;
+    if options.existing == Existing::InPlace || options.fresh {
+        return Ok(false);
     }
     let destination = options.destination.as_path();
+    let begun = Log::beside(destination)?.peek()?;
+    let Some(begun) = begun.filter(|found| found.is_committing && found.prepared.is_some()) else {
+        return Ok(false);
+    };
+    if begun.identity.session != job.session {
+        let reason = format!(
+            "another copy had begun to publish {} when it was killed: give that command again, or \
+             begin anew with --fresh",
+            destination.display()
+        );
+        return Err(Error::Usage { reason });
+    }
     let data = options.target.data_file.as_ref().map(|name| directory(destination).join(name));
     let targets: Vec<_> = data.as_deref().into_iter().chain([destination]).collect();
-    let place = Half { files: targets.clone(), target: None };
+    let place = Half { files: targets, target: None };
     recover(&[place], options.existing == Existing::Replace, |_, log, found| {
-        let Recovered { session, size, content, target } = found.clone();
-        // Nobody asks a copy on one host which bitmaps it has.
-        let mut receipt = Receipt::of_stored((session, size, target), content, Vec::new());
-        receipt.write(log, targets.iter().rev().copied())
+        receipt::of_recovered(job, log, found)
     })?;
-    Ok(())
+    Ok(true)
 }
 
 /// Whether the same command can go on with what this one leaves: not where nothing is hashed, nor
@@ -134,7 +137,7 @@ pub(super) fn resumes(job: &Job<'_>) -> bool {
     !job.options.no_verify && job.source.kept.is_none()
 }
 
-/// The session of this copy.
+/// The session of this copy, by its source as it is now.
 pub(super) fn session(job: &Job<'_>) -> Result<[u8; 16]> {
     let failed = |path: PathBuf| move |source| Error::File { action: "look at", path, source };
     let facts = |file: &Arc<qcow2_file::HostFile>| {
@@ -145,12 +148,14 @@ pub(super) fn session(job: &Job<'_>) -> Result<[u8; 16]> {
     let destination = &options.destination;
     let absolute = std::path::absolute(destination).map_err(failed(destination.clone()))?;
     let bitmaps = Asked::wishes(&options.bitmaps, &options.renames, options.skip_broken_bitmaps);
+    let formats = job.source.disk.chain.layers().iter().map(qcow2_file::Layer::format);
+    let read_as = format!("{:?}", formats.collect::<Vec<_>>());
     let kept = job.source.kept.as_ref().map(|kept| format!("{kept:?}")).unwrap_or_default();
     let facts = Facts {
         host: host(),
         disks: vec![(String::new(), job.source.disk.chain.virtual_size(), files)],
         destination: absolute.into_os_string().into_encoded_bytes(),
-        wishes: vec!["copy".to_owned(), format!("{:?}", job.target), bitmaps, kept],
+        wishes: vec!["copy".to_owned(), read_as, format!("{:?}", job.target), bitmaps, kept],
     };
     Ok(facts.session())
 }

@@ -9,6 +9,7 @@ use serde::Serialize;
 
 use super::bitmaps::{self, BitmapPlan};
 use super::in_place;
+use super::new::session;
 use super::options::{BackingChoice, CopyOptions, Format};
 use super::resolve::Source;
 use super::space::{self, Space};
@@ -74,6 +75,8 @@ pub(super) struct Job<'a> {
     pub(super) space: Space,
     pub(super) bitmaps: BitmapPlan,
     pub(super) not_carried: Vec<String>,
+    /// Which copy this is, by the source as it was before it was read.
+    pub(super) session: [u8; 16],
     /// What stands in the way, the most telling first.
     pub(super) refusals: Vec<Error>,
     _places: Places,
@@ -107,8 +110,10 @@ impl<'a> Job<'a> {
             target,
             bitmaps,
             refusals,
+            session: [0; 16],
             _places: places,
         };
+        job.session = session(&job)?;
         job.check_space()?;
         Ok(job)
     }
@@ -154,7 +159,8 @@ impl<'a> Job<'a> {
     fn qcow2_bytes(&self, geometry: qcow2_file::layout::geometry::Geometry) -> u64 {
         let mut survey = self.survey;
         let mut compressed = 0;
-        if self.passes_compressed() {
+        // Which layer has them is known cluster by cluster only.
+        if fitting(&self.source, &self.target).all(|fits| fits) {
             // How much they take is known cluster by cluster only; no more than all there is.
             compressed = self.source.disk.files().map(|f| allocated_bytes(f)).sum::<u64>();
             compressed = compressed.min(survey.compressed);
@@ -162,7 +168,9 @@ impl<'a> Job<'a> {
             survey.data = survey.data.saturating_add(survey.compressed);
         }
         let size = self.source.disk.chain.virtual_size();
-        let bitmaps = self.bitmaps.decision.choices.iter().map(|choice| {
+        let carried = self.bitmaps.decision.choices.iter();
+        let carried = carried.filter(|choice| matches!(choice.fate, bitmap_mig::Fate::Carried(_)));
+        let bitmaps = carried.map(|choice| {
             let bits = u8::try_from(choice.bitmap.granularity.max(1).ilog2()).unwrap_or(u8::MAX);
             space::bitmap_bytes(geometry, size, bits)
         });
@@ -207,12 +215,20 @@ fn held_bytes(path: &std::path::Path) -> u64 {
     found.map_or(u64::MAX, |m| m.blocks().saturating_mul(512))
 }
 
-/// Whether the destination can hold the source's compressed clusters as they are.
+/// Whether the destination can hold compressed clusters of the source as they are.
 fn passes_compressed(source: &Source, target: &Target) -> bool {
-    let Target::Qcow2 { shape, data_file: None } = target else { return false };
-    source.disk.chain.layers().iter().filter_map(qcow2_file::Layer::as_qcow2).any(|image| {
-        image.geometry().cluster_bits() == shape.cluster_bits
-            && image.header().compression_type == shape.compression_type
+    fitting(source, target).any(|fits| fits)
+}
+
+/// Of each qcow2 layer of the source, whether the destination can hold its compressed clusters.
+fn fitting<'a>(source: &'a Source, target: &'a Target) -> impl Iterator<Item = bool> + 'a {
+    let layers = source.disk.chain.layers().iter().filter_map(qcow2_file::Layer::as_qcow2);
+    layers.map(move |image| match target {
+        Target::Qcow2 { shape, data_file: None } => {
+            image.geometry().cluster_bits() == shape.cluster_bits
+                && image.header().compression_type == shape.compression_type
+        }
+        _ => false,
     })
 }
 

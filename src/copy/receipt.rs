@@ -3,28 +3,33 @@
 use std::path::{Path, PathBuf};
 
 use bitmap_mig::Bitmap;
+use block_mig::limits::workers;
 use format_spec::content_hash::ContentHash;
 use qcow2_file::bitmaps::PersistentBitmap;
 use qcow2_file::{Chain, Opener};
 
 use super::new::session;
+use super::options::Format;
 use super::plan::Job;
-use super::prove::Proof;
+use super::prove::{self, Proof};
 use super::target::Target;
-use crate::Result;
-use crate::berth::{Log, Receipt, ReceiptBitmap, log_of, short_words};
+use crate::berth::{Log, Receipt, ReceiptBitmap, Recovered, log_of, short_words};
+use crate::disk::Disk;
+use crate::hash::content_of;
+use crate::report::error_chain;
+use crate::{Observer, Phase, Result, Silent};
 
 /// What an earlier run of this very copy had proved, if it had finished and nobody has touched the
 /// copy since. The inner `None`: it was to prove nothing.
 pub(super) fn finished(job: &Job<'_>) -> Result<Option<Option<ContentHash>>> {
-    if job.options.fresh {
+    if job.options.fresh || !is_known_by_its_files(job) {
         return Ok(None);
     }
     let Some(log) = log_of(&job.options.destination, None)? else { return Ok(None) };
     let Some(receipt) = Receipt::read(&log)? else { return Ok(None) };
     // A proof that is wanted now is not there by having done without.
     let is_enough = job.options.no_verify || receipt.content.is_some();
-    if !is_enough || receipt.session != session(job)? {
+    if !is_enough || receipt.session != job.session {
         return Ok(None);
     }
     let files = files(job);
@@ -32,13 +37,24 @@ pub(super) fn finished(job: &Job<'_>) -> Result<Option<Option<ContentHash>>> {
     Ok(is_there.then_some(receipt.content))
 }
 
-/// Says durably that the copy has all of its names.
-pub(super) fn write(
+/// Says durably that the copy has all of its names. It has them where that cannot be said, too.
+pub(super) fn write_or_warn(
     job: &Job<'_>,
-    log: &Log,
+    (log, observer): (&Log, &dyn Observer),
     proof: &Proof,
     stored: &[PersistentBitmap],
-) -> Result<()> {
+) {
+    if let Err(error) = write(job, log, proof, stored) {
+        let why = error_chain(&error);
+        observer.warning(&format!("the same command will not know that it had finished: {why}"));
+    }
+}
+
+fn write(job: &Job<'_>, log: &Log, proof: &Proof, stored: &[PersistentBitmap]) -> Result<()> {
+    // Of a source that was written to meanwhile nobody knows what was read.
+    if !is_known_by_its_files(job) || session(job)? != job.session {
+        return Ok(());
+    }
     let bitmap = |stored: &PersistentBitmap| {
         let bitmap = Bitmap::from(stored.clone());
         let digest = bitmap.digest()?;
@@ -47,9 +63,33 @@ pub(super) fn write(
     let bitmaps = stored.iter().map(bitmap).collect::<Result<_>>()?;
     let size = job.source.disk.chain.virtual_size();
     let target = short_words(&format!("{:?}", job.target));
-    let mut receipt = Receipt::of_stored((session(job)?, size, target), proof.content, bitmaps);
+    let mut receipt = Receipt::of_stored((job.session, size, target), proof.content, bitmaps);
     let files = files(job);
     receipt.write(log, files.iter().map(PathBuf::as_path))
+}
+
+/// Of a copy whose publication a crash interrupted. Whether what has its name is what was proved
+/// then, and not what somebody else has put there, tells only its content.
+pub(super) fn of_recovered(job: &Job<'_>, log: &Log, found: &Recovered) -> Result<()> {
+    let Some(content) = found.content.filter(|_| is_known_by_its_files(job)) else {
+        return Ok(());
+    };
+    let Ok(disk) = Disk::open(&prove::published(job), &Silent) else { return Ok(()) };
+    let read = content_of(&disk, workers(job.options.workers), None, (Phase::Prove, &Silent))?;
+    if read != content {
+        return Ok(());
+    }
+    let Recovered { session, size, content, target } = found.clone();
+    // Nobody asks a copy on one host which bitmaps it has.
+    let mut receipt = Receipt::of_stored((session, size, target), content, Vec::new());
+    let files = files(job);
+    receipt.write(log, files.iter().map(PathBuf::as_path))
+}
+
+/// Whether a write to the source shows in its files. One to a device need not: there are other
+/// ways to it.
+fn is_known_by_its_files(job: &Job<'_>) -> bool {
+    !job.source.disk.files().any(|file| file.is_device())
 }
 
 /// All files that the copy reads from.
@@ -59,15 +99,19 @@ fn files(job: &Job<'_>) -> Vec<PathBuf> {
     match &job.target {
         Target::Qcow2 { data_file, .. } => {
             files.extend(data_file.iter().map(|data| data.path.clone()));
-            files.extend(job.source.kept.iter().map(|kept| kept.path.clone()));
+            let below = job.source.kept.iter();
+            files.extend(below.flat_map(|kept| chain_of(job, &kept.path, kept.format)));
         }
-        Target::Qcow2InPlace => {
-            let opener = Opener::new().allow_named_files(job.options.allow_backing);
-            let chain = opener.format(Some(qcow2_file::Format::Qcow2)).open(destination);
-            // One that does not open is told apart by its own file.
-            files.extend(chain.iter().flat_map(Chain::paths).map(Path::to_owned));
-        }
+        Target::Qcow2InPlace => files.extend(chain_of(job, destination, Format::Qcow2)),
         Target::Raw | Target::RawInPlace => {}
     }
     files
+}
+
+/// An image with what it stands on, as far as that may be opened.
+fn chain_of(job: &Job<'_>, image: &Path, format: Format) -> Vec<PathBuf> {
+    let opener = Opener::new().allow_named_files(job.options.allow_backing);
+    let chain = opener.format(Some(format.into())).open(image);
+    let own = [image.to_owned()];
+    own.into_iter().chain(chain.iter().flat_map(Chain::paths).map(Path::to_owned)).collect()
 }

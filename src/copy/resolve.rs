@@ -76,6 +76,9 @@ impl Source {
         observer: &dyn Observer,
     ) -> Result<Self> {
         let id = HostFile::open(path, Access::Read)?.id();
+        if !options.allow_backing {
+            Self::stands_on(&request, path, observer)?;
+        }
         let backing = match options.allow_backing {
             true => Backing::Named,
             // What the user names may be opened; what the image names may not.
@@ -90,7 +93,17 @@ impl Source {
             );
             return Err(Error::Usage { reason });
         }
-        let layers = disk.depth_of(id).unwrap_or_else(|| {
+        let depth = disk.depth_of(id);
+        if depth.is_none() && options.no_verify {
+            let reason = format!(
+                "{} is not in the source's backing chain, and only the proof can tell whether it \
+                 reads the same",
+                path.display()
+            );
+            let hint = "leave --no-verify out".to_owned();
+            return Err(Error::WouldLose { reason, hint });
+        }
+        let layers = depth.unwrap_or_else(|| {
             observer.warning(&format!(
                 "{} is not in the source's backing chain; whether it reads the same is only known \
                  from the proof",
@@ -101,9 +114,46 @@ impl Source {
         if layers == 0 {
             return Err(Error::Usage { reason: "the source cannot be its own backing".into() });
         }
-        let format = disk.chain.layers().get(layers).map_or(Format::Raw, |l| l.format().into());
+        let format = match depth.and_then(|depth| disk.chain.layers().get(depth)) {
+            Some(layer) => layer.format().into(),
+            None => Disk::guess(path, &Opener::new().without_named_files(true), observer)?,
+        };
         let name = recorded_name(path, &options.destination)?;
         Self::new(disk, Some(Kept { path: path.to_owned(), name, format, layers }))
+    }
+
+    /// Holds the backing file that the user names against the one that the image names, without
+    /// opening it: what is between them is not copied, and a proof that reads through the user's
+    /// alone would not miss it.
+    fn stands_on(request: &Request<'_>, path: &Path, observer: &dyn Observer) -> Result<()> {
+        let opener = Opener::new().format(request.format.map(Into::into));
+        let chain = opener.without_named_files(true).open(request.path)?;
+        let header = chain.top().as_qcow2().map(qcow2_file::Image::header);
+        let named = header.and_then(|header| header.backing_file.as_deref());
+        let Some(named) = named.map(|name| directory(request.path).join(name)) else {
+            return Ok(());
+        };
+        let id = |path: &Path| std::fs::metadata(path).map(|m| (m.dev(), m.ino()));
+        let (image, path_shown) = (request.path.display(), path.display());
+        match (id(&named), id(path)) {
+            (Ok(named), Ok(found)) if named == found => Ok(()),
+            (Err(error), _) if error.kind() == io::ErrorKind::NotFound => {
+                observer.warning(&format!(
+                    "{image} names {} as its backing file, which is not there; {path_shown} is \
+                     taken for it",
+                    named.display()
+                ));
+                Ok(())
+            }
+            _ => Err(Error::WouldLose {
+                reason: format!(
+                    "{image} stands on {}, not directly on {path_shown}: what is between them \
+                     would be lost unseen",
+                    named.display()
+                ),
+                hint: "use --allow-backing, so that all of it is read and proved".into(),
+            }),
+        }
     }
 
     fn new(disk: Disk, kept: Option<Kept>) -> Result<Self> {

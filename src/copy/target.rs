@@ -12,6 +12,7 @@ use super::in_place;
 use super::options::{CopyOptions, Existing, Format};
 use super::resolve::Source;
 use super::shape::Shape;
+use crate::berth::Log;
 use crate::publish::directory;
 use crate::{Error, Observer, Result};
 
@@ -140,6 +141,9 @@ fn data_file(options: &CopyOptions) -> Result<Option<DataFileTarget>> {
     };
     // As whoever opens the destination will find it.
     let path = directory(&options.destination).join(name);
+    if Log::beside(&options.destination)?.is_named(&path) {
+        return usage(format!("{name:?} is the name of what is kept beside the destination"));
+    }
     let is_raw = wish.data_file_raw.unwrap_or(false);
     Ok(Some(DataFileTarget { name: name.clone(), path, is_raw }))
 }

@@ -229,7 +229,9 @@ fn report(
         };
         match &sent.outcome {
             Outcome::AlreadyComplete(published) => {
+                // Of a device nobody can tell whether it is what it was then.
                 let found = published.iter().find(|found| found.name == report.id);
+                let found = found.filter(|_| !planned.disk.files().any(|file| file.is_device()));
                 report.of_before(found)
             }
             _ => report,

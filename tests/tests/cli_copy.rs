@@ -159,6 +159,70 @@ fn the_same_copy_again_is_complete_until_somebody_touches_it() {
 }
 
 #[test]
+fn a_receipt_speaks_for_nothing_that_nobody_read() {
+    let scratch = Scratch::new();
+    if !image(&scratch) {
+        return;
+    }
+    let status = |line: &str| {
+        let output = run(line, &scratch).expect_exit(Exit::Done);
+        json::summary(&output)["status"].as_str().expect("a status").to_owned()
+    };
+    // Read as something else it is another disk.
+    std::fs::write(scratch.path("r"), vec![5; MIB as usize]).unwrap();
+    assert_eq!(status("copy --json -f raw -O raw r r.copy"), "completed");
+    assert_eq!(status("copy --json -f raw -O raw r r.copy"), "already-complete");
+    let other = run("copy --json -f qcow2 -O raw r r.copy", &scratch);
+    assert_ne!(other.code(), Some(0), "{other}");
+    // A source that somebody writes to without a lock while it is read: what was read is copied,
+    // and what it is now is another copy.
+    make(&scratch, "w.qcow2", 64 * MIB).write(1, 0, 8 * MIB).done();
+    let slow = "copy --json --bandwidth 4M w.qcow2 w.copy";
+    let copying = bitferry().dir(scratch.dir()).words(slow).spawn();
+    copying.wait_for(false, |line| line.contains("\"done\":").then_some(()));
+    let path = scratch.path("w.qcow2");
+    let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, &[9; 512], 5 * MIB).unwrap();
+    let output = copying.wait().expect_exit(Exit::Done);
+    assert!(output.text().contains("was written to while"), "{output}");
+    let again = run("copy --json w.qcow2 w.copy", &scratch).expect_exit(Exit::Device);
+    assert!(again.complaint().contains("exists"), "{again}");
+    // Nor can a data file have the name of a receipt.
+    run("copy -o data_file=.d.bitferry-receipt a.qcow2 d", &scratch).expect_exit(Exit::Usage);
+}
+
+#[test]
+fn what_is_between_an_image_and_its_kept_backing_file_is_not_lost() {
+    let scratch = Scratch::new();
+    if !image(&scratch) {
+        return;
+    }
+    make(&scratch, "base", 64 * MIB).write(1, 0, MIB).done();
+    make(&scratch, "wrong", 64 * MIB).write(2, 0, MIB).done();
+    make(&scratch, "middle", 64 * MIB).backing("base", "qcow2").write(3, MIB, MIB).done();
+    make(&scratch, "top", 64 * MIB).backing("middle", "qcow2").write(4, 2 * MIB, MIB).done();
+    for base in ["base", "wrong"] {
+        let line = format!("copy --backing {base} top d");
+        let output = run(&line, &scratch).expect_exit(Exit::Refused);
+        assert!(output.complaint().contains("--allow-backing"), "{output}");
+    }
+    run("copy --backing base middle d", &scratch).expect_exit(Exit::Done);
+    run("copy --allow-backing --backing base top e", &scratch).expect_exit(Exit::Done);
+    for (image, copy) in [("middle", "d"), ("top", "e")] {
+        qemu::same_content((&scratch.path(image), "qcow2"), (&scratch.path(copy), "qcow2"));
+    }
+    // Another file that reads the same is taken by its own format, and for its content alone.
+    run("copy -O raw --bitmaps none base base.raw", &scratch).expect_exit(Exit::Done);
+    let over = "copy --allow-backing -f qcow2 --backing base.raw middle f";
+    run(&format!("{over} --no-verify"), &scratch).expect_exit(Exit::Refused);
+    let output = run(over, &scratch);
+    let info = qemu::qemu_img("info").arg("--output=json").arg(scratch.path("f")).ok();
+    assert!(output.code() == Some(0) && info.contains("\"raw\""), "{output}{info}");
+    qemu::same_content((&scratch.path("middle"), "qcow2"), (&scratch.path("f"), "qcow2"));
+    run("copy --allow-backing --backing wrong middle g", &scratch).expect_exit(Exit::Different);
+}
+
+#[test]
 fn compare_takes_bitmaps_with_a_value_and_without() {
     let scratch = Scratch::new();
     if !image(&scratch) {

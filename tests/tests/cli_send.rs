@@ -302,6 +302,28 @@ fn a_disk_without_a_place_is_told_to_both() {
 }
 
 #[test]
+fn a_stream_does_not_overwrite_what_it_is_made_of() {
+    let scratch = Scratch::new();
+    if !has_peers() {
+        return;
+    }
+    let image = disk(&scratch, "a.qcow2", 3);
+    make(&scratch, "over.qcow2", 64 * MIB).backing("a.qcow2", "qcow2").done();
+    std::fs::hard_link(&image, scratch.path("link")).expect("link");
+    let before = std::fs::read(&image).expect("read");
+    for words in [
+        "--disk vda=a.qcow2 file:a.qcow2",
+        "--disk vda=a.qcow2 file:link",
+        "--disk vda=over.qcow2 --flatten file:a.qcow2",
+        "--dialect qemu:10.0 --no-blocks --disk vda=a.qcow2 file:a.qcow2",
+    ] {
+        let output = send(&scratch, words).output().expect_no_crash();
+        assert!(output.code() != Some(0) && output.complaint().contains("in use"), "{output}");
+        assert!(std::fs::read(&image).expect("read") == before, "{words}");
+    }
+}
+
+#[test]
 fn a_place_without_a_disk_publishes_nothing_and_loses_nothing() {
     let scratch = Scratch::new();
     if !has_peers() {

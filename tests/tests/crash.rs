@@ -141,24 +141,43 @@ fn a_copy_killed_between_its_renames_is_finished_by_the_same_command_alone() {
         &["--rename-bitmap=b0=b9"],
         &["--skip-broken-bitmaps"],
     ];
-    for wish in others.into_iter().chain([&[] as &[&str]]) {
+    let kill = || {
         let renames = "rename,renameat,renameat2";
         let killed = with_fault(&command, renames, "signal=SIGKILL:when=2").output();
         assert!(is_killed(&killed), "{killed}");
-        let again = bitferry().args(command).args(wish).output().expect_no_crash();
-        if wish.is_empty() {
-            let summary = json::summary(&again.expect_exit(Exit::Done));
-            assert_eq!(summary["status"], "already-complete");
-        } else {
-            // What the other command began is there now, and this one would replace it.
-            let said = again.expect_exit(Exit::Device).complaint();
-            assert!(said.contains("exists"), "{said}");
-        }
-        for name in ["copy", "copy.raw"] {
-            std::fs::remove_file(scratch.path(name)).expect("published");
-        }
-        assert_eq!(scratch.names(), [".copy.bitferry-receipt", "source"]);
+    };
+    kill();
+    let left = scratch.names();
+    // Another command publishes nothing of it, nor does one that begins anew but for itself.
+    let plain = ["copy", "--json", &from, &to];
+    let commands = others.iter().map(|wish| [&command[..], wish].concat());
+    for other in commands.chain([plain.to_vec()]) {
+        let output = bitferry().args(other).output().expect_exit(Exit::Usage);
+        assert!(output.complaint().contains("--fresh"), "{output}");
+        assert_eq!(scratch.names(), left);
     }
+    let summary = || {
+        let output = bitferry().args(command).output().expect_no_crash();
+        json::summary(&output.expect_exit(Exit::Done))
+    };
+    assert_eq!(summary()["status"], "already-complete");
+    let is_whole = || {
+        let compare = bitferry().words("compare --allow-backing").args([&from, &to]);
+        compare.output().expect_exit(Exit::Done);
+    };
+    is_whole();
+    // What somebody has put in the place of what was killed is not what was proved.
+    for name in ["copy", "copy.raw"] {
+        std::fs::remove_file(scratch.path(name)).expect("published");
+    }
+    kill();
+    std::fs::remove_file(scratch.path(".copy.bitferry-part")).expect("the other half");
+    std::fs::write(&copy, [7; 4096]).expect("write");
+    let output = bitferry().args(command).output().expect_no_crash();
+    assert_ne!(output.code(), Some(0), "{output}");
+    let fresh = [&command[..], &["--fresh", "--force"]].concat();
+    bitferry().args(fresh).output().expect_exit(Exit::Done);
+    is_whole();
 }
 
 #[test]

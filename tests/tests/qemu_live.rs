@@ -180,7 +180,7 @@ fn a_disk_that_is_written_to_arrives_whole_at_a_qemu() {
         let disk = &report.disks[0];
         assert!(disk.bitmaps.len() == 3, "{report:?}");
         assert!(disk.bitmaps.iter().all(|b| b.outcome == BitmapOutcome::Preserved), "{report:?}");
-        let verified = if blocks { Verified::Unconfirmed } else { Verified::Yes };
+        let verified = if blocks { Verified::Unconfirmed } else { Verified::No };
         assert_eq!(disk.verified, verified);
         assert!(!blocks || report.repeated_bytes > 0, "nothing changed: {report:?}");
         assert!(report.downtime_ms.is_some_and(|ms| ms < 20_000), "{report:?}");

@@ -58,7 +58,7 @@ pub(super) fn copy(job: &Job<'_>, observer: &dyn Observer) -> Result<Done> {
     editor.close()?;
     let found = Disk::open(&own(job), &Silent)?;
     prove_bitmaps(&found, &stored, &mut proof)?;
-    continued.map_or(Ok(()), |continued| continued.finish(job, &proof, &stored))?;
+    continued.map_or(Ok(()), |continued| continued.finish((job, observer), &proof, &stored))?;
     Ok(Done { moved, proof, invalidated: invalidated(&found), is_resumed, repeated })
 }
 
@@ -124,12 +124,14 @@ fn prove_bitmaps(found: &Disk, stored: &[PersistentBitmap], proof: &mut Proof) -
 pub(crate) fn invalidated(found: &Disk) -> Vec<BitmapReport> {
     let listed = found.bitmaps.directory().map(Bitmaps::list).unwrap_or_default();
     let broken = listed.iter().filter(|entry| entry.state != State::Consistent);
-    let report = |entry: &Entry| BitmapReport {
+    let report = |entry: &Entry| {
+        BitmapReport {
         name: entry.name().to_owned(),
         outcome: BitmapOutcome::Invalidated,
         changed: Vec::new(),
-        reason: Some("it is the destination's own, and was inconsistent before".to_owned()),
+        reason: Some("it is the destination's own, and was inconsistent, before or since an interrupted copy".to_owned()),
         is_wanted: false,
+    }
     };
     broken.map(report).collect()
 }

@@ -32,7 +32,7 @@ impl Continued {
     ) -> Result<Option<Self>> {
         let size = job.source.disk.chain.virtual_size();
         let target = short_words(&format!("{:?}", job.target));
-        let identity = Some(Identity { session: new::session(job)?, size, target });
+        let identity = Some(Identity { session: job.session, size, target });
         let options = job.options;
         let place = (options.destination.as_path(), options.device_journals.as_deref());
         let kept = Kept::begin(place, identity, options.fresh || !new::resumes(job))?;
@@ -59,12 +59,12 @@ impl Continued {
     /// without reading it.
     pub(super) fn finish(
         self,
-        job: &Job<'_>,
+        (job, observer): (&Job<'_>, &dyn Observer),
         proof: &Proof,
         stored: &[PersistentBitmap],
     ) -> Result<()> {
         if !self.kept.log().is_of_device() && proof.verified != Verified::Mismatch {
-            receipt::write(job, self.kept.log(), proof, stored)?;
+            receipt::write_or_warn(job, (self.kept.log(), observer), proof, stored);
         }
         self.end()
     }

@@ -14,7 +14,7 @@ use super::disk::{Body, Disk};
 use super::options::IncomingOptions;
 use crate::copy::{BitmapSelection, difference, invalidated};
 use crate::disk::{Disk as OpenDisk, Stored};
-use crate::report::{BitmapOutcome, BitmapReport, DiskReport, Verified};
+use crate::report::{BitmapOutcome, BitmapReport, DiskReport, ONLY_BITMAPS, Verified};
 use crate::{Observer, Phase};
 
 /// The bitmaps of one disk of the stream.
@@ -178,7 +178,7 @@ fn bitmap_report(name: &str, fate: &Fate) -> BitmapReport {
 fn report(ready: Ready<'_, '_>) -> Result<DiskReport> {
     let Ready { disk, stored, reports: mut bitmaps, .. } = ready;
     let has_content = disk.counts != Default::default();
-    let mut verified = if has_content { Verified::Unconfirmed } else { Verified::Yes };
+    let mut verified = if has_content { Verified::Unconfirmed } else { Verified::No };
     if disk.chain.top().as_qcow2().is_some() && (has_content || !stored.is_empty()) {
         let found = reopen(&disk.place.path)?;
         if let Some(reason) = difference(&stored, &found.bitmaps).map_err(Error::from)? {
@@ -218,6 +218,9 @@ fn not_carried(disk: &Disk<'_>, has_content: bool, has_bitmaps: bool) -> Vec<Str
              own content"
         )),
         _ => {}
+    }
+    if !has_content && has_bitmaps {
+        phrases.push(ONLY_BITMAPS.to_owned());
     }
     if !has_content && !has_bitmaps {
         phrases.push("nothing was sent for it".to_owned());

@@ -5,7 +5,7 @@ use bitmap_mig::{Choice, Fate};
 use super::blocks::Sent;
 use super::confirm::Verdict;
 use super::plan::{PlannedDisk, Prepared};
-use crate::report::{BitmapOutcome, BitmapReport, DiskReport, Verified};
+use crate::report::{BitmapOutcome, BitmapReport, DiskReport, ONLY_BITMAPS, Verified};
 
 /// Stands for bitmaps whose names cannot be known.
 const NAMELESS: &str = "*";
@@ -83,8 +83,9 @@ fn verified(no_verify: bool, done: &DiskDone, bitmaps: &[BitmapReport]) -> Verif
     let mut wanted = bitmaps.iter().filter(|bitmap| bitmap.is_wanted).peekable();
     if no_verify {
         Verified::No
+    // The bitmaps are, and nobody looked at the content.
     } else if done.sent.is_none() && wanted.peek().is_some() && wanted.all(is_confirmed) {
-        Verified::Yes
+        Verified::No
     } else {
         Verified::Unconfirmed
     }
@@ -132,5 +133,6 @@ pub(crate) fn dropped(name: &str, reason: String) -> BitmapReport {
 pub(super) fn not_carried(disk: &PlannedDisk, has_blocks: bool) -> Vec<String> {
     let snapshots = disk.disk.image().map_or(0, qcow2_file::Image::snapshot_count);
     let is_left = has_blocks && snapshots > 0;
-    is_left.then(|| format!("{snapshots} internal snapshots")).into_iter().collect()
+    let alone = (!has_blocks).then(|| ONLY_BITMAPS.to_owned());
+    is_left.then(|| format!("{snapshots} internal snapshots")).into_iter().chain(alone).collect()
 }

@@ -130,6 +130,8 @@ impl Target {
         let (path, devices) = self.log_place();
         let Some(log) = log_of(path, devices)? else { return Ok(Trace::Nothing) };
         if self.is_published(session, &log)? {
+            // A kill may have come between the receipt and the end of the journal.
+            log.remove()?;
             return Ok(Trace::Published);
         }
         let words = self.words();

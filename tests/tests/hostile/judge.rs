@@ -120,7 +120,9 @@ impl Case<'_> {
             self.hold(&output, need);
             self.is_unchanged(&output);
             if matches!(output.code(), Some(0 | 6)) {
-                self.leaves(&output, &[NAME, name]);
+                let receipt = format!(".{name}.bitferry-receipt");
+                self.leaves(&output, &[&receipt, NAME, name]);
+                std::fs::remove_file(self.scratch.path(&receipt)).expect("remove");
                 self.is_what_qemu_reads(&output, &self.scratch.path(name));
                 std::fs::remove_file(self.scratch.path(name)).expect("remove");
             } else {
