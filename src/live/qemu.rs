@@ -36,7 +36,7 @@ use crate::qemu::outgoing::{
     explain, peer, preflight,
 };
 use crate::qemu::{self, Version};
-use crate::report::{BitmapOutcome, BitmapReport, DiskReport, Report, Verified};
+use crate::report::{BitmapOutcome, BitmapReport, DiskReport, ONLY_BITMAPS, Report, Verified};
 use crate::status::{Amounts, Status};
 use crate::{Error, Phase, Result, report};
 
@@ -270,8 +270,9 @@ fn disk_report(live: &LiveDisk, sent: &Sent, bitmaps: Vec<BitmapReport>) -> Disk
         bytes_data: sent.data.saturating_sub(sent.repeated),
         bytes_zero: sent.zero,
         content_hash: None,
-        verified: if is_confirmed { Verified::Yes } else { Verified::Unconfirmed },
-        not_carried: Vec::new(),
+        // The bitmaps are, and nobody looked at the content.
+        verified: if is_confirmed { Verified::No } else { Verified::Unconfirmed },
+        not_carried: (!has_content).then(|| ONLY_BITMAPS.to_owned()).into_iter().collect(),
         bitmaps,
     }
 }
