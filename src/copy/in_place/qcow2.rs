@@ -119,19 +119,21 @@ fn prove_bitmaps(found: &Disk, stored: &[PersistentBitmap], proof: &mut Proof) -
     Ok(())
 }
 
+/// Nobody can tell which of the two.
+const WAS_INCONSISTENT: &str =
+    "it is the destination's own, and was inconsistent, before or since an interrupted copy";
+
 /// Bitmaps of the destination that cannot be trusted. They were so before, if only since an earlier
 /// try was interrupted: this copy has kept the others right.
 pub(crate) fn invalidated(found: &Disk) -> Vec<BitmapReport> {
     let listed = found.bitmaps.directory().map(Bitmaps::list).unwrap_or_default();
     let broken = listed.iter().filter(|entry| entry.state != State::Consistent);
-    let report = |entry: &Entry| {
-        BitmapReport {
+    let report = |entry: &Entry| BitmapReport {
         name: entry.name().to_owned(),
         outcome: BitmapOutcome::Invalidated,
         changed: Vec::new(),
-        reason: Some("it is the destination's own, and was inconsistent, before or since an interrupted copy".to_owned()),
+        reason: Some(WAS_INCONSISTENT.to_owned()),
         is_wanted: false,
-    }
     };
     broken.map(report).collect()
 }

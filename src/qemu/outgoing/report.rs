@@ -81,10 +81,9 @@ fn report(
 fn verified(no_verify: bool, done: &DiskDone, bitmaps: &[BitmapReport]) -> Verified {
     let is_confirmed = |bitmap: &BitmapReport| bitmap.outcome == BitmapOutcome::Preserved;
     let mut wanted = bitmaps.iter().filter(|bitmap| bitmap.is_wanted).peekable();
-    if no_verify {
-        Verified::No
-    // The bitmaps are, and nobody looked at the content.
-    } else if done.sent.is_none() && wanted.peek().is_some() && wanted.all(is_confirmed) {
+    // The bitmaps may be, and nobody looked at the content.
+    let only_bitmaps = done.sent.is_none() && wanted.peek().is_some();
+    if no_verify || (only_bitmaps && wanted.all(is_confirmed)) {
         Verified::No
     } else {
         Verified::Unconfirmed
