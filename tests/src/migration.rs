@@ -3,7 +3,7 @@
 use serde_json::Value;
 
 use crate::process::{Output, Running};
-use crate::{Run, Scratch, bitferry};
+use crate::{Exit, Run, Scratch, bitferry, json};
 
 /// A command of ours, by its words, in the test's directory.
 pub fn command(scratch: &Scratch, words: &str) -> Run {
@@ -27,4 +27,12 @@ pub fn both(scratch: &Scratch, send: &str, receive: &str) -> (Output, Output) {
     let uri = listening(&receiver);
     let sent = command(scratch, &format!("send --json {send}")).arg(uri).output();
     (sent.expect_no_crash(), receiver.wait().expect_no_crash())
+}
+
+/// [`both`], which have to succeed: the source's summary and the destination's.
+#[track_caller]
+pub fn done(scratch: &Scratch, send: &str, receive: &str) -> (Value, Value) {
+    let (sent, received) = both(scratch, send, receive);
+    let sent = json::summary(&sent.expect_exit(Exit::Done));
+    (sent, json::summary(&received.expect_exit(Exit::Done)))
 }

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use bitferry_tests::bitferry::binary;
-use bitferry_tests::process::Running;
+use bitferry_tests::migration::listening;
 use bitferry_tests::{Exit, Output, Run, Scratch, bitferry, json};
 use serde_json::Value;
 
@@ -25,18 +25,10 @@ fn with_umask(scratch: &Scratch, umask: &str, line: &str) -> Run {
     shell.arg(binary()).words(line)
 }
 
-/// Where a destination says that it listens.
-fn address(running: &Running) -> String {
-    running.wait_for(false, |line| {
-        let event: Value = serde_json::from_str(line).ok()?;
-        (event["event"] == "listening").then(|| event["uri"].as_str().expect("text").to_owned())
-    })
-}
-
 /// Runs the destination and then a source with these words; what both said.
 fn migrate(scratch: &Scratch, destination: Run, source: &str) -> (Output, Output) {
     let running = destination.spawn();
-    let uri = address(&running);
+    let uri = listening(&running);
     let send = bitferry().dir(scratch.dir()).words("send --json").words(source).arg(uri);
     let sent = send.output().expect_no_crash();
     (sent, running.wait().expect_no_crash())
@@ -103,7 +95,7 @@ fn its_progress_and_its_time_are_those_of_the_migration() {
     let places = "--disk vda=a.qcow2 --disk vdb=b.qcow2";
     let line = format!("receive --json -p always {places} tcp:127.0.0.1:0");
     let running = bitferry().dir(scratch.dir()).words(&line).spawn();
-    let uri = address(&running);
+    let uri = listening(&running);
     let waited = Duration::from_millis(1200);
     std::thread::sleep(waited);
     // Slow enough to be seen on the way.

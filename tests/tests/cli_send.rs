@@ -5,12 +5,11 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use bitferry_tests::image::make;
+use bitferry_tests::migration::{both as migrate, done as migrated, listening};
 use bitferry_tests::pki::{Authority, Certificate};
-use bitferry_tests::process::Running;
 use bitferry_tests::{Exit, Output, Peer, Run, Scratch, bitferry, json, qemu, require_all};
 use format_spec::native::hello::{Hello, Join};
 use rustix::process::Signal;
-use serde_json::Value;
 
 const MIB: u64 = 1 << 20;
 
@@ -36,30 +35,6 @@ fn receive(scratch: &Scratch, words: &str) -> Run {
 
 fn send(scratch: &Scratch, words: &str) -> Run {
     bitferry().dir(scratch.dir()).words("send --json").words(words)
-}
-
-/// Where a destination says that it listens.
-fn address(running: &Running) -> String {
-    running.wait_for(false, |line| {
-        let event: Value = serde_json::from_str(line).ok()?;
-        (event["event"] == "listening").then(|| event["uri"].as_str().expect("text").to_owned())
-    })
-}
-
-/// Runs both sides to their ends. The source's URI is where the destination listens.
-fn migrate(scratch: &Scratch, source: &str, destination: &str) -> (Output, Output) {
-    let running = receive(scratch, destination).spawn();
-    let uri = address(&running);
-    let sent = send(scratch, source).arg(uri).output().expect_no_crash();
-    (sent, running.wait().expect_no_crash())
-}
-
-/// [`migrate`], which has to succeed; the source's summary.
-#[track_caller]
-fn migrated(scratch: &Scratch, source: &str, destination: &str) -> (Value, Value) {
-    let (sent, received) = migrate(scratch, source, destination);
-    let sent = json::summary(&sent.expect_exit(Exit::Done));
-    (sent, json::summary(&received.expect_exit(Exit::Done)))
 }
 
 #[test]
@@ -362,7 +337,7 @@ fn strangers_are_turned_away_and_the_source_is_waited_for() {
     }
     let source = disk(&scratch, "a.qcow2", 3);
     let running = receive(&scratch, "--disk vda=out.qcow2 tcp:127.0.0.1:0").spawn();
-    let uri = address(&running);
+    let uri = listening(&running);
     let address = uri.strip_prefix("tcp:").expect("tcp");
     let stranger = || std::net::TcpStream::connect(address).expect("connect");
     drop(stranger());
@@ -389,7 +364,7 @@ fn nobody_there_and_nobody_coming() {
     let output = output.expect_exit(Exit::Transport);
     assert!(output.complaint().contains("\nhint: check that `bitferry receive`"), "{output}");
     let running = receive(&scratch, "--disk vda=out unix:socket").spawn();
-    address(&running);
+    listening(&running);
     running.signal(Signal::INT);
     let output = running.wait();
     assert_eq!(output.code(), Some(130), "{output}");
@@ -406,7 +381,7 @@ fn ctrl_c_on_either_side_ends_both() {
     disk(&scratch, "a.qcow2", 3);
     for interrupts_source in [true, false] {
         let destination = receive(&scratch, "--disk vda=out.qcow2 unix:s").spawn();
-        let uri = address(&destination);
+        let uri = listening(&destination);
         let slow = send(&scratch, "--disk vda=a.qcow2 --bandwidth 256K").arg(uri).spawn();
         // Before they know one another, a source that goes away is only one that did not come.
         slow.wait_for(false, |line| line.contains("progress").then_some(()));
@@ -457,7 +432,7 @@ fn encrypted_both_ways_or_not_at_all() {
     qemu::same_disk(&source, &scratch.path("out.qcow2"), &["weekly", "hourly"]);
     // Another name, no TLS here, no TLS there: each side says what is wrong, the destination waits.
     let running = receive(&scratch, "--disk vda=b --tls-dir pki tcp:127.0.0.1:0").spawn();
-    let uri = address(&running);
+    let uri = listening(&running);
     for (words, said) in [
         ("--tls-dir pki", "not for \"127.0.0.1\""),
         ("", "speaks TLS, and this side was not told to"),
@@ -471,7 +446,7 @@ fn encrypted_both_ways_or_not_at_all() {
     assert!(received.text().contains("what it sends is not TLS"), "{received}");
     let running = receive(&scratch, "--disk vda=b tcp:127.0.0.1:0").spawn();
     let words = "--disk vda=a.qcow2 --tls-dir pki --tls-peer vault.example";
-    let sent = send(&scratch, words).arg(address(&running)).output().expect_exit(Exit::Transport);
+    let sent = send(&scratch, words).arg(listening(&running)).output().expect_exit(Exit::Transport);
     assert!(sent.complaint().contains("give --tls-dir on both sides"), "{sent}");
     running.signal(Signal::INT);
     let received = running.wait();

@@ -7,10 +7,10 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use bitferry_tests::image::{Bytes, make};
-use bitferry_tests::process::Running;
+use bitferry_tests::migration::{both, command, done, listening};
 use bitferry_tests::qemu::{check_is_clean, dirty_ranges, map, qemu_img, qemu_io, same_content};
 use bitferry_tests::random::{Random, seed};
-use bitferry_tests::{Exit, Output, Peer, Run, Scratch, bitferry, json, require_all};
+use bitferry_tests::{Exit, Output, Peer, Run, Scratch, json, require_all};
 use serde_json::Value;
 
 const MIB: u64 = 1 << 20;
@@ -20,32 +20,15 @@ fn has_peers() -> bool {
     require_all(&[Peer::QemuImg, Peer::QemuIo, Peer::QemuNbd])
 }
 
-fn command(scratch: &Scratch, words: &str) -> Run {
-    bitferry().dir(scratch.dir()).words(words)
-}
-
-fn address(running: &Running) -> String {
-    running.wait_for(false, |line| {
-        let event: Value = serde_json::from_str(line).ok()?;
-        (event["event"] == "listening").then(|| event["uri"].as_str().expect("text").to_owned())
-    })
-}
-
 /// Runs both sides to their ends.
 fn migrate(scratch: &Scratch, source: &str, destination: &str) -> (Output, Output) {
-    let receive = format!("receive --json {destination} tcp:127.0.0.1:0");
-    let running = command(scratch, &receive).spawn();
-    let uri = address(&running);
-    let sent = command(scratch, &format!("send --json {source}")).arg(uri).output();
-    (sent.expect_no_crash(), running.wait().expect_no_crash())
+    both(scratch, source, &format!("{destination} tcp:127.0.0.1:0"))
 }
 
 /// [`migrate`], which has to succeed: both summaries.
 #[track_caller]
 fn migrated(scratch: &Scratch, source: &str, destination: &str) -> (Value, Value) {
-    let (sent, received) = migrate(scratch, source, destination);
-    let sent = json::summary(&sent.expect_exit(Exit::Done));
-    (sent, json::summary(&received.expect_exit(Exit::Done)))
+    done(scratch, source, &format!("{destination} tcp:127.0.0.1:0"))
 }
 
 fn ranges(image: &Path, bitmap: &str) -> Vec<Range<u64>> {
@@ -155,7 +138,7 @@ fn bitmaps_without_blocks_are_refused_where_the_disk_is_another() {
     let sent = "--bitmaps none --disk vda=source";
     let receive = command(&scratch, "receive --json --in-place --disk vda=mirror tcp:127.0.0.1:0");
     let receive = receive.spawn();
-    let send = command(&scratch, &format!("send {sent} --bandwidth 2M")).arg(address(&receive));
+    let send = command(&scratch, &format!("send {sent} --bandwidth 2M")).arg(listening(&receive));
     let send = send.spawn();
     let begun = Instant::now();
     // The mark of what is not complete.
@@ -239,7 +222,7 @@ fn a_kill_leaves_the_old_bitmaps_or_the_new_ones() {
         let _ = std::fs::remove_file(scratch.path(".mirror.bitferry-receipt"));
         let receive = "receive --json --in-place --disk vda=mirror tcp:127.0.0.1:0";
         let receive = command(&scratch, receive).spawn();
-        let send = command(&scratch, "send --no-blocks --disk vda=source").arg(address(&receive));
+        let send = command(&scratch, "send --no-blocks --disk vda=source").arg(listening(&receive));
         let (begun, send) = (Instant::now(), send.spawn());
         match whole {
             None => {
@@ -442,7 +425,7 @@ fn what_stands_above_a_base_is_cut_off_and_begun_again() {
     let start = || {
         let _ = std::fs::remove_file(scratch.path("socket"));
         let receive = command(&scratch, &format!("receive --json {RECEIVE} unix:socket")).spawn();
-        address(&receive);
+        listening(&receive);
         let send = command(&scratch, &format!("send --json {SEND} unix:socket")).spawn();
         (receive, send)
     };

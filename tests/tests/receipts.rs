@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bitferry_tests::image::make;
+use bitferry_tests::migration::{command as run, done};
 use bitferry_tests::qemu::{qemu_io, same_content};
-use bitferry_tests::{Exit, Output, Peer, Run, Scratch, bitferry, json, require_all};
+use bitferry_tests::{Exit, Peer, Run, Scratch, bitferry, json, require_all};
 use serde_json::Value;
 
 const MIB: u64 = 1 << 20;
@@ -21,22 +22,10 @@ fn source(scratch: &Scratch, name: &str, pattern: u8) -> PathBuf {
     image.write(pattern + 1, 9 * MIB, 65536).disabled_bitmap("b1", 4096).done()
 }
 
-fn run(scratch: &Scratch, words: &str) -> Run {
-    bitferry().dir(scratch.dir()).words(words)
-}
-
-/// Both commands to their ends, over a socket.
-fn migrate(scratch: &Scratch, send: &str, receive: &str) -> (Output, Output) {
-    let receiver = run(scratch, &format!("receive --json {receive} unix:socket")).spawn();
-    receiver.wait_for(false, |line| line.contains("listening").then_some(()));
-    let sent = run(scratch, &format!("send --json {send} unix:socket")).output();
-    (sent.expect_no_crash(), receiver.wait().expect_no_crash())
-}
-
-/// Both summaries of commands that succeed.
+/// Both summaries of commands that succeed, over a socket.
+#[track_caller]
 fn migrated(scratch: &Scratch, send: &str, receive: &str) -> [Value; 2] {
-    let (sent, received) = migrate(scratch, send, receive);
-    [sent, received].map(|output| json::summary(&output.expect_exit(Exit::Done)))
+    done(scratch, send, &format!("{receive} unix:socket")).into()
 }
 
 /// What a summary says of each disk that does not depend on how often it was asked.

@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 
 use bitferry_tests::device::Loop;
 use bitferry_tests::image::make;
-use bitferry_tests::process::Running;
+use bitferry_tests::migration::{both as migrate, command as run, listening};
 use bitferry_tests::qemu::{Nbd, check_is_clean, dirty_ranges, same_content};
-use bitferry_tests::{Exit, Output, Peer, Run, Scratch, bitferry, json, require_all};
+use bitferry_tests::{Exit, Output, Peer, Run, Scratch, json, require_all};
 use rustix::process::Signal;
 use serde_json::Value;
 
@@ -21,25 +21,6 @@ fn has_peers() -> bool {
 
 fn source(scratch: &Scratch, name: &str) -> PathBuf {
     make(scratch, name, 24 * MIB).write(3, 0, 5 * MIB).bitmap("b0", 65536).write(4, MIB, 7).done()
-}
-
-fn run(scratch: &Scratch, words: &str) -> Run {
-    bitferry().dir(scratch.dir()).words(words)
-}
-
-fn address(running: &Running) -> String {
-    running.wait_for(false, |line| {
-        let event: Value = serde_json::from_str(line).ok()?;
-        (event["event"] == "listening").then(|| event["uri"].as_str().expect("text").to_owned())
-    })
-}
-
-/// Both commands to their ends.
-fn migrate(scratch: &Scratch, send: &str, receive: &str) -> (Output, Output) {
-    let receiver = run(scratch, &format!("receive --json {receive}")).spawn();
-    let uri = address(&receiver);
-    let sent = run(scratch, &format!("send --json {send}")).arg(uri).output().expect_no_crash();
-    (sent, receiver.wait().expect_no_crash())
 }
 
 fn status(output: Output) -> String {
@@ -101,7 +82,7 @@ fn what_is_gone_on_with_is_read_again_before_the_users_eyes() {
     cut(&scratch, both, ".out.bitferry-part", 8 * MIB);
     let send = "--disk vda=a.qcow2 unix:socket";
     let receiver = run(&scratch, "receive --json --disk vda=out unix:socket").spawn();
-    address(&receiver);
+    listening(&receiver);
     run(&scratch, &format!("send --json {send}")).output().expect_exit(Exit::Done);
     let events = json::lines(&receiver.wait().expect_exit(Exit::Done).text());
     let phases: Vec<_> = events.iter().filter_map(|event| event["phase"].as_str()).collect();
