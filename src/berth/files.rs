@@ -47,6 +47,13 @@ impl DiskPlace {
         Some(DataFileTarget { name, path, is_raw: self.target.data_file_raw.unwrap_or(false) })
     }
 
+    /// All files that it reads from, once it is published: what its receipt is of.
+    pub(super) fn files(&self) -> Vec<PathBuf> {
+        let data = self.data_file().map(|data| data.path);
+        let below = self.base.iter().flat_map(Base::files).map(Path::to_owned);
+        data.into_iter().chain([self.path.clone()]).chain(below).collect()
+    }
+
     /// What is to be made of it, for nobody's session yet.
     pub(super) fn new_disk<'a>(
         &'a self,
@@ -62,7 +69,8 @@ impl DiskPlace {
             }
         };
         let wishes = self.renames.text();
-        Ok(NewDisk { path: &self.path, size, kind, session: None, is_fresh: false, wishes })
+        let (session, resumes, is_fresh) = (None, false, false);
+        Ok(NewDisk { path: &self.path, size, kind, session, resumes, is_fresh, wishes })
     }
 }
 
@@ -83,7 +91,7 @@ pub struct FileOptions {
 
 impl FileOptions {
     /// Whether another attempt can go on with what an attempt leaves.
-    pub(super) fn resumes(&self) -> bool {
+    fn resumes(&self) -> bool {
         !self.no_verify && !self.keeps_nothing
     }
 }
@@ -142,9 +150,8 @@ impl Files {
             let data = data.as_ref().map(|data| data.path.as_path());
             let bitmaps = bitmaps_of(&disk.path, disk.format, data)?;
             let Recovered { session, size, content, target } = found.clone();
-            let below = disk.base.iter().flat_map(Base::files);
-            let files = data.into_iter().chain([disk.path.as_path()]).chain(below);
-            Receipt::of_stored((session, size, target), content, bitmaps).write(log, files)
+            let mut receipt = Receipt::of_stored((session, size, target), content, bitmaps);
+            receipt.write(log, disk.files().iter().map(PathBuf::as_path))
         });
         match done {
             // What was wished before does not matter any more.
@@ -180,7 +187,7 @@ impl Files {
         let data = disk.data_file();
         let mut new = disk.new_disk(wanted.size, data.as_ref())?;
         new.session = (!self.options.keeps_nothing).then_some(state.session);
-        new.is_fresh = state.is_fresh || !self.options.resumes();
+        (new.resumes, new.is_fresh) = (self.options.resumes(), state.is_fresh);
         let (found, options) = (state.found, self.options);
         drop(state);
         let known = match found {
@@ -247,9 +254,8 @@ impl Destination for Files {
         let of = |disk: &DiskPlace| {
             let receipt = Receipt::read(&Log::beside(&disk.path)?)?;
             let receipt = receipt.ok_or_else(|| gone(&disk.path))?;
-            let data = disk.data_file().map(|data| data.path);
-            let below = disk.base.iter().flat_map(Base::files);
-            let files = data.as_deref().into_iter().chain([disk.path.as_path()]).chain(below);
+            let files = disk.files();
+            let files = files.iter().map(PathBuf::as_path);
             Ok(receipt.published(files, (&disk.name, &disk.renames)))
         };
         self.disks.iter().map(of).collect::<Result<_>>().map_err(failed)

@@ -7,6 +7,8 @@ use block_mig::journal::{Identity, Keeper};
 use block_mig::limits::UNIT_BYTES;
 use block_mig::recheck::{ReadBack, Recheck, recheck};
 use mig_core::block::BlockSource;
+use mig_core::section::Have;
+use mig_core::stream;
 use qcow2_file::Storage;
 
 use super::device::Device;
@@ -18,27 +20,30 @@ use crate::{Observer, Phase, Result};
 /// A journal beside a destination that exists.
 pub(crate) struct Kept {
     log: Log,
-    pub(crate) keeper: Keeper,
+    keeper: Keeper,
+    /// Whether another try can go on with what has arrived.
+    resumes: bool,
     /// Whether an earlier try is gone on with.
     pub(crate) is_resumed: bool,
 }
 
 impl Kept {
-    /// Finds the journal of an earlier try, or starts one. `None` where none is kept: there is no
-    /// identity, or no place for the journal of a device (see [`log_of`]).
+    /// Finds the journal of an earlier try, or starts one: anew if it `is_fresh`, and where nothing
+    /// `resumes`. `None` where none is kept: there is no identity, or no place for it (see
+    /// [`log_of`]).
     ///
     /// Whoever calls holds the lock of the destination and is about to write to it. What an earlier
     /// transfer said of it is not so any more, and goes.
     pub(crate) fn begin(
         (path, devices): (&Path, Option<&Path>),
         identity: Option<Identity>,
-        is_fresh: bool,
+        (resumes, is_fresh): (bool, bool),
     ) -> Result<Option<Self>> {
         let Some(log) = log_of(path, devices)? else { return Ok(None) };
         let is_of_device = log.is_of_device();
         // Whatever happens below, this is not so any more.
         log.remove_receipt().or_else(|error| if is_of_device { Ok(()) } else { Err(error) })?;
-        match Self::open(log, identity, is_fresh) {
+        match Self::open(log, identity, (resumes, is_fresh)) {
             // It saves work: where there is no place for it, the transfer goes on.
             Err(error) if is_of_device || is_full(&error) => {
                 tracing::warn!(%error, "no journal is kept, so that a cut means to begin again");
@@ -48,14 +53,18 @@ impl Kept {
         }
     }
 
-    fn open(log: Log, identity: Option<Identity>, is_fresh: bool) -> Result<Option<Self>> {
+    fn open(
+        log: Log,
+        identity: Option<Identity>,
+        (resumes, is_fresh): (bool, bool),
+    ) -> Result<Option<Self>> {
         let Some(identity) = identity else { return log.remove().map(|()| None) };
-        let found = if is_fresh { None } else { log.find(&identity)? };
+        let found = if is_fresh || !resumes { None } else { log.find(&identity)? };
         let resumed = found.map_or(Ok(None), |found| log.resume(found))?;
         let is_resumed = resumed.is_some();
         let journal = resumed.map_or_else(|| log.start(identity), |journal| Ok(Some(journal)))?;
         let keeper = journal.map(Keeper::new).transpose()?;
-        Ok(keeper.map(|keeper| Self { log, keeper, is_resumed }))
+        Ok(keeper.map(|keeper| Self { log, keeper, resumes, is_resumed }))
     }
 
     /// Reads again what the journal claims of `disk`, and forgets what is not so; how many bytes
@@ -84,6 +93,19 @@ impl Kept {
             }
             compacted => compacted,
         }
+    }
+
+    /// What notes which parts have arrived, where they can be gone on with.
+    pub(crate) fn keeper(&self) -> Option<&Keeper> {
+        self.resumes.then_some(&self.keeper)
+    }
+
+    /// Tells what an earlier try has left, after it was read again.
+    pub(crate) fn tell(
+        &self,
+        tell: &mut dyn FnMut(Have) -> stream::Result<()>,
+    ) -> stream::Result<()> {
+        self.keeper.tell(tell)
     }
 
     /// Its names.

@@ -101,6 +101,8 @@ pub(super) struct FilePlace {
     path: PathBuf,
     format: Format,
     base: Option<Base>,
+    /// All files that it reads from, once it is published.
+    files: Vec<PathBuf>,
     renames: Renames,
     /// Why it can hold no bitmaps, if so.
     cannot_hold: Option<&'static str>,
@@ -141,6 +143,7 @@ impl FilePlace {
             path: place.path.clone(),
             format: place.format,
             base: place.base.clone(),
+            files: place.files(),
             renames: place.renames.clone(),
             cannot_hold: disk.cannot_hold(),
             session: disk.session,
@@ -162,10 +165,8 @@ impl FilePlace {
         &self.name
     }
 
-    /// What notes which parts have arrived, where they can be gone on with.
     fn keeper(&self) -> Option<&Keeper> {
-        let resumes = self.options.resumes();
-        self.unfinished.as_ref().filter(|_| resumes).and_then(|unfinished| unfinished.keeper())
+        self.unfinished.as_ref().and_then(|unfinished| unfinished.keeper())
     }
 
     /// Its files, while they have temporary names.
@@ -178,8 +179,7 @@ impl FilePlace {
         let mut receipt = self.receipt.lock().unwrap_or_else(PoisonError::into_inner);
         match (&mut *receipt, self.unfinished()) {
             (Some(receipt), Some(unfinished)) => {
-                let below = self.base.iter().flat_map(Base::files);
-                receipt.write(unfinished.log(), unfinished.targets().chain(below))
+                receipt.write(unfinished.log(), self.files.iter().map(PathBuf::as_path))
             }
             _ => Ok(()),
         }
@@ -188,8 +188,7 @@ impl FilePlace {
     /// The attempt has failed.
     pub(super) fn leave(&self, fate: Fate) -> Result<()> {
         let Some(unfinished) = self.unfinished() else { return Ok(()) };
-        let is_kept = fate != Fate::Dropped && self.options.resumes();
-        let Some(keeper) = unfinished.keeper().filter(|_| is_kept) else {
+        let Some(keeper) = unfinished.keeper().filter(|_| fate != Fate::Dropped) else {
             return unfinished.forsake();
         };
         // READY stands until the source says otherwise.

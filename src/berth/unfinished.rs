@@ -35,6 +35,9 @@ pub(crate) struct NewDisk<'a> {
     pub(crate) kind: NewKind<'a>,
     /// Whose it is; `None` where nothing is kept for another try.
     pub(crate) session: Option<[u8; 16]>,
+    /// Whether another try can go on with what has arrived. Where it cannot, a journal notes only
+    /// how far the publication is.
+    pub(crate) resumes: bool,
     /// Whether what an earlier try left is removed.
     pub(crate) is_fresh: bool,
     /// What else is asked for that changes what is stored, in words.
@@ -104,6 +107,7 @@ pub(crate) struct Unfinished {
     writes: Arc<Writes>,
     log: Log,
     keeper: Option<Keeper>,
+    resumes: bool,
     /// Whether an earlier try is gone on with.
     pub(crate) is_resumed: bool,
 }
@@ -130,14 +134,17 @@ impl Unfinished {
             None => Sink::Raw(RawSink::new(content, disk.size)),
         };
         let size = disk.size;
-        let unfinished = Self { drafts, sink, size, writes, log, keeper, is_resumed: false };
+        let (resumes, is_resumed) = (disk.resumes, false);
+        let unfinished = Self { drafts, sink, size, writes, log, keeper, resumes, is_resumed };
         unfinished.begin()?;
         Ok(unfinished)
     }
 
     /// What an earlier try left, if it can be gone on with.
     fn find(disk: &NewDisk<'_>, log: &Log) -> Result<Option<Self>> {
-        let Some(session) = disk.session.filter(|_| !disk.is_fresh) else { return Ok(None) };
+        let Some(session) = disk.session.filter(|_| disk.resumes && !disk.is_fresh) else {
+            return Ok(None);
+        };
         let mut drafts = Vec::new();
         for target in disk.targets() {
             let Some(draft) = Draft::reopen(target)? else { return Ok(None) };
@@ -158,7 +165,8 @@ impl Unfinished {
         };
         let Some(keeper) = resume(log, replayed)? else { return Ok(None) };
         let (log, size, keeper) = (log.clone(), disk.size, Some(keeper));
-        let unfinished = Self { drafts, sink, size, writes, log, keeper, is_resumed: true };
+        let (resumes, is_resumed) = (disk.resumes, true);
+        let unfinished = Self { drafts, sink, size, writes, log, keeper, resumes, is_resumed };
         unfinished.begin()?;
         Ok(Some(unfinished))
     }
@@ -175,9 +183,9 @@ impl Unfinished {
         }
     }
 
-    /// The journal's keeper, where there is one.
+    /// What notes which parts have arrived, where they can be gone on with.
     pub(crate) fn keeper(&self) -> Option<&Keeper> {
-        self.keeper.as_ref()
+        self.keeper.as_ref().filter(|_| self.resumes)
     }
 
     /// Begins to read back what will be written to it.
@@ -253,11 +261,6 @@ impl Unfinished {
         }
     }
 
-    /// Its final names, in the order in which they are given.
-    pub(crate) fn targets(&self) -> impl Iterator<Item = &Path> {
-        self.drafts.iter().map(Draft::target)
-    }
-
     /// Its journal and receipt.
     pub(crate) fn log(&self) -> &Log {
         &self.log
@@ -278,7 +281,9 @@ impl Unfinished {
         let Some(keeper) = resume(&log, replayed)? else { return Ok(None) };
         let (sink, size, keeper) = (Sink::Closed(disk.size), disk.size, Some(keeper));
         let writes = Arc::new(Writes::new(0, 0));
-        Ok(Some((Self { drafts, sink, size, writes, log, keeper, is_resumed: true }, content)))
+        let (resumes, is_resumed) = (disk.resumes, true);
+        let known = Self { drafts, sink, size, writes, log, keeper, resumes, is_resumed };
+        Ok(Some((known, content)))
     }
 
     /// Makes what has arrived durable, and its journal say so, as far as that can be done.
@@ -311,14 +316,14 @@ pub(crate) fn publish_together(
     }
     // One rename is done or not. Of several, and of a receipt that is still to come, this tells.
     for disk in disks {
-        if let Some(keeper) = disk.keeper().filter(|keeper| keeper.prepared().is_some()) {
+        if let Some(keeper) = disk.keeper.as_ref().filter(|keeper| keeper.prepared().is_some()) {
             keeper.commit()?;
             disk.log.sync_name()?;
         }
     }
     let drafts: Vec<_> = disks.iter().flat_map(|disk| &disk.drafts).collect();
     if let Err(error) = publish(drafts, replaces) {
-        disks.iter().filter_map(|disk| disk.keeper()).try_for_each(Keeper::unprepare)?;
+        disks.iter().filter_map(|disk| disk.keeper.as_ref()).try_for_each(Keeper::unprepare)?;
         return Err(error);
     }
     for (index, disk) in disks.iter().enumerate() {

@@ -15,15 +15,15 @@ use qcow2_file::Opener;
 use qcow2_file::create::Backing;
 
 use super::metered::Metered;
-use super::options::Existing;
+use super::options::{CopyOptions, Existing};
 use super::plan::Job;
+use super::resolve::Source;
 use super::target::Target;
 use super::{Done, bitmaps, prove, receipt};
 use crate::berth::{Half, Log, NewDisk, NewKind, Unfinished, publish_together, recover};
 use crate::carry::Asked;
 use crate::facts::{Facts, FileFacts, host};
 use crate::observe::Progress;
-use crate::publish::directory;
 use crate::report::Verified;
 use crate::{Error, Observer, Phase, Result, preserve};
 
@@ -32,7 +32,7 @@ use crate::{Error, Observer, Phase, Result, preserve};
 /// is not in the source's bytes.
 pub(super) fn copy(job: &Job<'_>, observer: &dyn Observer) -> Result<Done> {
     let unfinished = Unfinished::open(&disk(job)?)?;
-    let is_kept = resumes(job);
+    let is_kept = unfinished.keeper().is_some();
     let done = finish(job, &unfinished, observer);
     match &done {
         // A source that is damaged stays so: there is nothing to go on with.
@@ -48,8 +48,7 @@ pub(super) fn copy(job: &Job<'_>, observer: &dyn Observer) -> Result<Done> {
 fn finish(job: &Job<'_>, unfinished: &Unfinished, observer: &dyn Observer) -> Result<Done> {
     let is_resumed = unfinished.is_resumed;
     let repeated = if is_resumed { recheck(job, unfinished, observer)? } else { 0 };
-    let keeper = unfinished.keeper().filter(|_| resumes(job));
-    let moved = move_data(job, unfinished.sink(), keeper, observer)?;
+    let moved = move_data(job, unfinished.sink(), unfinished.keeper(), observer)?;
     observer.phase(Phase::Bitmaps);
     let stored = bitmaps::load(&job.source, &job.bitmaps)?;
     observer.phase(Phase::Seal);
@@ -97,7 +96,8 @@ fn disk<'a>(job: &'a Job<'_>) -> Result<NewDisk<'a>> {
         size: job.source.disk.chain.virtual_size(),
         kind,
         session: Some(job.session),
-        is_fresh: job.options.fresh || !resumes(job),
+        resumes: resumes(job),
+        is_fresh: job.options.fresh,
         wishes: String::new(),
     })
 }
@@ -122,8 +122,7 @@ pub(super) fn recover_publication(job: &Job<'_>) -> Result<bool> {
         );
         return Err(Error::Usage { reason });
     }
-    let data = options.target.data_file.as_ref().map(|name| directory(destination).join(name));
-    let targets: Vec<_> = data.as_deref().into_iter().chain([destination]).collect();
+    let targets: Vec<_> = job.target.data_file().into_iter().chain([destination]).collect();
     let place = Half { files: targets, target: None };
     recover(&[place], options.existing == Existing::Replace, |_, log, found| {
         receipt::of_recovered(job, log, found)
@@ -137,25 +136,24 @@ pub(super) fn resumes(job: &Job<'_>) -> bool {
     !job.options.no_verify && job.source.kept.is_none()
 }
 
-/// The session of this copy, by its source as it is now.
-pub(super) fn session(job: &Job<'_>) -> Result<[u8; 16]> {
+/// The session of a copy, by its source as it is now.
+pub(super) fn session(options: &CopyOptions, source: &Source, target: &Target) -> Result<[u8; 16]> {
     let failed = |path: PathBuf| move |source| Error::File { action: "look at", path, source };
     let facts = |file: &Arc<qcow2_file::HostFile>| {
         FileFacts::of(file.file()).map_err(failed(file.path().to_owned()))
     };
-    let files = job.source.disk.files().map(facts).collect::<Result<_>>()?;
-    let options = job.options;
+    let files = source.disk.files().map(facts).collect::<Result<_>>()?;
     let destination = &options.destination;
     let absolute = std::path::absolute(destination).map_err(failed(destination.clone()))?;
     let bitmaps = Asked::wishes(&options.bitmaps, &options.renames, options.skip_broken_bitmaps);
-    let formats = job.source.disk.chain.layers().iter().map(qcow2_file::Layer::format);
+    let formats = source.disk.chain.layers().iter().map(qcow2_file::Layer::format);
     let read_as = format!("{:?}", formats.collect::<Vec<_>>());
-    let kept = job.source.kept.as_ref().map(|kept| format!("{kept:?}")).unwrap_or_default();
+    let kept = source.kept.as_ref().map(|kept| format!("{kept:?}")).unwrap_or_default();
     let facts = Facts {
         host: host(),
-        disks: vec![(String::new(), job.source.disk.chain.virtual_size(), files)],
+        disks: vec![(String::new(), source.disk.chain.virtual_size(), files)],
         destination: absolute.into_os_string().into_encoded_bytes(),
-        wishes: vec!["copy".to_owned(), read_as, format!("{:?}", job.target), bitmaps, kept],
+        wishes: vec!["copy".to_owned(), read_as, format!("{target:?}"), bitmaps, kept],
     };
     Ok(facts.session())
 }

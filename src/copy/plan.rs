@@ -103,6 +103,7 @@ impl<'a> Job<'a> {
         let mut job = Self {
             options,
             not_carried: not_carried(options, &source, &target, &found),
+            session: session(options, &source, &target)?,
             survey: found,
             runs,
             space: Space::default(),
@@ -110,10 +111,8 @@ impl<'a> Job<'a> {
             target,
             bitmaps,
             refusals,
-            session: [0; 16],
             _places: places,
         };
-        job.session = session(&job)?;
         job.check_space()?;
         Ok(job)
     }
@@ -170,10 +169,8 @@ impl<'a> Job<'a> {
         let size = self.source.disk.chain.virtual_size();
         let carried = self.bitmaps.decision.choices.iter();
         let carried = carried.filter(|choice| matches!(choice.fate, bitmap_mig::Fate::Carried(_)));
-        let bitmaps = carried.map(|choice| {
-            let bits = u8::try_from(choice.bitmap.granularity.max(1).ilog2()).unwrap_or(u8::MAX);
-            space::bitmap_bytes(geometry, size, bits)
-        });
+        let bitmaps =
+            carried.map(|choice| space::bitmap_bytes(geometry, size, choice.bitmap.granularity));
         space::qcow2_bytes(geometry, &survey, compressed).saturating_add(bitmaps.sum())
     }
 

@@ -1,6 +1,8 @@
 //! The proof: the destination is opened afresh, as somebody else would find it, read back, and held
 //! against what was sent.
 
+use std::path::Path;
+
 use block_mig::device::{ChainSource, StartOf};
 use block_mig::fingerprint::Seed;
 use block_mig::{Transferred, fingerprint_of};
@@ -62,15 +64,12 @@ pub(super) fn new_destination(
 
 /// How a destination that has its names is opened.
 pub(super) fn published<'a>(job: &'a Job<'_>) -> Request<'a> {
-    let data_file = match &job.target {
-        Target::Qcow2 { data_file, .. } => data_file.as_ref().map(|data| data.path.clone()),
-        _ => None,
-    };
+    let data_file = job.target.data_file().map(Path::to_owned);
     Request { data_file, ..request(job, &job.options.destination) }
 }
 
 /// How the destination is opened: with the files that we made or that the user named, in no other.
-fn request<'a>(job: &'a Job<'_>, path: &'a std::path::Path) -> Request<'a> {
+fn request<'a>(job: &'a Job<'_>, path: &'a Path) -> Request<'a> {
     let kept = job.source.kept.as_ref();
     Request {
         allow_named: job.options.allow_backing,

@@ -52,7 +52,8 @@ pub(super) fn write_or_warn(
 
 fn write(job: &Job<'_>, log: &Log, proof: &Proof, stored: &[PersistentBitmap]) -> Result<()> {
     // Of a source that was written to meanwhile nobody knows what was read.
-    if !is_known_by_its_files(job) || session(job)? != job.session {
+    if !is_known_by_its_files(job) || session(job.options, &job.source, &job.target)? != job.session
+    {
         return Ok(());
     }
     let bitmap = |stored: &PersistentBitmap| {
@@ -97,8 +98,8 @@ fn files(job: &Job<'_>) -> Vec<PathBuf> {
     let destination = &job.options.destination;
     let mut files = vec![destination.clone()];
     match &job.target {
-        Target::Qcow2 { data_file, .. } => {
-            files.extend(data_file.iter().map(|data| data.path.clone()));
+        Target::Qcow2 { .. } => {
+            files.extend(job.target.data_file().map(Path::to_owned));
             let below = job.source.kept.iter();
             files.extend(below.flat_map(|kept| chain_of(job, &kept.path, kept.format)));
         }

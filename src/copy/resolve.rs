@@ -76,13 +76,14 @@ impl Source {
         observer: &dyn Observer,
     ) -> Result<Self> {
         let id = HostFile::open(path, Access::Read)?.id();
-        if !options.allow_backing {
-            Self::stands_on(&request, path, observer)?;
-        }
         let backing = match options.allow_backing {
             true => Backing::Named,
             // What the user names may be opened; what the image names may not.
-            false => Backing::File(path.to_owned(), recorded_format(&request)?),
+            false => {
+                let (named, format) = recorded(&request)?;
+                named.map_or(Ok(()), |named| is_that(&request, &named, (path, observer)))?;
+                Backing::File(path.to_owned(), format)
+            }
         };
         let disk = Disk::open(&Request { backing, ..request }, observer)?;
         if disk.chain.layers().len() < 2 {
@@ -120,40 +121,6 @@ impl Source {
         };
         let name = recorded_name(path, &options.destination)?;
         Self::new(disk, Some(Kept { path: path.to_owned(), name, format, layers }))
-    }
-
-    /// Holds the backing file that the user names against the one that the image names, without
-    /// opening it: what is between them is not copied, and a proof that reads through the user's
-    /// alone would not miss it.
-    fn stands_on(request: &Request<'_>, path: &Path, observer: &dyn Observer) -> Result<()> {
-        let opener = Opener::new().format(request.format.map(Into::into));
-        let chain = opener.without_named_files(true).open(request.path)?;
-        let header = chain.top().as_qcow2().map(qcow2_file::Image::header);
-        let named = header.and_then(|header| header.backing_file.as_deref());
-        let Some(named) = named.map(|name| directory(request.path).join(name)) else {
-            return Ok(());
-        };
-        let id = |path: &Path| std::fs::metadata(path).map(|m| (m.dev(), m.ino()));
-        let (image, path_shown) = (request.path.display(), path.display());
-        match (id(&named), id(path)) {
-            (Ok(named), Ok(found)) if named == found => Ok(()),
-            (Err(error), _) if error.kind() == io::ErrorKind::NotFound => {
-                observer.warning(&format!(
-                    "{image} names {} as its backing file, which is not there; {path_shown} is \
-                     taken for it",
-                    named.display()
-                ));
-                Ok(())
-            }
-            _ => Err(Error::WouldLose {
-                reason: format!(
-                    "{image} stands on {}, not directly on {path_shown}: what is between them \
-                     would be lost unseen",
-                    named.display()
-                ),
-                hint: "use --allow-backing, so that all of it is read and proved".into(),
-            }),
-        }
     }
 
     fn new(disk: Disk, kept: Option<Kept>) -> Result<Self> {
@@ -198,12 +165,45 @@ impl Source {
     }
 }
 
-/// The format of the backing file as the source records it.
-fn recorded_format(request: &Request<'_>) -> Result<Option<qcow2_file::Format>> {
+/// The backing file as the source records it, and its format. It is not opened.
+fn recorded(request: &Request<'_>) -> Result<(Option<PathBuf>, Option<qcow2_file::Format>)> {
     let opener = Opener::new().format(request.format.map(Into::into)).without_named_files(true);
     let chain = opener.open(request.path)?;
-    let name = chain.top().as_qcow2().and_then(|image| image.header().backing_format());
-    Ok(name.and_then(|name| name.parse().ok()))
+    let header = chain.top().as_qcow2().map(qcow2_file::Image::header);
+    let named = header.and_then(|header| header.backing_file.as_deref());
+    let format = header.and_then(qcow2_file::layout::header::Header::backing_format);
+    let path = named.map(|named| directory(request.path).join(named));
+    Ok((path, format.and_then(|name| name.parse().ok())))
+}
+
+/// Holds the backing file that the user names against the one that the image names, without opening
+/// it: what is between them is not copied, and a proof that reads through the user's alone would
+/// not miss it.
+fn is_that(
+    request: &Request<'_>,
+    named: &Path,
+    (path, observer): (&Path, &dyn Observer),
+) -> Result<()> {
+    let id = |path: &Path| std::fs::metadata(path).map(|m| (m.dev(), m.ino()));
+    let (image, shown) = (request.path.display(), path.display());
+    match (id(named), id(path)) {
+        (Ok(named), Ok(found)) if named == found => Ok(()),
+        (Err(error), _) if error.kind() == io::ErrorKind::NotFound => {
+            observer.warning(&format!(
+                "{image} names {} as its backing file, which is not there; {shown} is taken for it",
+                named.display()
+            ));
+            Ok(())
+        }
+        _ => Err(Error::WouldLose {
+            reason: format!(
+                "{image} stands on {}, not directly on {shown}: what is between them would be lost \
+                 unseen",
+                named.display()
+            ),
+            hint: "use --allow-backing, so that all of it is read and proved".into(),
+        }),
+    }
 }
 
 /// How a backing file is named inside the destination: by its file name where both are in the same

@@ -37,16 +37,14 @@ pub(super) fn qcow2_bytes(geometry: Geometry, survey: &Survey, compressed: u64) 
 pub(crate) fn received_bytes(content: u64, size: u64, bitmaps: &[u64]) -> Result<u64> {
     let geometry = Shape::decide(None, &TargetOptions::default())?.geometry();
     let survey = Survey { data: content, ..Survey::default() };
-    let bytes = |granularity: &u64| {
-        let bits = u8::try_from(granularity.max(&1).ilog2()).unwrap_or(u8::MAX);
-        bitmap_bytes(geometry, size, bits)
-    };
+    let bytes = |granularity: &u64| bitmap_bytes(geometry, size, *granularity);
     Ok(qcow2_bytes(geometry, &survey, 0).saturating_add(bitmaps.iter().map(bytes).sum()))
 }
 
 /// Bytes of a bitmap with its table, all of it set.
-pub(super) fn bitmap_bytes(geometry: Geometry, size: u64, granularity_bits: u8) -> u64 {
-    let bytes = granules(size, granularity_bits).div_ceil(8);
+pub(super) fn bitmap_bytes(geometry: Geometry, size: u64, granularity: u64) -> u64 {
+    let bits = u8::try_from(granularity.max(1).ilog2()).unwrap_or(u8::MAX);
+    let bytes = granules(size, bits).div_ceil(8);
     rounded(bytes, geometry).saturating_add(geometry.cluster_size())
 }
 

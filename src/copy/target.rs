@@ -118,6 +118,14 @@ impl Target {
         }
     }
 
+    /// The data file of a new image, if it has one.
+    pub(super) fn data_file(&self) -> Option<&Path> {
+        match self {
+            Self::Qcow2 { data_file, .. } => data_file.as_ref().map(|data| data.path.as_path()),
+            _ => None,
+        }
+    }
+
     /// The file that takes the guest's data.
     pub(super) fn data_path<'a>(&'a self, options: &'a CopyOptions) -> &'a Path {
         match self {

@@ -15,7 +15,6 @@ use crate::{Observer, Result};
 /// The journal of the destination.
 pub(super) struct Continued {
     kept: Kept,
-    resumes: bool,
     /// Whether an earlier try is gone on with.
     pub(super) is_resumed: bool,
     /// Bytes that it had copied and that have to be copied again.
@@ -32,22 +31,22 @@ impl Continued {
     ) -> Result<Option<Self>> {
         let size = job.source.disk.chain.virtual_size();
         let target = short_words(&format!("{:?}", job.target));
-        let identity = Some(Identity { session: job.session, size, target });
+        let identity = Identity { session: job.session, size, target };
         let options = job.options;
         let place = (options.destination.as_path(), options.device_journals.as_deref());
-        let kept = Kept::begin(place, identity, options.fresh || !new::resumes(job))?;
+        let kept = Kept::begin(place, Some(identity), (new::resumes(job), options.fresh))?;
         let Some(kept) = kept else { return Ok(None) };
         let (is_resumed, source) = (kept.is_resumed, job.source.blocks());
         let repeated = match is_resumed {
             true => kept.recheck(disk, Some(&*source), workers(job.options.workers), observer)?,
             false => 0,
         };
-        Ok(Some(Self { kept, resumes: new::resumes(job), is_resumed, repeated }))
+        Ok(Some(Self { kept, is_resumed, repeated }))
     }
 
     /// What says how far it is, where that can be gone on with.
     pub(super) fn keeper(&self) -> Option<&Keeper> {
-        self.resumes.then_some(&self.kept.keeper)
+        self.kept.keeper()
     }
 
     /// Nothing is left to be gone on with.

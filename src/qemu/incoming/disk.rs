@@ -151,7 +151,7 @@ impl<'o> Disk<'o> {
     /// Gets the image ready to be written: enabled bitmaps of its own are marked, and follow.
     fn begin(&self, allow_backing: bool, observer: &dyn Observer) -> crate::Result<Body> {
         // What a bitferry that wrote here before has noted is not so any more.
-        Kept::begin((&self.place.path, self.journals), None, true)?;
+        Kept::begin((&self.place.path, self.journals), None, (false, true))?;
         let name = self.place.path.display();
         let unmarked = "until the migration is complete it holds neither the old nor the new \
                         content, and nothing in it says so";

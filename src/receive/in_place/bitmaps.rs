@@ -20,17 +20,16 @@ use qcow2_file::bitmaps::{BitmapEditor, PersistentBitmap};
 use super::target::Target;
 use super::{Existing, lock};
 use crate::berth::{Closed, Receipt, log_of};
-use crate::copy::{difference, invalidated};
 use crate::hash::content;
 use crate::incoming::{Place, Sealed, SessionId};
 use crate::report::BitmapReport;
-use crate::{DiskProof, Error, Observer, Phase, Result, renames};
+use crate::{DiskProof, Error, Observer, Phase, Result};
 
 /// An image whose bitmaps come, and nothing else.
 pub(super) struct OnlyBitmaps {
     target: Arc<Target>,
     closed: Closed,
-    session: Option<SessionId>,
+    session: SessionId,
     /// The change, once it is known; and what is to be found afterwards.
     change: Mutex<Option<BitmapEditor>>,
     stored: Mutex<Vec<PersistentBitmap>>,
@@ -39,12 +38,11 @@ pub(super) struct OnlyBitmaps {
 }
 
 impl OnlyBitmaps {
-    /// A disk of so many bytes is introduced for the sake of its bitmaps. With a session the end is
-    /// noted in a receipt.
+    /// A disk of so many bytes is introduced for the sake of its bitmaps.
     pub(super) fn begin(
         target: Arc<Target>,
         size: u64,
-        session: Option<SessionId>,
+        session: SessionId,
         observer: &Arc<dyn Observer>,
     ) -> Result<Self> {
         let found = target.chain.virtual_size();
@@ -81,11 +79,8 @@ impl OnlyBitmaps {
     fn plan(&self, sealed: &Sealed) -> Result<DiskProof> {
         let bitmaps = sealed.bitmaps.iter().map(Bitmap::digest).collect::<Result<_, _>>()?;
         let proof = DiskProof { content: self.content(sealed)?, bitmaps };
-        if let Some(session) = self.session {
-            let names = sealed.bitmaps.iter().map(|bitmap| (bitmap.name.clone(), bitmap));
-            let of = (session, self.closed.0, self.target.words());
-            *lock(&self.receipt) = Some(Receipt::of(of, Some(&proof), names)?);
-        }
+        let receipt = self.target.receipt((self.session, self.closed.0), sealed, Some(&proof))?;
+        *lock(&self.receipt) = Some(receipt);
         if sealed.bitmaps.is_empty() {
             return Ok(proof);
         }
@@ -117,11 +112,7 @@ impl Existing for OnlyBitmaps {
         // What an earlier transfer said of it is not so any more.
         log_of(path, devices)?.map_or(Ok(()), |log| log.remove_receipt())?;
         editor.commit()?;
-        let found = self.target.reopen()?;
-        match difference(&lock(&self.stored), &found.bitmaps)? {
-            None => Ok(invalidated(&found)),
-            Some(reason) => Err(Error::ProofMismatch { path: self.target.path.clone(), reason }),
-        }
+        self.target.holds(&lock(&self.stored))
     }
 
     fn end(&self) -> Result<()> {
@@ -155,10 +146,7 @@ impl Landing for OnlyBitmaps {
 
 impl Place for OnlyBitmaps {
     fn bitmap_name(&self, sent: &str) -> stream::Result<String> {
-        match self.target.cannot_hold() {
-            None => Ok(self.target.renames.stored(sent)),
-            Some(why) => Err(renames::no_place(&self.target.id, sent, why).into()),
-        }
+        Ok(self.target.bitmap_name(sent)?)
     }
 
     fn prepare(&self, sealed: &Sealed) -> stream::Result<Option<DiskProof>> {

@@ -108,7 +108,7 @@ impl InPlace {
         })?;
         let target = target.clone();
         let mut state = lock(&self.state);
-        let (session, size, observer) = (Some(state.session), wanted.size, &self.observer);
+        let (session, size, observer) = (state.session, wanted.size, &self.observer);
         let place: Arc<dyn Existing> = if wanted.keeps_rest {
             Arc::new(OnlyBitmaps::begin(target, size, session, observer)?)
         } else {

@@ -4,17 +4,19 @@ use std::path::{Path, PathBuf};
 
 use block_mig::journal::Replayed;
 use format_spec::native::answer::Published;
+use qcow2_file::bitmaps::PersistentBitmap;
 use qcow2_file::layout::header::incompatible;
 use qcow2_file::{Access, Chain, HostFile, Opener, Storage as _};
 
 use super::super::ReceiveOptions;
 use crate::berth::{Log, Receipt, Trace, gone, log_of, short_words};
-use crate::copy::Format;
+use crate::copy::{Format, difference, invalidated};
 use crate::disk::{Disk, Request, check_probe};
-use crate::incoming::SessionId;
+use crate::incoming::{Sealed, SessionId};
 use crate::options::DiskOption;
-use crate::renames::{NO_PLACE_IN_RAW, NO_PLACE_IN_VERSION_2, Renames};
-use crate::{Error, Observer, Result, Silent};
+use crate::renames::{NO_PLACE_IN_RAW, NO_PLACE_IN_VERSION_2, Renames, no_place};
+use crate::report::BitmapReport;
+use crate::{DiskProof, Error, Observer, Result, Silent};
 
 /// An existing image, before its disk has come.
 pub(super) struct Target {
@@ -150,6 +152,35 @@ impl Target {
         let receipt = log_of(path, devices)?.map(|log| Receipt::read(&log)).transpose()?.flatten();
         let receipt = receipt.ok_or_else(|| gone(path))?;
         Ok(receipt.published(self.files(), (&self.id, &self.renames)))
+    }
+
+    /// The name under which a bitmap is stored here that the source calls `sent`.
+    pub(super) fn bitmap_name(&self, sent: &str) -> Result<String> {
+        match self.cannot_hold() {
+            None => Ok(self.renames.stored(sent)),
+            Some(why) => Err(no_place(&self.id, sent, why)),
+        }
+    }
+
+    /// What the receipt of a disk of so many bytes will say.
+    pub(super) fn receipt(
+        &self,
+        (session, size): (SessionId, u64),
+        sealed: &Sealed,
+        proof: Option<&DiskProof>,
+    ) -> Result<Receipt> {
+        let names = sealed.bitmaps.iter().map(|bitmap| (bitmap.name.clone(), bitmap));
+        Receipt::of((session, size, self.words()), proof, names)
+    }
+
+    /// Looks whether it holds these bitmaps, now that it is complete. Answers which of its own
+    /// cannot be trusted.
+    pub(super) fn holds(&self, stored: &[PersistentBitmap]) -> Result<Vec<BitmapReport>> {
+        let found = self.reopen()?;
+        match difference(stored, &found.bitmaps)? {
+            None => Ok(invalidated(&found)),
+            Some(reason) => Err(Error::ProofMismatch { path: self.path.clone(), reason }),
+        }
     }
 
     /// Its files, from top to bottom.

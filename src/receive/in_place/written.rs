@@ -20,11 +20,11 @@ use super::sink::Sink;
 use super::target::Target;
 use super::{Existing, lock};
 use crate::berth::{Finds, Kept, Prover, Receipt};
-use crate::copy::{Format, difference, invalidated, open_editor_in};
+use crate::copy::{Format, open_editor_in};
 use crate::hash::content;
 use crate::incoming::{Place, Sealed, SessionId};
 use crate::report::BitmapReport;
-use crate::{DiskProof, Error, Observer, Phase, Result, renames};
+use crate::{DiskProof, Error, Observer, Phase, Result};
 
 /// An existing image that is written.
 pub(super) struct Written {
@@ -34,9 +34,7 @@ pub(super) struct Written {
     /// Ends before the image is closed.
     prover: Option<Prover>,
     sink: Arc<Sink>,
-    session: Option<SessionId>,
-    /// Whether another attempt can go on with what has arrived.
-    resumes: bool,
+    session: SessionId,
     kept: Option<Kept>,
     observer: Arc<dyn Observer>,
     stored: Mutex<Vec<PersistentBitmap>>,
@@ -44,25 +42,25 @@ pub(super) struct Written {
 }
 
 impl Written {
-    /// The disk of an image comes, with so many bytes. With a session its journal is gone on with,
+    /// The disk of an image comes, with so many bytes. The journal of its session is gone on with,
     /// or begun: anew where nothing `resumes`.
     pub(super) fn begin(
         target: Arc<Target>,
         size: u64,
-        (session, resumes, is_fresh): (Option<SessionId>, bool, bool),
+        (session, resumes, is_fresh): (SessionId, bool, bool),
         observer: &Arc<dyn Observer>,
     ) -> Result<Self> {
         let writes = Arc::new(Writes::new(size, target.cluster_bits()));
         let sink = Arc::new(open(&target, size, &writes)?);
         let of = (size, writes);
-        let is_proved = session.is_some() && resumes && target.stands_alone();
+        let is_proved = resumes && target.stands_alone();
         // What arrives is noted when it arrives.
         let finds = Finds::<Sink> { disk: |sink| sink, keeper: |_| None };
         let prover = is_proved.then(|| Prover::start(&sink, finds, of)).transpose()?;
-        let identity = session.map(|session| Identity { session, size, target: target.words() });
-        let kept = Kept::begin(target.log_place(), identity, is_fresh || !resumes)?;
+        let identity = Identity { session, size, target: target.words() };
+        let kept = Kept::begin(target.log_place(), Some(identity), (resumes, is_fresh))?;
         let (observer, stored, receipt) = (observer.clone(), Mutex::default(), Mutex::default());
-        Ok(Self { target, size, prover, sink, session, resumes, kept, observer, stored, receipt })
+        Ok(Self { target, size, prover, sink, session, kept, observer, stored, receipt })
     }
 
     fn prove(&self, sealed: &Sealed) -> Result<Option<DiskProof>> {
@@ -96,9 +94,7 @@ impl Written {
 
     /// What the receipt will say.
     fn note_receipt(&self, sealed: &Sealed, proof: Option<&DiskProof>) -> Result<()> {
-        let Some(session) = self.session else { return Ok(()) };
-        let names = sealed.bitmaps.iter().map(|bitmap| (bitmap.name.clone(), bitmap));
-        let receipt = Receipt::of((session, self.size, self.target.words()), proof, names)?;
+        let receipt = self.target.receipt((self.session, self.size), sealed, proof)?;
         *lock(&self.receipt) = Some(receipt);
         Ok(())
     }
@@ -112,7 +108,7 @@ impl Written {
 
     /// What notes which parts have arrived, where they can be gone on with.
     fn keeper(&self) -> Option<&Keeper> {
-        self.kept.as_ref().filter(|_| self.resumes).map(|kept| &kept.keeper)
+        self.kept.as_ref().and_then(Kept::keeper)
     }
 }
 
@@ -124,11 +120,7 @@ impl Existing for Written {
     fn finish(&self) -> Result<Vec<BitmapReport>> {
         let Some(editor) = self.sink.take() else { return Ok(Vec::new()) };
         editor.close()?;
-        let found = self.target.reopen()?;
-        match difference(&lock(&self.stored), &found.bitmaps)? {
-            None => Ok(invalidated(&found)),
-            Some(reason) => Err(Error::ProofMismatch { path: self.target.path.clone(), reason }),
-        }
+        self.target.holds(&lock(&self.stored))
     }
 
     /// The receipt takes the journal's place. What a device holds later nobody can tell without
@@ -182,7 +174,7 @@ impl Landing for Written {
         let Some(kept) = self.kept.as_ref().filter(|kept| kept.is_resumed) else { return Ok(()) };
         kept.recheck(&*self.sink, None, workers(None), &*self.observer)?;
         self.observer.phase(Phase::Transfer);
-        kept.keeper.tell(&mut |have| {
+        kept.tell(&mut |have| {
             self.prover.iter().for_each(|prover| prover.told(&have));
             tell(have)
         })
@@ -222,10 +214,7 @@ impl Landing for Written {
 
 impl Place for Written {
     fn bitmap_name(&self, sent: &str) -> stream::Result<String> {
-        match self.target.cannot_hold() {
-            None => Ok(self.target.renames.stored(sent)),
-            Some(why) => Err(renames::no_place(&self.target.id, sent, why).into()),
-        }
+        Ok(self.target.bitmap_name(sent)?)
     }
 
     fn prepare(&self, sealed: &Sealed) -> stream::Result<Option<DiskProof>> {
