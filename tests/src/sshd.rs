@@ -17,8 +17,9 @@ if [ "$(id -u)" = 0 ]; then
         mount -t tmpfs none /run && mkdir -m 755 /run/sshd || exit 99
     fi
     if ! grep -q ^sshd: /etc/passwd; then
-        { cat /etc/passwd; echo sshd:x:65533:65534::/run/sshd:/bin/false; } >"$dir/passwd"
-        mount --bind "$dir/passwd" /etc/passwd || exit 99
+        # A file of its own: several start at once, and read what another is writing otherwise.
+        { cat /etc/passwd; echo sshd:x:65533:65534::/run/sshd:/bin/false; } >"$dir/passwd.$$"
+        mount --bind "$dir/passwd.$$" /etc/passwd || exit 99
     fi
 fi
 exec "$sshd" -i -e -f "$dir/sshd_config" 2>>"$dir/sshd.log"
