@@ -14,7 +14,7 @@ use super::base::Base;
 use super::log::Log;
 use super::place::{FilePlace, Known, bitmaps_of};
 use super::receipt::Receipt;
-use super::recover::{Half, Recovered, recover};
+use super::recover::{Half, Recovered, give_up, recover};
 use super::trace::{Trace, state};
 use super::unfinished::{NewDisk, NewKind, publish_together};
 use crate::copy::{DataFileTarget, Format, Shape, TargetOptions};
@@ -127,10 +127,15 @@ impl Files {
 
     /// What is on the disk of this session.
     fn look(&self, session: SessionId) -> Result<SessionState> {
-        self.finish()?;
         if self.options.is_fresh {
-            return Ok(SessionState::Fresh);
+            let anew = |disk: &DiskPlace| {
+                let data = disk.data_file();
+                let new = disk.new_disk(0, data.as_ref())?;
+                give_up(&new.targets())
+            };
+            return self.disks.iter().try_for_each(anew).map(|()| SessionState::Fresh);
         }
+        self.finish()?;
         let traces = self.disks.iter().map(|disk| Trace::of(disk, session));
         Ok(state(&traces.collect::<Result<Vec<_>>>()?, self.options.resumes()))
     }
@@ -153,11 +158,7 @@ impl Files {
             let mut receipt = Receipt::of_stored((session, size, target), content, bitmaps);
             receipt.write(log, disk.files().iter().map(PathBuf::as_path))
         });
-        match done {
-            // What was wished before does not matter any more.
-            Err(Error::Usage { .. }) if self.options.is_fresh => Ok(()),
-            done => done.map(drop),
-        }
+        done.map(drop)
     }
 
     fn new_place(&self, wanted: &Wanted<'_>) -> Result<Arc<FilePlace>> {

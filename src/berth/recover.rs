@@ -85,6 +85,19 @@ pub(crate) fn recover(
     Ok(recovered)
 }
 
+/// A publication that a crash interrupted is not to be finished, whoever asks next: what says so
+/// goes, as long as nobody uses what it is of. These are the files of one destination, the last one
+/// with the journal beside it.
+pub(crate) fn give_up(files: &[&Path]) -> Result<()> {
+    let Some(last) = files.last() else { return Ok(()) };
+    let log = Log::beside(last)?;
+    if log.peek()?.is_none_or(|found| !found.is_committing) {
+        return Ok(());
+    }
+    let _held = files.iter().map(|file| Draft::reopen(file)).collect::<Result<Vec<_>>>()?;
+    log.remove()
+}
+
 /// Sessions whose publication has begun.
 fn sessions_begun(logs: &[Log]) -> Result<Vec<[u8; 16]>> {
     let mut sessions = Vec::new();

@@ -137,6 +137,26 @@ fn what_belongs_together_is_published_together_without_proof_too() {
     }
 }
 
+#[test]
+fn a_publication_that_began_is_not_finished_where_all_is_to_begin_anew() {
+    if !has_peers() || !require_all(&[Peer::Strace]) {
+        return;
+    }
+    let scratch = Scratch::new();
+    let images = [source(&scratch, "a.qcow2", 3), source(&scratch, "b.qcow2", 5)];
+    let (send, receive) =
+        ("--disk vda=a.qcow2 --disk vdb=b.qcow2", "--disk vda=a.out --disk vdb=b.out");
+    let receiver = killed_at_its_second_rename(&scratch, receive).spawn();
+    receiver.wait_for(false, |line| line.contains("listening").then_some(()));
+    run(&scratch, &format!("send --json {send} unix:socket")).output().expect_exit(Exit::Unknown);
+    receiver.wait();
+    let said = migrated(&scratch, send, &format!("{receive} --fresh --force"));
+    assert!(said.iter().all(|s| s["status"] == "completed"), "{said:?}");
+    for (image, out) in images.iter().zip(["a.out", "b.out"]) {
+        same_content((image, "qcow2"), (&scratch.path(out), "qcow2"));
+    }
+}
+
 /// A destination that dies where one of its two disks has its final name.
 fn killed_at_its_second_rename(scratch: &Scratch, words: &str) -> Run {
     let strace = Peer::Strace.find().expect("asked for");

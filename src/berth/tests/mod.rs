@@ -48,6 +48,11 @@ impl Here {
         names
     }
 
+    /// What has its final name.
+    fn published(&self) -> Vec<String> {
+        self.names().into_iter().filter(|name| !name.starts_with('.')).collect()
+    }
+
     fn files(&self, options: FileOptions) -> Files {
         Files::new(self.disks(), options)
     }
