@@ -45,6 +45,8 @@ pub(crate) struct Receipt {
     pub(crate) size: u64,
     /// `None` where it was not proved.
     pub(crate) content: Option<ContentHash>,
+    /// Whether its bitmaps were sent and its content was not.
+    pub(crate) is_bitmaps_alone: bool,
     /// What the destination was asked to be; see [`NewDisk::target`](super::NewDisk::target).
     pub(crate) target: String,
     /// What its files were like when it was written.
@@ -74,7 +76,8 @@ impl Receipt {
         content: Option<ContentHash>,
         bitmaps: Vec<ReceiptBitmap>,
     ) -> Self {
-        Self { session, size, content, target, stamp: [0; 16], bitmaps }
+        let (stamp, is_bitmaps_alone) = ([0; 16], false);
+        Self { session, size, content, is_bitmaps_alone, target, stamp, bitmaps }
     }
 
     /// Whether nobody has written to the disk since, as far as its files tell.
@@ -94,9 +97,9 @@ impl Receipt {
             let sent_as = renames.sent(&name);
             PublishedBitmap { name, sent_as, digest }
         };
-        let Self { size, content, bitmaps, .. } = self;
-        let bitmaps = bitmaps.into_iter().map(bitmap).collect();
-        Published { name: disk.to_owned(), size, content, is_unchanged, bitmaps }
+        let Self { size, content, is_bitmaps_alone, bitmaps, .. } = self;
+        let (name, bitmaps) = (disk.to_owned(), bitmaps.into_iter().map(bitmap).collect());
+        Published { name, size, content, is_unchanged, is_bitmaps_alone, bitmaps }
     }
 
     /// The receipt beside a destination, if there is one that is whole.
@@ -146,11 +149,16 @@ impl Receipt {
     fn encode(&self) -> Vec<u8> {
         let mut out = Vec::new();
         encode_start(RECEIPT_MAGIC, &mut out);
-        let Self { session, size, content, target, stamp, bitmaps } = self;
-        let (session, size, hash, stamp) = (*session, *size, *content, *stamp);
-        let target = target.clone();
-        JournalRecord::Receipt { session, size, hash, stamp, target }.encode(&mut out);
-        for bitmap in bitmaps {
+        let first = JournalRecord::Receipt {
+            session: self.session,
+            size: self.size,
+            is_bitmaps_alone: self.is_bitmaps_alone,
+            hash: self.content,
+            stamp: self.stamp,
+            target: self.target.clone(),
+        };
+        first.encode(&mut out);
+        for bitmap in &self.bitmaps {
             let record = JournalRecord::ReceiptBitmap {
                 granularity: bitmap.granularity,
                 is_enabled: bitmap.is_enabled,
@@ -169,16 +177,17 @@ impl Receipt {
         let mut reader = Reader::new(bytes, 0);
         decode_start(&mut reader, RECEIPT_MAGIC).ok()?;
         let first = Record::decode(&mut reader).ok()?;
-        let JournalRecord::Receipt { session, size, hash: content, stamp, target } =
+        let JournalRecord::Receipt { session, size, is_bitmaps_alone, hash, stamp, target } =
             JournalRecord::decode(&first).ok()??
         else {
             return None;
         };
-        let mut bitmaps = Vec::new();
+        let (content, mut bitmaps) = (hash, Vec::new());
         loop {
             let record = Record::decode(&mut reader).ok()?;
             if record.header.is_end() {
-                let receipt = Self { session, size, content, target, stamp, bitmaps };
+                let receipt =
+                    Self { session, size, content, is_bitmaps_alone, target, stamp, bitmaps };
                 return (reader.left() == 0).then_some(receipt);
             }
             match JournalRecord::decode(&record).ok()? {
@@ -218,6 +227,7 @@ mod tests {
             session: [1; 16],
             size: 512,
             content: Some(ContentHash([2; 32])),
+            is_bitmaps_alone: true,
             target: "raw".into(),
             stamp: [0; 16],
             bitmaps: vec![bitmap("a"), bitmap("b")],

@@ -247,12 +247,18 @@ fn bitmap_report(name: String, stored: &str) -> BitmapReport {
     BitmapReport { name, outcome, changed, reason: None, is_wanted: true }
 }
 
+/// What is not carried of a disk whose bitmaps went alone.
+fn only_bitmaps(is_bitmaps_alone: bool) -> Vec<String> {
+    is_bitmaps_alone.then(|| ONLY_BITMAPS.to_owned()).into_iter().collect()
+}
+
 /// A disk that an earlier run had published.
 fn published_before(disk: &Published) -> DiskReport {
     let bitmap = |found: &PublishedBitmap| bitmap_report(found.sent_as.clone(), &found.name);
     let bitmaps = disk.bitmaps.iter().map(bitmap).collect();
+    let not_carried = only_bitmaps(disk.is_bitmaps_alone && disk.content.is_none());
     let untouched = DiskReport::untouched(disk.name.clone());
-    DiskReport { bitmaps, ..untouched }.of_before(Some(disk)).only_seen()
+    DiskReport { bitmaps, not_carried, ..untouched }.of_before(Some(disk)).only_seen()
 }
 
 fn disk_report(options: &ReceiveOptions, disk: ReceivedDisk) -> DiskReport {
@@ -262,7 +268,7 @@ fn disk_report(options: &ReceiveOptions, disk: ReceivedDisk) -> DiskReport {
         let stored = renames.as_ref().map_or_else(|| name.clone(), |r| r.stored(&name));
         bitmap_report(name, &stored)
     };
-    let only_bitmaps = disk.proof.as_ref().is_some_and(|proof| proof.content.is_none());
+    let is_bitmaps_alone = disk.proof.as_ref().is_some_and(|proof| proof.content.is_none());
     let content = disk.proof.and_then(|proof| proof.content);
     DiskReport {
         id: disk.name,
@@ -270,7 +276,7 @@ fn disk_report(options: &ReceiveOptions, disk: ReceivedDisk) -> DiskReport {
         bytes_zero: disk.bytes_zero,
         verified: if content.is_some() { Verified::Yes } else { Verified::No },
         content_hash: content.map(|content| content.to_string()),
-        not_carried: only_bitmaps.then(|| ONLY_BITMAPS.to_owned()).into_iter().collect(),
+        not_carried: only_bitmaps(is_bitmaps_alone),
         bitmaps: disk.bitmaps.into_iter().map(bitmap).collect(),
     }
     .only_seen()

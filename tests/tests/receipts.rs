@@ -101,6 +101,28 @@ fn the_same_commands_again_say_what_was_proved_and_what_is_not_as_it_was() {
 }
 
 #[test]
+fn bitmaps_that_went_alone_are_told_as_such_again() {
+    if !has_peers() {
+        return;
+    }
+    let scratch = Scratch::new();
+    source(&scratch, "a.qcow2", 3);
+    run(&scratch, "copy --bitmaps none a.qcow2 b.qcow2").ok();
+    let ask = || {
+        migrated(&scratch, "--no-blocks --disk vda=a.qcow2", "--in-place --disk vda=b.qcow2")
+            .map(|summary| (summary["status"].clone(), summary["disks"][0].clone()))
+    };
+    let (first, again) = (ask(), ask());
+    for ((was, first), (is, again)) in first.iter().zip(&again) {
+        assert_eq!([was, is], ["completed", "already-complete"]);
+        assert_eq!(first["not-carried"][0], "content: bitmaps go alone", "{first}");
+        for key in ["content-hash", "verified", "not-carried", "bitmaps"] {
+            assert_eq!(first[key], again[key], "{key}");
+        }
+    }
+}
+
+#[test]
 fn what_belongs_together_is_published_together_without_proof_too() {
     if !has_peers() || !require_all(&[Peer::Strace]) {
         return;

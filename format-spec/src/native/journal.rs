@@ -1,5 +1,6 @@
 //! Journals of unfinished destinations and receipts of finished ones. SPEC 10.
 
+use super::answer::{BITMAPS_ALONE, alone};
 use super::block::{
     BITMAP_CREATE, BITMAP_REMOVE, BITMAP_UPDATE, BlockRecord, Content, ENABLED, MAX_BITMAP_NAME,
     PERSISTENT, RUN,
@@ -69,6 +70,8 @@ pub enum JournalRecord<'a> {
         session: [u8; 16],
         /// Size of the disk in bytes.
         size: u64,
+        /// Whether its bitmaps were sent and its content was not.
+        is_bitmaps_alone: bool,
         /// Its root when it was published; `None` where it was not proved.
         hash: Option<ContentHash>,
         /// What its files were like then, in the destination's own way: equal where nobody has
@@ -134,9 +137,10 @@ impl<'a> JournalRecord<'a> {
             COMMIT => Self::Commit(*body.array("session")?),
             RECEIPT => {
                 let (session, size) = (*body.array("session")?, body.be64("disk size")?);
+                let is_bitmaps_alone = body.flags32("disk flags", BITMAPS_ALONE)? != 0;
                 let (hash, stamp) = (decode_root(&mut body)?, *body.array("stamp")?);
                 let target = body.text16(MAX_TARGET, "target")?;
-                Self::Receipt { session, size, hash, stamp, target }
+                Self::Receipt { session, size, is_bitmaps_alone, hash, stamp, target }
             }
             _ => {
                 let granularity = body.be32("bitmap granularity")?;
@@ -183,9 +187,9 @@ impl<'a> JournalRecord<'a> {
                 body.bytes(session);
                 COMMIT
             }
-            Self::Receipt { session, size, hash, stamp, target } => {
-                body.bytes(session).be64(*size).bytes(&hash.unwrap_or(UNPROVED).0).bytes(stamp);
-                body.text16(target, MAX_TARGET);
+            Self::Receipt { session, size, is_bitmaps_alone, hash, stamp, target } => {
+                body.bytes(session).be64(*size).be32(alone(*is_bitmaps_alone));
+                body.bytes(&hash.unwrap_or(UNPROVED).0).bytes(stamp).text16(target, MAX_TARGET);
                 RECEIPT
             }
             Self::ReceiptBitmap { granularity, is_enabled, is_persistent, digest, name } => {

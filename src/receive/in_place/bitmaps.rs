@@ -80,7 +80,7 @@ impl OnlyBitmaps {
         let bitmaps = sealed.bitmaps.iter().map(Bitmap::digest).collect::<Result<_, _>>()?;
         let proof = DiskProof { content: self.content(sealed)?, bitmaps };
         let receipt = self.target.receipt((self.session, self.closed.0), sealed, Some(&proof))?;
-        *lock(&self.receipt) = Some(receipt);
+        *lock(&self.receipt) = Some(Receipt { is_bitmaps_alone: true, ..receipt });
         if sealed.bitmaps.is_empty() {
             return Ok(proof);
         }
