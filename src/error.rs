@@ -51,6 +51,12 @@ pub enum Error {
         /// Both hashes.
         reason: String,
     },
+    /// The same command had finished without the proof that is asked for now. Nothing was done.
+    #[error("disk {name:?} was sent before, and its proof was left out then (--no-verify)")]
+    NeverProved {
+        /// The disk's name on the wire.
+        name: String,
+    },
     /// Of several files that belong together some were published, and could not be taken back.
     #[error("{} published already, and stays", names(.published))]
     HalfPublished {
@@ -172,7 +178,7 @@ impl Error {
     /// Whose fault it is.
     pub fn blame(&self) -> Blame {
         match self {
-            Self::Usage { .. } => Blame::Caller,
+            Self::Usage { .. } | Self::NeverProved { .. } => Blame::Caller,
             Self::WouldLose { .. } => Blame::WouldLose,
             Self::Exists { .. } | Self::NoSpace { .. } | Self::File { .. } => Blame::Device,
             Self::ProofMismatch { .. } => Blame::Mismatch,
@@ -224,6 +230,11 @@ impl Error {
             Self::NoSpace { .. } => "free some room or choose another place".into(),
             Self::ProofMismatch { .. } => {
                 "storage or memory returned other bytes than were written; check the device".into()
+            }
+            Self::NeverProved { .. } => {
+                "with --no-verify it is complete; to have it proved send it anew with --fresh, to a \
+                 destination that replaces it (--force) or writes into it (--in-place)"
+                    .into()
             }
             Self::Image(Image::NotAllowed { .. }) => {
                 "if you trust this image, use --allow-backing".into()

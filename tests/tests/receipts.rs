@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bitferry_tests::image::make;
-use bitferry_tests::migration::{command as run, done};
+use bitferry_tests::migration::{both, command as run, done};
 use bitferry_tests::qemu::{qemu_io, same_content};
 use bitferry_tests::{Exit, Peer, Run, Scratch, bitferry, json, require_all};
 use serde_json::Value;
@@ -98,6 +98,34 @@ fn the_same_commands_again_say_what_was_proved_and_what_is_not_as_it_was() {
         assert!(said.iter().all(|s| s["status"] == "completed"), "{how:?}: {said:?}");
         same_content((&images[0], "qcow2"), (&scratch.path("a.out"), "qcow2"));
     }
+}
+
+#[test]
+fn a_proof_that_was_left_out_is_not_claimed_by_asking_again() {
+    if !has_peers() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let image = source(&scratch, "a.qcow2", 3);
+    let (unproved, proved) = ("--disk vda=a.qcow2 --no-verify", "--disk vda=a.qcow2");
+    let receive = "--disk vda=a.out unix:socket";
+    done(&scratch, unproved, receive);
+    // A destination that answers what it has, and a source that is not content with it.
+    let (sent, received) = both(&scratch, proved, receive);
+    let sent = sent.expect_exit(Exit::Usage);
+    assert_eq!(json::summary(&sent)["status"], "failed", "{sent}");
+    let said = sent.complaint();
+    assert!(said.contains("\"vda\"") && said.contains("\nhint: with --no-verify"), "{said}");
+    received.expect_exit(Exit::Done);
+    assert_eq!(done(&scratch, unproved, receive).0["status"], "already-complete");
+    let anew = done(&scratch, &format!("{proved} --fresh"), &format!("--force {receive}"));
+    for summary in [anew.0, anew.1] {
+        assert_eq!(
+            (&summary["status"], &summary["disks"][0]["verified"]),
+            (&"completed".into(), &"yes".into())
+        );
+    }
+    same_content((&image, "qcow2"), (&scratch.path("a.out"), "qcow2"));
 }
 
 #[test]
