@@ -251,7 +251,7 @@ impl Session {
 
     /// Something failed that does not matter once COMMIT was read: what is published by then is,
     /// and the source is not told otherwise.
-    fn fail_before_commit(&self, error: Error) {
+    pub(super) fn fail_before_commit(&self, error: Error) {
         let progress = lock(&self.progress);
         if *progress < Progress::Committing {
             let news = self.note(error);
