@@ -57,6 +57,13 @@ pub enum Error {
         /// The disk's name on the wire.
         name: String,
     },
+    /// Somebody else has written to what was proved, or to what it stands on, before it had its
+    /// final name. It did not get it.
+    #[error("{} was changed by somebody else after it was proved", .path.display())]
+    Changed {
+        /// The file that was written to.
+        path: PathBuf,
+    },
     /// Of several files that belong together some were published, and could not be taken back.
     #[error("{} published already, and stays", names(.published))]
     HalfPublished {
@@ -181,7 +188,7 @@ impl Error {
             Self::Usage { .. } | Self::NeverProved { .. } => Blame::Caller,
             Self::WouldLose { .. } => Blame::WouldLose,
             Self::Exists { .. } | Self::NoSpace { .. } | Self::File { .. } => Blame::Device,
-            Self::ProofMismatch { .. } => Blame::Mismatch,
+            Self::ProofMismatch { .. } | Self::Changed { .. } => Blame::Mismatch,
             Self::HalfPublished { source, .. } => source.blame(),
             Self::Interrupted => Blame::Caller,
             Self::NotConverged(_) => Blame::Transport,
@@ -235,6 +242,12 @@ impl Error {
                 "with --no-verify it is complete; to have it proved send it anew with --fresh, to a \
                  destination that replaces it (--force) or writes into it (--in-place)"
                     .into()
+            }
+            Self::Changed { .. } => {
+                "find out who writes there; the same commands send again what is not as it was".into()
+            }
+            Self::HalfPublished { source, .. } if matches!(**source, Self::Changed { .. }) => {
+                "begin all of them anew, with --fresh at both sides and --force".into()
             }
             Self::Image(Image::NotAllowed { .. }) => {
                 "if you trust this image, use --allow-backing".into()

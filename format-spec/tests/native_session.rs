@@ -136,7 +136,10 @@ fn journal_records_survive() {
     check_record!(JournalRecord, JournalRecord::Units(UnitNodes { first: 0, nodes: &nodes }));
     check_record!(JournalRecord, JournalRecord::Zeroes(ZeroUnits { first: 3, count: 9 }));
     check_record!(JournalRecord, JournalRecord::Image(b"whatever"));
-    check_record!(JournalRecord, JournalRecord::Prepared(ContentHash([8; 32])));
+    for stamps in [vec![], vec![[5; 16], [6; 16]]] {
+        let root = ContentHash([8; 32]);
+        check_record!(JournalRecord, JournalRecord::Prepared { root, stamps });
+    }
     check_record!(JournalRecord, JournalRecord::Commit([4; 16]));
     check_record!(JournalRecord, JournalRecord::Bitmap(BlockRecord::Run(run)));
     check_record!(JournalRecord, JournalRecord::Bitmap(BlockRecord::BitmapRemove(version)));

@@ -13,7 +13,8 @@ use format_spec::native::frame::{Record, encode_end};
 use format_spec::native::journal::{JournalRecord, RECEIPT_MAGIC, decode_start, encode_start};
 
 use super::log::Log;
-use crate::facts::stamp;
+use super::proved::stamps;
+use crate::facts::{Stamp, stamp_of};
 use crate::proof::DiskProof;
 use crate::publish::sync_directory;
 use crate::{Error, Renames, Result};
@@ -49,8 +50,8 @@ pub(crate) struct Receipt {
     pub(crate) is_bitmaps_alone: bool,
     /// What the destination was asked to be; see [`NewDisk::target`](super::NewDisk::target).
     pub(crate) target: String,
-    /// What its files were like when it was written.
-    pub(crate) stamp: [u8; 16],
+    /// What its files were like when they were proved.
+    pub(crate) stamp: Stamp,
     pub(crate) bitmaps: Vec<ReceiptBitmap>,
 }
 
@@ -82,7 +83,13 @@ impl Receipt {
 
     /// Whether nobody has written to the disk since, as far as its files tell.
     pub(crate) fn is_unchanged<'p>(&self, files: impl Iterator<Item = &'p Path>) -> bool {
-        stamp(files).is_ok_and(|stamp| stamp == self.stamp)
+        stamp_now(files).is_ok_and(|stamp| stamp == self.stamp)
+    }
+
+    /// Notes what the disk's files are like now, which nobody writes to any more.
+    pub(crate) fn look<'p>(&mut self, files: impl Iterator<Item = &'p Path>) -> Result<()> {
+        self.stamp = stamp_now(files)?;
+        Ok(())
     }
 
     /// What the receipt says of a disk in these files, for a source that asks again. `disk` is its
@@ -114,15 +121,9 @@ impl Receipt {
         Ok(Self::decode(&bytes))
     }
 
-    /// Notes what the disk's files are like now, which nobody writes to any more, and writes the
-    /// receipt durably, whole or not at all.
-    pub(crate) fn write<'p>(
-        &mut self,
-        log: &Log,
-        files: impl Iterator<Item = &'p Path>,
-    ) -> Result<()> {
+    /// Writes it durably, whole or not at all.
+    pub(crate) fn write(&self, log: &Log) -> Result<()> {
         let (path, half) = (log.receipt(), log.half_receipt());
-        self.stamp = stamp(files).map_err(failed("look at the disk of", path))?;
         if let Err(e) = fs::remove_file(half)
             && e.kind() != io::ErrorKind::NotFound
         {
@@ -208,6 +209,10 @@ impl Receipt {
     }
 }
 
+fn stamp_now<'p>(files: impl Iterator<Item = &'p Path>) -> Result<Stamp> {
+    Ok(stamp_of(&stamps(&files.collect::<Vec<_>>())?))
+}
+
 fn failed(action: &'static str, path: &Path) -> impl Fn(io::Error) -> Error {
     move |source| Error::File { action, path: path.to_owned(), source }
 }
@@ -241,11 +246,12 @@ mod tests {
         let log = Log::beside(&disk).unwrap();
         let files = || std::iter::once(disk.as_path());
         assert_eq!(Receipt::read(&log).unwrap(), None);
-        receipt().write(&log, files()).unwrap_err();
+        receipt().look(files()).unwrap_err();
         fs::write(&disk, b"content").unwrap();
         let mut written = receipt();
-        written.write(&log, files()).unwrap();
-        written.write(&log, files()).unwrap();
+        written.look(files()).unwrap();
+        written.write(&log).unwrap();
+        written.write(&log).unwrap();
         assert_ne!(written.stamp, [0; 16]);
         assert_eq!(Receipt::read(&log).unwrap().as_ref(), Some(&written));
         assert!(written.is_unchanged(files()));

@@ -188,6 +188,31 @@ fn what_belongs_together_is_published_together_without_proof_too() {
 }
 
 #[test]
+fn half_of_a_publication_is_not_finished_with_what_was_written_to() {
+    if !has_peers() || !require_all(&[Peer::Strace]) {
+        return;
+    }
+    let scratch = Scratch::new();
+    ["a.qcow2", "b.qcow2"].iter().for_each(|name| drop(source(&scratch, name, 3)));
+    let (send, receive) =
+        ("--disk vda=a.qcow2 --disk vdb=b.qcow2", "--disk vda=a.out --disk vdb=b.out");
+    let receiver = killed_at_its_second_rename(&scratch, receive).spawn();
+    receiver.wait_for(false, |line| line.contains("listening").then_some(()));
+    run(&scratch, &format!("send --json {send} unix:socket")).output().expect_exit(Exit::Unknown);
+    receiver.wait();
+    let left = scratch.names().into_iter().find(|name| name.ends_with("-part")).expect("one");
+    let left_path = scratch.path(&left);
+    let file = std::fs::File::options().append(true).open(&left_path).expect("open");
+    std::io::Write::write_all(&mut &file, b"!").expect("write");
+    let (sent, received) = both(&scratch, send, &format!("{receive} unix:socket"));
+    let received = received.expect_exit(Exit::Different);
+    assert!(received.complaint().contains(&left), "{received}");
+    assert_eq!(json::summary(&received)["status"], "failed");
+    assert!(sent.expect_exit(Exit::Different).complaint().contains(&left));
+    assert!(left_path.exists());
+}
+
+#[test]
 fn a_publication_that_began_is_not_finished_where_all_is_to_begin_anew() {
     if !has_peers() || !require_all(&[Peer::Strace]) {
         return;

@@ -12,12 +12,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use format_spec::content_hash::{
-    ContentHash, LEAF_BYTES, LEDGER_HEIGHT, Node, Placed, Tree, hash_run, zero_node,
+    LEAF_BYTES, LEDGER_HEIGHT, Node, Placed, Tree, hash_run, zero_node,
 };
 use mig_core::block::is_zero;
 use qcow2_file::Storage;
 
-use super::Journal;
+use super::{Journal, Prepared};
 use crate::error::Result;
 use crate::ledger::{Ledger, Stretch, UNIT_BYTES};
 use crate::limits::{CHECKPOINT_BYTES, MAX_PARTIAL_UNITS};
@@ -218,14 +218,14 @@ impl Keeper {
         self.with_claims(count).unwrap_or(0)
     }
 
-    /// The root that was prepared.
-    pub fn prepared(&self) -> Option<ContentHash> {
-        self.lock().journal.prepared()
+    /// Whether the disk was prepared, and that was not taken back.
+    pub fn is_prepared(&self) -> bool {
+        self.lock().journal.prepared().is_some()
     }
 
     /// See [`Journal::prepare`].
-    pub fn prepare(&self, root: ContentHash) -> Result<()> {
-        self.lock().journal.prepare(root)
+    pub fn prepare(&self, prepared: Prepared) -> Result<()> {
+        self.lock().journal.prepare(prepared)
     }
 
     /// See [`Journal::unprepare`].

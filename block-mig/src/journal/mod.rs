@@ -46,6 +46,16 @@ pub struct Identity {
     pub target: String,
 }
 
+/// What was proved of a disk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Prepared {
+    /// Its root, or [`UNPROVED`](format_spec::native::journal::UNPROVED).
+    pub root: ContentHash,
+    /// What its files, and those that it stands on, were like then: in the caller's own way, equal
+    /// as long as nobody writes to them.
+    pub stamps: Vec<[u8; 16]>,
+}
+
 /// A journal that is written.
 ///
 /// What a call appends reaches the file before it returns, but only
@@ -57,7 +67,7 @@ pub struct Journal {
     end: u64,
     /// What the file claims.
     claims: Ledger,
-    prepared: Option<ContentHash>,
+    prepared: Option<Prepared>,
     is_committing: bool,
     records: Vec<u8>,
 }
@@ -99,9 +109,9 @@ impl Journal {
         &mut self.claims
     }
 
-    /// The root that was prepared, unless it was taken back.
-    pub fn prepared(&self) -> Option<ContentHash> {
-        self.prepared
+    /// What was prepared, unless it was taken back.
+    pub fn prepared(&self) -> Option<&Prepared> {
+        self.prepared.as_ref()
     }
 
     /// Whether the source has said COMMIT, so that publication must be finished.
@@ -176,9 +186,10 @@ impl Journal {
     }
 
     /// Notes durably that the disk was proved, and READY will be said.
-    pub fn prepare(&mut self, root: ContentHash) -> Result<()> {
-        self.prepared = Some(root);
-        JournalRecord::Prepared(root).encode(&mut self.records);
+    pub fn prepare(&mut self, prepared: Prepared) -> Result<()> {
+        let Prepared { root, stamps } = prepared.clone();
+        self.prepared = Some(prepared);
+        JournalRecord::Prepared { root, stamps }.encode(&mut self.records);
         self.write()?;
         self.sync()
     }
@@ -189,7 +200,8 @@ impl Journal {
             return Ok(());
         }
         self.is_committing = false;
-        JournalRecord::Prepared(NOT_PREPARED).encode(&mut self.records);
+        let (root, stamps) = (NOT_PREPARED, Vec::new());
+        JournalRecord::Prepared { root, stamps }.encode(&mut self.records);
         self.write()?;
         self.sync()
     }
@@ -231,8 +243,8 @@ impl Journal {
     pub fn rewrite(&mut self, file: Arc<dyn Storage>) -> Result<()> {
         let mut anew = Self::start(file, self.identity.clone())?;
         anew.claim(&mut self.claims)?;
-        if let Some(root) = self.prepared {
-            anew.prepare(root)?;
+        if let Some(prepared) = &self.prepared {
+            anew.prepare(prepared.clone())?;
         }
         if self.is_committing {
             anew.commit()?;

@@ -11,6 +11,10 @@ fn identity() -> Identity {
     Identity { session: [7; 16], size: UNITS * UNIT_BYTES - 512, target: "qcow2".into() }
 }
 
+fn prepared(byte: u8) -> Prepared {
+    Prepared { root: ContentHash([byte; 32]), stamps: vec![[byte; 16], [byte + 1; 16]] }
+}
+
 fn node(number: u64) -> Node {
     leaf(&number.to_le_bytes())
 }
@@ -60,7 +64,7 @@ fn act(journal: &mut Journal, file: &mut Arc<Memory>, step: &Step) {
         }
         Step::Zeroes(first, n) => journal.zeroes(first..first + n).unwrap(),
         Step::TakeBack(first, n) => journal.take_back(first..first + n).unwrap(),
-        Step::Prepare => journal.prepare(ContentHash([9; 32])).unwrap(),
+        Step::Prepare => journal.prepare(prepared(9)).unwrap(),
         Step::Unprepare => journal.unprepare().unwrap(),
         Step::Rewrite => {
             let anew = Arc::new(Memory::new());
@@ -89,7 +93,7 @@ proptest! {
         prop_assert_eq!(found.end, end);
         prop_assert_eq!(entries(&mut found.claims), entries(journal.claims()));
         if found.prepared.is_some() {
-            prop_assert_eq!(found.prepared, journal.prepared());
+            prop_assert_eq!(found.prepared.as_ref(), journal.prepared());
         }
         let mut again = Journal::resume(storage(&file), found).unwrap();
         again.units(5, &[node(77)]).unwrap();
@@ -174,16 +178,15 @@ fn claims_beyond_the_disk_end_the_journal() {
 fn prepared_and_committed_are_the_last_word_or_nothing() {
     let file = Arc::new(Memory::new());
     let mut journal = Journal::start(storage(&file), identity()).unwrap();
-    let root = ContentHash([3; 32]);
     journal.commit().unwrap();
     assert!(!replayed(&file).is_committing, "nothing was prepared");
-    journal.prepare(root).unwrap();
-    assert_eq!(replayed(&file).prepared, Some(root));
+    journal.prepare(prepared(3)).unwrap();
+    assert_eq!(replayed(&file).prepared, Some(prepared(3)));
     journal.commit().unwrap();
     assert!(replayed(&file).is_committing);
     journal.unprepare().unwrap();
     assert_eq!(replayed(&file).prepared, None);
-    journal.prepare(root).unwrap();
+    journal.prepare(prepared(3)).unwrap();
     journal.zeroes(0..1).unwrap();
     assert_eq!(replayed(&file).prepared, None, "what was written since is not proved");
 }

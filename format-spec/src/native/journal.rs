@@ -57,9 +57,13 @@ pub enum JournalRecord<'a> {
     Zeroes(ZeroUnits),
     /// What the image's writer needs to reopen it unfinished.
     Image(&'a [u8]),
-    /// The disk is complete, this is its root or [`UNPROVED`], and READY was or will be sent. All
-    /// bytes zero: no longer.
-    Prepared(ContentHash),
+    /// The disk is complete, and READY was or will be sent.
+    Prepared {
+        /// Its root or [`UNPROVED`]; all bytes zero: no longer.
+        root: ContentHash,
+        /// What its files were like when they were proved, and those that it stands on.
+        stamps: Vec<[u8; 16]>,
+    },
     /// The source has let go of this session: publication has begun and must be finished.
     Commit([u8; 16]),
     /// A bitmap's life and pieces, as they were received.
@@ -133,7 +137,13 @@ impl<'a> JournalRecord<'a> {
             UNITS => Self::Units(UnitNodes::decode(&mut body)?),
             ZEROES => Self::Zeroes(ZeroUnits::decode(&mut body)?),
             IMAGE => Self::Image(body.take_rest()),
-            PREPARED => Self::Prepared(ContentHash(*body.array("content hash")?)),
+            PREPARED => {
+                let (root, mut stamps) = (ContentHash(*body.array("content hash")?), Vec::new());
+                while body.left() > 0 {
+                    stamps.push(*body.array("stamp")?);
+                }
+                Self::Prepared { root, stamps }
+            }
             COMMIT => Self::Commit(*body.array("session")?),
             RECEIPT => {
                 let (session, size) = (*body.array("session")?, body.be64("disk size")?);
@@ -179,8 +189,8 @@ impl<'a> JournalRecord<'a> {
                 body.bytes(bytes);
                 IMAGE
             }
-            Self::Prepared(hash) => {
-                body.bytes(&hash.0);
+            Self::Prepared { root, stamps } => {
+                body.bytes(&root.0).bytes(stamps.as_flattened());
                 PREPARED
             }
             Self::Commit(session) => {

@@ -1,5 +1,6 @@
 //! A destination of files through its contract: cut off anywhere, gone on with, published once.
 
+mod changed;
 mod proving;
 mod states;
 

@@ -119,7 +119,10 @@ impl Existing for OnlyBitmaps {
         let (path, devices) = self.target.log_place();
         let log = log_of(path, devices)?.filter(|log| !log.is_of_device());
         match (log, lock(&self.receipt).take()) {
-            (Some(log), Some(mut receipt)) => receipt.write(&log, self.target.files()),
+            (Some(log), Some(mut receipt)) => {
+                receipt.look(self.target.files())?;
+                receipt.write(&log)
+            }
             _ => Ok(()),
         }
     }
