@@ -22,7 +22,7 @@ use qcow2_file::Storage;
 
 use crate::error::{Error, Result};
 use crate::ledger::{Ledger, Stretch};
-use crate::limits::{JOURNAL_RECORD_NODES, JOURNAL_SLACK_BYTES};
+use crate::limits::{JOURNAL_RECORD_NODES, JOURNAL_RESERVE_BYTES, JOURNAL_SLACK_BYTES};
 
 pub use keeper::Keeper;
 pub use replay::{Found, Replayed, peek, replay};
@@ -70,6 +70,8 @@ pub struct Journal {
     prepared: Option<Prepared>,
     is_committing: bool,
     records: Vec<u8>,
+    /// End of what room was taken for.
+    reserved: u64,
 }
 
 impl Journal {
@@ -85,6 +87,7 @@ impl Journal {
             prepared: None,
             is_committing: false,
             records: Vec::new(),
+            reserved: 0,
         };
         journal.begin()?;
         Ok(journal)
@@ -94,9 +97,15 @@ impl Journal {
     /// is cut off.
     pub fn resume(file: Arc<dyn Storage>, replayed: Replayed) -> Result<Self> {
         let Replayed { identity, claims, prepared, is_committing, end } = replayed;
-        file.set_len(end).map_err(failed("truncate"))?;
-        let records = Vec::new();
-        Ok(Self { file, identity, end, claims, prepared, is_committing, records })
+        // Where nothing follows, what room was taken behind it stays.
+        if file.len().map_err(failed("find the length of"))? != end {
+            file.set_len(end).map_err(failed("truncate"))?;
+        }
+        let (records, reserved) = (Vec::new(), end);
+        let mut journal =
+            Self { file, identity, end, claims, prepared, is_committing, records, reserved };
+        journal.reserve();
+        Ok(journal)
     }
 
     /// What it is of.
@@ -250,7 +259,7 @@ impl Journal {
             anew.commit()?;
         }
         anew.sync()?;
-        (self.file, self.end) = (anew.file, anew.end);
+        (self.file, self.end, self.reserved) = (anew.file, anew.end, anew.reserved);
         Ok(())
     }
 
@@ -270,7 +279,24 @@ impl Journal {
         self.end = self.end.saturating_add(records.len() as u64);
         records.clear();
         self.records = records;
+        if written.is_ok() {
+            self.reserve();
+        }
         written
+    }
+
+    /// Sees to it that what is said next can be said where the file system is full by then.
+    fn reserve(&mut self) {
+        let wanted = self.end.saturating_add(JOURNAL_RESERVE_BYTES);
+        if self.reserved >= wanted {
+            return;
+        }
+        // Some more, so that it is seldom asked for.
+        let len = JOURNAL_RESERVE_BYTES.saturating_mul(2);
+        match self.file.reserve(self.end, len) {
+            Ok(()) => self.reserved = self.end.saturating_add(len),
+            Err(error) => tracing::debug!(%error, "no room is taken ahead for a journal"),
+        }
     }
 }
 

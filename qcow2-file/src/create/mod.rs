@@ -246,9 +246,6 @@ impl NewImage {
 
     fn save(&self) -> Result<()> {
         self.map.flush()?;
-        if !self.is_one_to_one {
-            self.map.write_homes(self.l1_at(), false)?;
-        }
         self.data().make_durable()?;
         if self.data.is_some() { self.file.make_durable() } else { Ok(()) }
     }
@@ -306,11 +303,6 @@ impl NewImage {
     /// Where guest data goes.
     fn data(&self) -> &dyn Storage {
         self.data.as_ref().unwrap_or(&self.file).as_ref()
-    }
-
-    /// File offset of the L1 table: behind the header.
-    fn l1_at(&self) -> u64 {
-        self.geometry.cluster_size()
     }
 
     /// Clusters of the header and the L1 table.
