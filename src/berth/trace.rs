@@ -47,9 +47,6 @@ impl Trace {
         }
         // What nobody proved cannot be held against anything.
         Ok(match found.prepared {
-            // An unfinished image that stands on another is not gone on with: that one may be
-            // another by now.
-            _ if disk.base.is_some() => Self::Nothing,
             // Nor what was proved and is not as it was.
             Some(proved) if proved.root != UNPROVED => {
                 let parts = parts(&new.targets(), &new.below)?;

@@ -16,6 +16,7 @@ use qcow2_file::create::{Backing, CreateOptions, DataFile, NewImage};
 use qcow2_file::storage::{Watched, Writes};
 use qcow2_file::{Access, Guard, HostFile, Storage, preflight};
 
+use super::base::uncover_unknown;
 use super::log::Log;
 use super::proved::{hold, stamps};
 use super::prover::{Finds, Prover};
@@ -222,11 +223,14 @@ impl Unfinished {
         };
         let request = Recheck { disk: &self.sink, source, workers, monitor };
         // Nobody else uses the keeper yet.
-        Ok(keeper.with_claims(|claims: &mut Ledger| {
+        keeper.with_claims(|claims: &mut Ledger| {
             let found = recheck(request, claims)?;
-            clear_unknown(&self.sink, claims)?;
-            Ok::<_, block_mig::Error>(found)
-        })?)
+            match self.sink.image() {
+                Some(image) if !self.below.is_empty() => uncover_unknown(image, claims)?,
+                _ => clear_unknown(&self.sink, claims)?,
+            }
+            Ok(found)
+        })
     }
 
     /// Stores bitmaps and metadata and makes everything durable. From here on nothing is written to

@@ -96,11 +96,12 @@ impl NewImage {
     /// A header is cleared, durably.
     ///
     /// An error that is not [`Error::Io`] means that the file holds something else: start anew. An
-    /// image over a backing file, or in a file that held something before, cannot be gone on with.
+    /// image in a file that held something before cannot be gone on with. Over a backing file, what
+    /// is not known to be there is [uncovered](Self::uncover) before anything is written.
     pub fn reopen(file: Arc<dyn Storage>, options: &CreateOptions) -> Result<Self> {
-        if options.overwrite || options.backing.is_some() {
-            let reason = "an image that was not finished cannot be gone on with where it stands on \
-                          a backing file or in a file that held something before";
+        if options.overwrite {
+            let reason = "an image that was not finished cannot be gone on with where it stands in \
+                          a file that held something before";
             return Err(Error::Refused { file: file.name(), reason: reason.to_owned() });
         }
         let is_virgin = options.data_file.is_none();
@@ -182,6 +183,13 @@ impl NewImage {
     pub fn discard(&self, at: GuestOffset, len: u64) -> Result<()> {
         self.check_range(at, len)?;
         self.while_open(|| self.forget(at.0, len))
+    }
+
+    /// Lets the clusters that lie in the range whole (the end of the disk completes the last one)
+    /// read as if nothing had been written to them: as what is below, or zero.
+    pub fn uncover(&self, at: GuestOffset, len: u64) -> Result<()> {
+        self.check_range(at, len)?;
+        self.while_open(|| self.unmap(at.0, len))
     }
 
     /// Whether the range is known to read as zero now. `false` means "not known".

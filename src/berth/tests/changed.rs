@@ -144,7 +144,7 @@ fn what_it_stands_on_counts_too() {
             drop(files);
             here.commit("c");
             let files = Files::new(vec![disk], FileOptions::default());
-            assert_eq!(files.begin(SESSION).unwrap(), SessionState::Fresh);
+            assert_eq!(files.begin(SESSION).unwrap(), SessionState::Resumable);
         } else {
             let error = Error::from(files.commit().unwrap_err());
             assert!(matches!(&error, Error::Changed { path } if *path == base), "{error}");
