@@ -118,8 +118,8 @@ pub(crate) fn open_editor_in(
     Ok(Editor::open(file, options)?)
 }
 
-/// What the destination stands on, as a disk of its own.
-fn backing(chain: &Chain, allow_named_files: bool) -> Result<Option<Arc<dyn Backing>>> {
+/// What the top of a chain stands on, as a disk of its own.
+pub(crate) fn backing(chain: &Chain, allow_named_files: bool) -> Result<Option<Arc<dyn Backing>>> {
     let (Some(files), Some(layer)) = (chain.files().get(1), chain.layers().get(1)) else {
         return Ok(None);
     };
