@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use bitferry::connect::{self, Location, Options, Remote};
 use bitferry::copy::{BitmapSelection, Format, Rename};
-use bitferry::options::{DiskOption, doubled};
+use bitferry::options::{BackingOption, DiskOption, doubled};
 use bitferry::receive::{self, Arrivals, ReceiveOptions};
 use bitferry::report::Report;
 use bitferry::send::{self, SendOptions};
@@ -46,7 +46,7 @@ pub(super) fn route(source: &Path, destination: &Path) -> Result<Route> {
 
 /// Sends to a `bitferry receive` at the other host.
 pub(super) fn to(args: CopyArgs, remote: &Remote, output: &Output) -> Outcome {
-    refuse_backing(&args)?;
+    check_backing(&args)?;
     let watch = Watch::with_events(output, !args.no_verify)?;
     let mut options = send_options(&args);
     let plan = send::plan(&options, &watch)?;
@@ -62,6 +62,11 @@ pub(super) fn to(args: CopyArgs, remote: &Remote, output: &Output) -> Outcome {
     }
     // The same command finds what it left; another shape is another command.
     options.destination = format!("{remote} {format} {}", args.target_options.join(","));
+    if let Some(base) = &args.backing {
+        options
+            .destination
+            .push_str(&format!(" on {}", text_of(base)?));
+    }
     if args.dry_run {
         return super::send::dry_run(&options, &watch, output);
     }
@@ -69,7 +74,9 @@ pub(super) fn to(args: CopyArgs, remote: &Remote, output: &Output) -> Outcome {
     let how = (words, args.channels.unwrap_or(1));
     let dialer = connect::dial_ssh(&remote.destination, how, &Options::default());
     let limits = (Some(&options.meter), Duration::ZERO);
-    let sent = args.control.supervise(limits, &watch, |o| send::run(&options, &dialer, o));
+    let sent = args
+        .control
+        .supervise(limits, &watch, |o| send::run(&options, &dialer, o));
     let mut report = sent.map_err(|error| refused_there(error, remote))?;
     watch.finish();
     name(&mut report, &remote.to_string());
@@ -80,7 +87,7 @@ pub(super) fn to(args: CopyArgs, remote: &Remote, output: &Output) -> Outcome {
 /// Receives from a `bitferry send` at the other host.
 pub(super) fn from(args: CopyArgs, remote: &Remote, output: &Output) -> Outcome {
     let started = Instant::now();
-    refuse_backing(&args)?;
+    check_backing(&args)?;
     let watch = Watch::with_events(output, !args.no_verify)?;
     if args.dry_run {
         return plan_there(&args, remote, output);
@@ -94,6 +101,7 @@ pub(super) fn from(args: CopyArgs, remote: &Remote, output: &Output) -> Outcome 
         disks: vec![disk],
         target,
         existing: super::copy::existing(args.force, args.in_place),
+        backing: args.backing.iter().map(|path| base(path)).collect(),
         allow_backing: args.allow_backing,
         no_verify: args.no_verify,
         fresh: args.fresh,
@@ -123,7 +131,11 @@ pub(super) fn from(args: CopyArgs, remote: &Remote, output: &Output) -> Outcome 
 
 /// What would be sent is known at the other end, which is asked there.
 fn plan_there(args: &CopyArgs, remote: &Remote, output: &Output) -> Outcome {
-    let form = if output.is_json { "--json" } else { "--progress=never" };
+    let form = if output.is_json {
+        "--json"
+    } else {
+        "--progress=never"
+    };
     let words = send_args(args, remote, &[form, "--dry-run", "file:/dev/null"])?;
     let (said, status) = connect::run_ssh(&remote.destination, &words, &[WOULD_LOSE])?;
     output.stream(|out| out.write_all(&said))?;
@@ -132,10 +144,14 @@ fn plan_there(args: &CopyArgs, remote: &Remote, output: &Output) -> Outcome {
 
 /// What is sent from here. There is one disk, whatever name is written before those of bitmaps.
 fn send_options(args: &CopyArgs) -> SendOptions {
-    let any_node = |rename: &Rename| Rename { node: None, ..rename.clone() };
+    let any_node = |rename: &Rename| Rename {
+        node: None,
+        ..rename.clone()
+    };
     SendOptions {
         disks: vec![disk(args.source.clone(), args.source_format)],
         allow_backing: args.allow_backing || args.flatten,
+        shared_base: args.backing.is_some(),
         bitmaps: args.bitmaps.clone(),
         renames: args.rename_bitmap.iter().map(any_node).collect(),
         skip_broken_bitmaps: args.skip_broken_bitmaps,
@@ -169,19 +185,55 @@ fn refused_there(error: Error, remote: &Remote) -> Error {
 
 /// What a copy calls its disk.
 fn name(report: &mut Report, destination: &str) {
-    report.disks.iter_mut().for_each(|disk| disk.id = destination.to_owned());
+    report
+        .disks
+        .iter_mut()
+        .for_each(|disk| disk.id = destination.to_owned());
 }
 
 fn disk(path: std::path::PathBuf, format: Option<Format>) -> DiskOption {
-    DiskOption { id: DISK.to_owned(), path, format, is_readonly: false }
+    DiskOption {
+        id: DISK.to_owned(),
+        path,
+        format,
+        is_readonly: false,
+    }
 }
 
-fn refuse_backing(args: &CopyArgs) -> Result<()> {
+/// The backing file of a destination here.
+fn base(path: &Path) -> BackingOption {
+    BackingOption {
+        id: None,
+        path: path.to_owned(),
+        format: None,
+    }
+}
+
+/// The two ends do not see each other's backing file: what stands above the one is sent, and
+/// whether that fits the other only the proof can tell.
+fn check_backing(args: &CopyArgs) -> Result<()> {
+    let usage = |reason: &str| {
+        Err(Error::Usage {
+            reason: reason.to_owned(),
+        })
+    };
     match &args.backing {
         None => Ok(()),
-        Some(_) => Err(Error::Usage {
-            reason: "--backing is for copies on one host: use --flatten".to_owned(),
+        Some(_) if args.in_place => {
+            usage("--backing is for new images; --in-place writes into what exists")
+        }
+        Some(_) if args.target_format == Some(Format::Raw) => {
+            usage("a raw image has no backing file: leave -O or --backing out")
+        }
+        Some(path) if args.no_verify => Err(Error::WouldLose {
+            reason: format!(
+                "{} is on the destination's host, and only the proof can tell whether it reads as \
+                 what the source stands on",
+                path.display()
+            ),
+            hint: "leave --no-verify out".to_owned(),
         }),
+        Some(_) => Ok(()),
     }
 }
 
@@ -191,14 +243,27 @@ fn receive_args(args: &CopyArgs, remote: &Remote, format: Format) -> Result<Vec<
     let format = (!args.in_place || args.target_format.is_some()).then_some(format);
     let mut words = vec!["receive".to_owned(), "--quiet".to_owned()];
     words.extend(["--disk".to_owned(), disk_word(&remote.path, format)?]);
-    words.extend(args.target_options.iter().flat_map(|o| ["-o".to_owned(), o.clone()]));
+    words.extend(
+        args.target_options
+            .iter()
+            .flat_map(|o| ["-o".to_owned(), o.clone()]),
+    );
     let switches = [
         (args.force, "--force"),
         (args.in_place, "--in-place"),
-        (args.in_place && args.allow_backing, "--allow-backing"),
+        (
+            (args.in_place || args.backing.is_some()) && args.allow_backing,
+            "--allow-backing",
+        ),
         (args.no_verify, "--no-verify"),
     ];
     words.extend(set(&switches));
+    if let Some(base) = &args.backing {
+        words.extend([
+            "--backing".to_owned(),
+            format!("{DISK}={}", doubled(text_of(base)?)),
+        ]);
+    }
     if let Some(directory) = args.state_dir.named() {
         words.extend(["--state-dir".to_owned(), text_of(directory)?.to_owned()]);
     }
@@ -209,7 +274,10 @@ fn receive_args(args: &CopyArgs, remote: &Remote, format: Format) -> Result<Vec<
 /// Arguments of the sending side, the last of which say `how`. --fresh is about what is here.
 fn send_args(args: &CopyArgs, remote: &Remote, how: &[&str]) -> Result<Vec<OsString>> {
     let mut words = vec!["send".to_owned()];
-    words.extend(["--disk".to_owned(), disk_word(&remote.path, args.source_format)?]);
+    words.extend([
+        "--disk".to_owned(),
+        disk_word(&remote.path, args.source_format)?,
+    ]);
     words.push(match &args.bitmaps {
         BitmapSelection::All => "--bitmaps=all".to_owned(),
         BitmapSelection::None => "--bitmaps=none".to_owned(),
@@ -217,13 +285,16 @@ fn send_args(args: &CopyArgs, remote: &Remote, how: &[&str]) -> Result<Vec<OsStr
     });
     // Whatever disk was named here, there is only one there.
     words.extend(
-        args.rename_bitmap.iter().map(|r| format!("--rename-bitmap={DISK}/{}={}", r.old, r.new)),
+        args.rename_bitmap
+            .iter()
+            .map(|r| format!("--rename-bitmap={DISK}/{}={}", r.old, r.new)),
     );
     words.push(format!("--compress={}", args.compress));
     words.extend(args.channels.map(|n| format!("--channels={n}")));
     words.extend(args.bandwidth.map(|rate| format!("--bandwidth={rate}")));
     let switches = [
         (args.allow_backing || args.flatten, "--allow-backing"),
+        (args.backing.is_some(), "--shared-base"),
         (args.skip_broken_bitmaps, "--skip-broken-bitmaps"),
         (args.no_verify, "--no-verify"),
     ];
@@ -233,19 +304,27 @@ fn send_args(args: &CopyArgs, remote: &Remote, how: &[&str]) -> Result<Vec<OsStr
 }
 
 fn set(switches: &[(bool, &str)]) -> impl Iterator<Item = String> {
-    switches.iter().filter(|(is_set, _)| *is_set).map(|(_, word)| (*word).to_owned())
+    switches
+        .iter()
+        .filter(|(is_set, _)| *is_set)
+        .map(|(_, word)| (*word).to_owned())
 }
 
 /// A path at the other host.
 fn text_of(path: &Path) -> Result<&str> {
     path.to_str().ok_or_else(|| Error::Usage {
-        reason: format!("{} is not UTF-8, which paths at other hosts must be", path.display()),
+        reason: format!(
+            "{} is not UTF-8, which paths at other hosts must be",
+            path.display()
+        ),
     })
 }
 
 fn disk_word(path: &Path, format: Option<Format>) -> Result<String> {
     let text = text_of(path)?;
-    let format = format.map(|format| format!(",format={format}")).unwrap_or_default();
+    let format = format
+        .map(|format| format!(",format={format}"))
+        .unwrap_or_default();
     Ok(format!("{DISK}={}{format}", doubled(text)))
 }
 
@@ -254,12 +333,22 @@ fn remote_format(args: &CopyArgs, remote: &Remote) -> Result<Format> {
     if let Some(format) = args.source_format {
         return Ok(format);
     }
-    let words = ["info".into(), "--json".into(), "--".into(), remote.path.clone().into_os_string()];
+    let words = [
+        "info".into(),
+        "--json".into(),
+        "--".into(),
+        remote.path.clone().into_os_string(),
+    ];
     let (answer, _) = connect::run_ssh(&remote.destination, &words, &[])?;
     let info: Option<serde_json::Value> = serde_json::from_slice(&answer).ok();
-    let format = info.as_ref().and_then(|info| info.get("format")?.as_str()?.parse().ok());
+    let format = info
+        .as_ref()
+        .and_then(|info| info.get("format")?.as_str()?.parse().ok());
     format.ok_or_else(|| Error::Usage {
-        reason: format!("bitferry at {} does not say the format of the image", remote.destination),
+        reason: format!(
+            "bitferry at {} does not say the format of the image",
+            remote.destination
+        ),
     })
 }
 
@@ -271,7 +360,10 @@ mod tests {
     fn a_colon_before_the_first_slash_is_a_host() {
         let route = |a: &str, b: &str| route(Path::new(a), Path::new(b));
         assert_eq!(route("a", "./b:c").unwrap(), Route::Here);
-        let remote = Remote { destination: "u@h".into(), path: "/x".into() };
+        let remote = Remote {
+            destination: "u@h".into(),
+            path: "/x".into(),
+        };
         assert_eq!(route("a", "u@h:/x").unwrap(), Route::To(remote.clone()));
         assert_eq!(route("u@h:/x", "a").unwrap(), Route::From(remote));
         for (a, b) in [("h:a", "h:b"), ("-oX=y:a", "b"), ("h:", "b")] {
