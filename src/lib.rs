@@ -43,6 +43,7 @@ pub mod status;
 pub use error::{Error, Result};
 pub use format_spec::Blame;
 pub use observe::{Observer, Phase, Silent};
+pub use preserve::Preserve;
 pub use proof::DiskProof;
 pub use renames::Renames;
 pub use report::{Report, exit_status};

@@ -1,13 +1,16 @@
-//! Owner, mode and security label of what gets its final name: those of a model, in the manner of
-//! `cp --preserve`, or those of any new file. SPEC 3.1.
+//! Owner, mode, times and security label of what gets its final name: those of a model, in the
+//! manner of `cp --preserve`, or those of any new file. SPEC 3.1.
 
 use std::fs;
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::MetadataExt;
+use std::str::FromStr;
 use std::sync::Arc;
 
 use qcow2_file::{Access, HostFile};
-use rustix::fs::{Gid, Mode, Uid, XattrFlags, fchmod, fchown, fgetxattr, fsetxattr};
+use rustix::fs::{
+    Gid, Mode, Timespec, Timestamps, Uid, XattrFlags, fchmod, fchown, fgetxattr, fsetxattr, futimens,
+};
 
 use crate::publish::Draft;
 use crate::{Error, Result};
@@ -19,13 +22,87 @@ const MAX_LABEL_BYTES: usize = 4096;
 /// Permission bits that are carried: set-user-id and its kin make no sense on an image.
 const MODE_BITS: u32 = 0o777;
 
+/// Permission bits of what stays its owner's alone.
+const PRIVATE_MODE_BITS: u32 = 0o600;
+
 /// Permission bits of a new file, before the umask.
 const NEW_MODE_BITS: u32 = 0o666;
+
+/// What a copy has from its source beside the content, in the words of `cp --preserve`. A set of
+/// attributes; the default is what a copy on one host preserves unasked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[expect(clippy::struct_excessive_bools, reason = "a set of four")]
+pub struct Preserve {
+    /// Permission bits; those of set-user-id and its kin never.
+    pub mode: bool,
+    /// User and group, as far as this process may.
+    pub ownership: bool,
+    /// When it was written and read last.
+    pub timestamps: bool,
+    /// The label of SELinux, as far as this process may.
+    pub context: bool,
+}
+
+impl Default for Preserve {
+    fn default() -> Self {
+        Self { timestamps: false, ..Self::ALL }
+    }
+}
+
+impl Preserve {
+    /// Every attribute.
+    pub const ALL: Self = Self { mode: true, ownership: true, timestamps: true, context: true };
+    /// No attribute.
+    pub const NONE: Self = Self { mode: false, ownership: false, timestamps: false, context: false };
+
+    /// What is in either set.
+    #[must_use]
+    pub fn with(self, other: Self) -> Self {
+        Self {
+            mode: self.mode | other.mode,
+            ownership: self.ownership | other.ownership,
+            timestamps: self.timestamps | other.timestamps,
+            context: self.context | other.context,
+        }
+    }
+
+    /// What is in this set and not in `other`.
+    #[must_use]
+    pub fn without(self, other: Self) -> Self {
+        Self {
+            mode: self.mode & !other.mode,
+            ownership: self.ownership & !other.ownership,
+            timestamps: self.timestamps & !other.timestamps,
+            context: self.context & !other.context,
+        }
+    }
+}
+
+/// A list with commas.
+impl FromStr for Preserve {
+    type Err = Error;
+
+    fn from_str(list: &str) -> Result<Self> {
+        list.split(',').try_fold(Self::NONE, |set, word| {
+            Ok(set.with(match word {
+                "mode" => Self { mode: true, ..Self::NONE },
+                "ownership" => Self { ownership: true, ..Self::NONE },
+                "timestamps" => Self { timestamps: true, ..Self::NONE },
+                "context" => Self { context: true, ..Self::NONE },
+                "all" => Self::ALL,
+                _ => {
+                    let known = "mode, ownership, timestamps, context or all";
+                    return Err(Error::Usage { reason: format!("unknown attribute {word:?}: {known}") });
+                }
+            }))
+        })
+    }
+}
 
 /// Makes a draft that nobody had a model for like the file that it replaces, or like any new file.
 pub(crate) fn as_usual(draft: &Draft) -> Result<()> {
     match HostFile::open(draft.target(), Access::Read) {
-        Ok(replaced) => like(&Arc::new(replaced), draft),
+        Ok(replaced) => like(&Arc::new(replaced), Preserve::default(), draft),
         Err(qcow2_file::Error::Open { source, .. }) if source.kind() == ErrorKind::NotFound => {
             let Some(umask) = umask() else { return Ok(()) };
             set_mode(draft, NEW_MODE_BITS & !umask)
@@ -51,22 +128,41 @@ fn failed(draft: &Draft, source: impl Into<io::Error>) -> Error {
     Error::File { action: "set the mode of", path, source }
 }
 
-/// Gives a draft the mode of `model` and, as far as we may, its owner and label. A device's mode is
-/// not a file's: then the copy stays its owner's alone.
-pub(crate) fn like(model: &Arc<HostFile>, draft: &Draft) -> Result<()> {
+/// Gives a draft what is to be preserved of `model`, as far as we may; the rest is as usual. A
+/// device's attributes are not a file's: then the copy stays its owner's alone.
+pub(crate) fn of(model: &Arc<HostFile>, what: Preserve, draft: &Draft) -> Result<()> {
+    if !(what.mode && what.ownership && what.context) {
+        as_usual(draft)?;
+    }
+    like(model, what, draft)
+}
+
+fn like(model: &Arc<HostFile>, what: Preserve, draft: &Draft) -> Result<()> {
     let metadata = model.file().metadata().map_err(|source| failed(draft, source))?;
     let file = draft.file().file();
     if model.is_device() {
-        return Ok(());
+        return if what.mode { set_mode(draft, PRIVATE_MODE_BITS) } else { Ok(()) };
     }
     // Owner first: changing it takes bits of the mode away. Not being allowed to is no error, as
     // with cp.
     let (owner, group) = (Uid::from_raw(metadata.uid()), Gid::from_raw(metadata.gid()));
-    if let Err(error) = fchown(file, Some(owner), Some(group)) {
+    if what.ownership && let Err(error) = fchown(file, Some(owner), Some(group)) {
         tracing::debug!(%error, "the owner is not preserved");
     }
-    set_mode(draft, metadata.mode() & MODE_BITS)?;
-    copy_label(model, draft);
+    if what.mode {
+        set_mode(draft, metadata.mode() & MODE_BITS)?;
+    }
+    if what.context {
+        copy_label(model, draft);
+    }
+    if what.timestamps {
+        let time = |tv_sec, tv_nsec| Timespec { tv_sec, tv_nsec };
+        let times = Timestamps {
+            last_access: time(metadata.atime(), metadata.atime_nsec()),
+            last_modification: time(metadata.mtime(), metadata.mtime_nsec()),
+        };
+        futimens(file, &times).map_err(|errno| failed(draft, errno))?;
+    }
     Ok(())
 }
 

@@ -23,6 +23,13 @@ fn convert(source: &Path, destination: &Path, further: &[&str]) -> Command {
     command
 }
 
+/// Two commands, one after the other.
+fn followed(first: &mut Command, second: &mut Command) -> Result<peak::Taken> {
+    let mut taken = peak::run(first)?;
+    taken.time += peak::run(second)?.time;
+    Ok(taken)
+}
+
 /// A contender of one command.
 fn command(
     name: &str,
@@ -46,10 +53,13 @@ fn contenders() -> Vec<Contender> {
         all.push(command("qemu-img convert --bitmaps", Role::Peer("qemu-img"), plain));
         let wide = |s: &Path, d: &Path| Ok(convert(s, d, &["-m", "8", "-W"]));
         all.push(command("qemu-img convert --bitmaps -m 8 -W", Role::Peer("qemu-img"), wide));
+        let durable = |s: &Path, d: &Path| {
+            followed(&mut convert(s, d, &["-m", "8", "-W"]), Command::new("sync").arg(d))
+        };
+        all.push(Contender::new("the same, then sync", Role::Runner, durable));
         let compared = |s: &Path, d: &Path| {
-            let mut taken = peak::run(&mut convert(s, d, &["-m", "8", "-W"]))?;
-            taken.time += peak::run(Command::new("qemu-img").arg("compare").args([s, d]))?.time;
-            Ok(taken)
+            let compare = &mut Command::new("qemu-img");
+            followed(&mut convert(s, d, &["-m", "8", "-W"]), compare.arg("compare").args([s, d]))
         };
         all.push(Contender::new("the same, then qemu-img compare", Role::Runner, compared));
     }

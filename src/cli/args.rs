@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args as Group, Parser, Subcommand, ValueEnum};
 
+use bitferry::Preserve;
 use bitferry::copy::{BitmapSelection, Format};
 
 /// Move VM disk images with their backup bitmaps: copy them, prove the copy, go on with
@@ -159,6 +160,15 @@ pub(crate) struct CopyArgs {
     /// Go on without inconsistent bitmaps, and say so
     #[arg(long)]
     pub(crate) skip_broken_bitmaps: bool,
+    /// Also give DST these attributes of SRC, as cp does: mode, ownership, timestamps, context or
+    /// all; without a list mode, ownership and timestamps. Mode, ownership and context unasked,
+    /// where both are on this host
+    #[arg(long, value_name = "LIST", num_args = 0..=1, require_equals = true)]
+    #[arg(default_missing_value = "mode,ownership,timestamps")]
+    pub(crate) preserve: Option<Preserve>,
+    /// Do not give DST these attributes of SRC
+    #[arg(long, value_name = "LIST", require_equals = true)]
+    pub(crate) no_preserve: Option<Preserve>,
     /// To or from another host: connections, each an ssh of its own
     #[arg(long, value_name = "N", help_heading = "Transport")]
     #[arg(value_parser = clap::value_parser!(u16).range(1..=255), allow_negative_numbers = true)]

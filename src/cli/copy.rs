@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use bitferry::copy::{self, BackingChoice, CopyOptions, Existing, Plan};
 use bitferry::report::Status;
-use bitferry::{Error, Report, exit_status};
+use bitferry::{Error, Preserve, Report, exit_status};
 use mig_core::meter::Meter;
 
 use super::args::CopyArgs;
@@ -19,6 +19,12 @@ pub(crate) fn run(args: CopyArgs, output: &Output) -> Outcome {
     let start = Instant::now();
     let asked = Asked::copy(&args.destination);
     let result = match remote::route(&args.source, &args.destination) {
+        Ok(Route::To(_) | Route::From(_))
+            if args.preserve.is_some() || args.no_preserve.is_some() =>
+        {
+            let reason = "--preserve and --no-preserve are for copies on one host".to_owned();
+            Err(Error::Usage { reason }.into())
+        }
         Ok(Route::To(remote)) => remote::to(args, &remote, output),
         Ok(Route::From(remote)) => remote::from(args, &remote, output),
         Ok(Route::Here) => here(args, output),
@@ -63,6 +69,7 @@ fn options(args: CopyArgs) -> bitferry::Result<CopyOptions> {
         return Err(Error::Usage { reason });
     }
     let existing = existing(args.force, args.in_place);
+    let preserve = preserve(&args);
     let backing = match args.backing {
         Some(path) => BackingChoice::Keep(path),
         None if args.flatten => BackingChoice::Flatten,
@@ -80,12 +87,20 @@ fn options(args: CopyArgs) -> bitferry::Result<CopyOptions> {
         bitmaps: args.bitmaps,
         renames: args.rename_bitmap,
         skip_broken_bitmaps: args.skip_broken_bitmaps,
+        preserve,
         no_verify: args.no_verify,
         fresh: args.fresh,
         device_journals: args.state_dir.directory(),
         meter: meter(args.bandwidth),
         ..CopyOptions::default()
     })
+}
+
+/// What is asked for beside what is preserved unasked, less what is not wanted.
+fn preserve(args: &CopyArgs) -> Preserve {
+    let none = Preserve::NONE;
+    let (more, less) = (args.preserve.unwrap_or(none), args.no_preserve.unwrap_or(none));
+    Preserve::default().with(more).without(less)
 }
 
 /// What to do where the destination exists.

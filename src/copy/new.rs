@@ -59,8 +59,9 @@ fn finish(job: &Job<'_>, unfinished: &Unfinished, observer: &dyn Observer) -> Re
     } else {
         observer.phase(Phase::Publish);
         go_on(observer)?;
+        let what = job.options.preserve;
         if let Some(model) = job.source.disk.files().next() {
-            unfinished.drafts.iter().try_for_each(|draft| preserve::like(model, draft))?;
+            unfinished.drafts.iter().try_for_each(|draft| preserve::of(model, what, draft))?;
         }
         unfinished.sync()?;
         unfinished.prepare(proof.content.unwrap_or(UNPROVED))?;

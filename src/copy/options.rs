@@ -8,6 +8,7 @@ use std::sync::Arc;
 use mig_core::meter::Meter;
 use serde::Serialize;
 
+use crate::preserve::Preserve;
 use crate::{Error, Result};
 
 /// Format of an image file.
@@ -177,6 +178,9 @@ pub struct CopyOptions {
     pub renames: Vec<Rename>,
     /// Go on without inconsistent bitmaps.
     pub skip_broken_bitmaps: bool,
+    /// What a new destination has from the source beside its content. What exists and is written
+    /// into stays as it is.
+    pub preserve: Preserve,
     /// Leave out the proof.
     pub no_verify: bool,
     /// What limits the bytes of content that are read from the source.

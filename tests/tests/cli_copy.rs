@@ -1,10 +1,11 @@
 //! `copy`, `info`, `compare` and `hash` as a user meets them: words, JSON, exit statuses, Ctrl-C.
 //! What is copied right is held elsewhere.
 
-use std::time::{Duration, Instant};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::time::{Duration, Instant, SystemTime};
 
 use bitferry_tests::image::make;
-use bitferry_tests::process::PATIENCE;
+use bitferry_tests::process::{PATIENCE, Run};
 use bitferry_tests::{Exit, Output, Peer, Scratch, bitferry, json, qemu, require_all};
 use rustix::process::Signal;
 
@@ -388,4 +389,43 @@ fn bitmaps_of_a_destination_end_as_without_an_interruption() {
     assert_eq!(resumed["disks"][0]["bitmaps"], expected["disks"][0]["bitmaps"]);
     qemu::same_disk(&source, &cut, &["nightly"]);
     qemu::same_disk(&whole, &cut, &["nightly", "own", "old"]);
+}
+
+/// The attributes are cp's: what it has in the same place, the copy has too.
+#[test]
+fn attributes_follow_the_words_of_cp() {
+    let scratch = Scratch::new();
+    let source = scratch.path("a.raw");
+    std::fs::write(&source, vec![7; 1 << 16]).expect("file");
+    let is_root = rustix::process::getuid().is_root();
+    if is_root {
+        std::os::unix::fs::chown(&source, Some(12345), Some(54321)).expect("owner");
+    }
+    std::fs::set_permissions(&source, PermissionsExt::from_mode(0o604)).expect("mode");
+    let long_ago = SystemTime::UNIX_EPOCH + Duration::from_millis(1_000_000_123);
+    let file = std::fs::File::options().write(true).open(&source).expect("file");
+    file.set_modified(long_ago).expect("times");
+    let cases = [
+        ("", "--preserve=mode,ownership"),
+        ("--preserve", "--preserve"),
+        ("--preserve=timestamps --no-preserve=ownership", "--preserve=mode,timestamps"),
+        ("--no-preserve=mode", "--preserve=ownership --no-preserve=mode"),
+        ("--no-preserve=all", "--no-preserve=all"),
+    ];
+    for (ours, theirs) in cases {
+        let line = format!("copy -f raw {ours} --force --fresh a.raw ours");
+        run(&line, &scratch).expect_exit(Exit::Done);
+        let _ = std::fs::remove_file(scratch.path("theirs"));
+        let cp = Run::new("cp").dir(scratch.dir()).words(theirs).words("a.raw theirs").output();
+        assert!(cp.status.success(), "{cp}");
+        let [ours, theirs] = ["ours", "theirs"].map(|name| scratch.path(name).metadata().unwrap());
+        let of = |found: &std::fs::Metadata| (found.mode(), found.uid(), found.gid());
+        assert_eq!(of(&ours), of(&theirs), "{line}");
+        let is_old = |found: &std::fs::Metadata| found.modified().unwrap() == long_ago;
+        assert_eq!(is_old(&ours), is_old(&theirs), "{line}");
+        // What it replaces is not the model of the next one.
+        std::fs::remove_file(scratch.path("ours")).expect("there");
+    }
+    run("copy -f raw --preserve=colour a.raw b.raw", &scratch).expect_exit(Exit::Usage);
+    run("copy -f raw --preserve a.raw host:b.raw", &scratch).expect_exit(Exit::Usage);
 }
