@@ -3,6 +3,7 @@
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 
 use bitferry_tests::device::Loop;
+use bitferry_tests::faults::with_fault;
 use bitferry_tests::image::make;
 use bitferry_tests::migration::{command, done};
 use bitferry_tests::peer::cannot;
@@ -180,4 +181,40 @@ fn no_receipt_speaks_for_an_overlay_whose_data_is_on_a_device() {
             assert_eq!(found, expected, "{summary}");
         }
     }
+}
+
+#[test]
+fn an_access_list_that_cannot_be_carried_leaves_the_copy_to_its_owner() {
+    if !require_all(&[Peer::QemuImg, Peer::Strace]) {
+        return;
+    }
+    let scratch = Scratch::new();
+    let source = make(&scratch, "s.qcow2", MIB).done();
+    std::fs::set_permissions(&source, std::fs::Permissions::from_mode(0o604)).expect("chmod");
+    // Version 2; owner, one user, the group, which may do nothing, the mask, others.
+    let entries: [(u16, u16, u32); 5] =
+        [(1, 6, u32::MAX), (2, 6, 65534), (4, 0, u32::MAX), (16, 6, u32::MAX), (32, 4, u32::MAX)];
+    let mut list = 2u32.to_le_bytes().to_vec();
+    for (tag, permissions, id) in entries {
+        list.extend([tag.to_le_bytes(), permissions.to_le_bytes()].as_flattened());
+        list.extend(id.to_le_bytes());
+    }
+    let name = "system.posix_acl_access";
+    if setxattr(&source, name, &list, XattrFlags::empty()).is_err() {
+        return cannot("there are no access lists here");
+    }
+    assert_eq!(source.metadata().expect("metadata").mode() & 0o777, 0o664);
+    let found = ["", "error=EOPNOTSUPP"].map(|fault| {
+        let copy = scratch.path(&format!("copy{}", fault.len()));
+        let words = ["copy", "-q", &source.to_string_lossy(), &copy.to_string_lossy()];
+        let run = match fault {
+            "" => bitferry().args(words),
+            fault => with_fault(&words, "fsetxattr", fault),
+        };
+        run.output().expect_exit(Exit::Done);
+        let mut room = vec![0; 100];
+        let len = getxattr(&copy, name, room.as_mut_slice()).unwrap_or(0);
+        (copy.metadata().expect("metadata").mode() & 0o777, room[..len].to_vec())
+    });
+    assert_eq!(found, [(0o664, list), (0o600, Vec::new())]);
 }
