@@ -64,6 +64,13 @@ pub enum Error {
         /// The file that was written to.
         path: PathBuf,
     },
+    /// Somebody has written to the source while it was read, without asking for a lock: what was
+    /// read need not be what it was at any moment. Nothing was published.
+    #[error("{} was written to while it was read, by a program that takes no locks", .path.display())]
+    SourceChanged {
+        /// The file that was written to.
+        path: PathBuf,
+    },
     /// Of several files that belong together some were published, and could not be taken back.
     #[error("{} published already, and stays", names(.published))]
     HalfPublished {
@@ -188,7 +195,9 @@ impl Error {
             Self::Usage { .. } | Self::NeverProved { .. } => Blame::Caller,
             Self::WouldLose { .. } => Blame::WouldLose,
             Self::Exists { .. } | Self::NoSpace { .. } | Self::File { .. } => Blame::Device,
-            Self::ProofMismatch { .. } | Self::Changed { .. } => Blame::Mismatch,
+            Self::ProofMismatch { .. } | Self::Changed { .. } | Self::SourceChanged { .. } => {
+                Blame::Mismatch
+            }
             Self::HalfPublished { source, .. } => source.blame(),
             Self::Interrupted => Blame::Caller,
             Self::NotConverged(_) => Blame::Transport,
@@ -245,6 +254,11 @@ impl Error {
             }
             Self::Changed { .. } => {
                 "find out who writes there; the same commands send again what is not as it was".into()
+            }
+            Self::SourceChanged { .. } => {
+                "nothing was published: once nobody writes there, give the same command again; it \
+                 goes on with what is kept, and reads again what has changed"
+                    .into()
             }
             Self::HalfPublished { source, .. } if matches!(**source, Self::Changed { .. }) => {
                 "begin all of them anew, with --fresh at both sides and --force".into()
@@ -314,7 +328,8 @@ fn peer_hint(blame: Blame) -> &'static str {
             "leave out what it cannot keep, or choose a destination that can keep it"
         }
         Blame::Mismatch => {
-            "storage or memory returned other bytes than were written; check the destination's"
+            "either somebody writes to the source, or storage or memory returned other bytes than \
+             were written: check the destination's"
         }
     }
 }

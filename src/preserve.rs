@@ -62,7 +62,8 @@ impl Preserve {
     /// Every attribute.
     pub const ALL: Self = Self { mode: true, ownership: true, timestamps: true, context: true };
     /// No attribute.
-    pub const NONE: Self = Self { mode: false, ownership: false, timestamps: false, context: false };
+    pub const NONE: Self =
+        Self { mode: false, ownership: false, timestamps: false, context: false };
 
     /// What is in either set.
     #[must_use]
@@ -101,7 +102,9 @@ impl FromStr for Preserve {
                 "all" => Self::ALL,
                 _ => {
                     let known = "mode, ownership, timestamps, context or all";
-                    return Err(Error::Usage { reason: format!("unknown attribute {word:?}: {known}") });
+                    return Err(Error::Usage {
+                        reason: format!("unknown attribute {word:?}: {known}"),
+                    });
                 }
             }))
         })
@@ -155,7 +158,9 @@ fn like(model: &Arc<HostFile>, what: Preserve, draft: &Draft) -> Result<()> {
     // Owner first: changing it takes bits of the mode away. Not being allowed to is no error, as
     // with cp.
     let (owner, group) = (Uid::from_raw(metadata.uid()), Gid::from_raw(metadata.gid()));
-    if what.ownership && let Err(error) = fchown(file, Some(owner), Some(group)) {
+    if what.ownership
+        && let Err(error) = fchown(file, Some(owner), Some(group))
+    {
         tracing::debug!(%error, "the owner is not preserved");
     }
     if what.mode {
