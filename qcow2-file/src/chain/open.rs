@@ -302,17 +302,29 @@ impl Opening<'_> {
                 named: named.to_string_lossy().into_owned(),
             });
         }
-        if has_protocol(named) {
-            let reason = format!("names the {role} {named:?}, which is not a plain path");
-            return Err(refused(file, reason));
-        }
-        Ok(Some(file.path().parent().unwrap_or(Path::new("")).join(named)))
+        named_path(file.path(), named).map(Some).ok_or_else(|| {
+            let reason = format!(
+                "names the {role} {named:?}, which is not a plain path beside it or an absolute \
+                 one; `qemu-img rebase -u` or `qemu-img amend -o data_file=PATH` record one"
+            );
+            refused(file, reason)
+        })
     }
+}
+
+/// Where a file is that `image` names; `None` where the name is no plain path. `file:` says that
+/// one follows: QEMU looks for a relative one where it was started, which is nowhere in particular.
+pub fn named_path(image: &Path, named: &OsStr) -> Option<PathBuf> {
+    if let Some(path) = named.as_bytes().strip_prefix(b"file:") {
+        let path = Path::new(OsStr::from_bytes(path));
+        return path.is_absolute().then(|| path.to_owned());
+    }
+    (!has_protocol(named)).then(|| image.parent().unwrap_or(Path::new("")).join(named))
 }
 
 /// Whether a name starts with `word:`, as QEMU tells a protocol from a path: by a colon before the
 /// first slash.
-fn has_protocol(named: &OsStr) -> bool {
+pub fn has_protocol(named: &OsStr) -> bool {
     let first = named.as_bytes().split(|b| *b == b'/').next();
     first.is_some_and(|first| first.contains(&b':'))
 }
