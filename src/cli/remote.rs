@@ -10,10 +10,10 @@ use bitferry::options::{BackingOption, DiskOption, doubled};
 use bitferry::receive::{self, Arrivals, ReceiveOptions};
 use bitferry::report::Report;
 use bitferry::send::{self, SendOptions};
-use bitferry::{Error, Result};
+use bitferry::{Error, Renames, Result};
 
 use super::args::CopyArgs;
-use super::outcome::Peer;
+use super::outcome::{Asked, Peer};
 use super::watch::Watch;
 use super::{Outcome, Output, WOULD_LOSE, outcome, target_options};
 
@@ -46,8 +46,8 @@ pub(super) fn route(source: &Path, destination: &Path) -> Result<Route> {
 
 /// Sends to a `bitferry receive` at the other host.
 pub(super) fn to(args: CopyArgs, remote: &Remote, output: &Output) -> Outcome {
-    check_backing(&args)?;
-    let watch = Watch::with_events(output, !args.no_verify)?;
+    check(&args)?;
+    let watch = Watch::with_events(output, !args.no_verify, Asked::copy(&args.destination))?;
     let mut options = send_options(&args);
     let plan = send::plan(&options, &watch)?;
     let has_shape = !args.target_options.is_empty();
@@ -83,8 +83,8 @@ pub(super) fn to(args: CopyArgs, remote: &Remote, output: &Output) -> Outcome {
 /// Receives from a `bitferry send` at the other host.
 pub(super) fn from(args: CopyArgs, remote: &Remote, output: &Output) -> Outcome {
     let started = Instant::now();
-    check_backing(&args)?;
-    let watch = Watch::with_events(output, !args.no_verify)?;
+    check(&args)?;
+    let watch = Watch::with_events(output, !args.no_verify, Asked::copy(&args.destination))?;
     if args.dry_run {
         return plan_there(&args, remote, output);
     }
@@ -129,7 +129,7 @@ pub(super) fn from(args: CopyArgs, remote: &Remote, output: &Output) -> Outcome 
 fn plan_there(args: &CopyArgs, remote: &Remote, output: &Output) -> Outcome {
     let form = if output.is_json { "--json" } else { "--progress=never" };
     let words = send_args(args, remote, &[form, "--dry-run", "file:/dev/null"]);
-    let (said, status) = connect::run_ssh(&remote.destination, &words, &[WOULD_LOSE])?;
+    let (said, status) = connect::run_ssh(&remote.destination, &words, &[2, 3, 5, WOULD_LOSE])?;
     output.stream(|out| out.write_all(&said))?;
     Ok(status)
 }
@@ -184,6 +184,12 @@ fn disk(path: std::path::PathBuf, format: Option<Format>) -> DiskOption {
 /// The backing file of a destination here.
 fn base(path: &Path) -> BackingOption {
     BackingOption { id: None, path: path.to_owned(), format: None }
+}
+
+/// What makes no sense is refused before the other end is asked.
+fn check(args: &CopyArgs) -> Result<()> {
+    Renames::check_of_one_disk(&args.rename_bitmap)?;
+    check_backing(args)
 }
 
 /// The two ends do not see each other's backing file: what stands above the one is sent, and

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use bitferry_tests::bitferry::binary;
-use bitferry_tests::image::make;
+use bitferry_tests::image::{Bytes, make};
 use bitferry_tests::process::{PATIENCE, Running};
 use bitferry_tests::{Exit, Peer, Run, Scratch, bitferry, json, qemu, require_all};
 use serde_json::Value;
@@ -299,10 +299,31 @@ fn what_the_other_end_says_after_publishing_comes_with_the_summary() {
             assert_eq!(summary["disks"][0]["bitmaps"][0]["outcome"], "preserved", "{output}");
             let error = summary["error"].as_str().unwrap_or_default();
             assert!(error.contains(&format!("exit status: {status}")), "{output}");
+            let complaint = output.complaint();
+            let is_said =
+                complaint.contains("error: not preserved at the other end: \"ssh host\" ended");
+            assert_eq!(is_said, expected.0 == 6, "{output}");
         }
         for (scratch, name) in [(&hosts.there, "up.qcow2"), (&hosts.here, "down.qcow2")] {
             std::fs::remove_file(scratch.path(name)).expect("published");
         }
+    }
+}
+
+#[test]
+fn what_is_not_preserved_is_named_by_a_quiet_copy_too() {
+    let Some(hosts) = Hosts::new() else { return };
+    for (scratch, source, destination) in
+        [(&hosts.here, "a.qcow2", "host:up.qcow2"), (&hosts.there, "host:a.qcow2", "down.qcow2")]
+    {
+        let image = make(scratch, "a.qcow2", 16 * MIB).bitmap("nightly", 65536).done();
+        // As a program that died has left it.
+        let bytes = Bytes::of(&image);
+        let (extension, _) = bytes.extension(0x2385_2875).expect("bitmaps");
+        bytes.put32(bytes.be64(extension + 16) + 12, 3);
+        let run = hosts.copy(&["--skip-broken-bitmaps", "-f", "qcow2", source, destination]);
+        let output = run.arg("-q").output().expect_no_crash().expect_exit(Exit::NotPreserved);
+        assert!(output.complaint().contains("error: not preserved: nightly\nhint: "), "{output}");
     }
 }
 
