@@ -1,5 +1,7 @@
 //! Options that several verbs take, in QEMU's words. Pure.
 
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -22,25 +24,27 @@ pub struct DiskOption {
     pub is_readonly: bool,
 }
 
-impl FromStr for DiskOption {
-    type Err = Error;
-
-    fn from_str(text: &str) -> Result<Self> {
+impl DiskOption {
+    /// Reads what was typed. A path may consist of any bytes.
+    pub fn parse(text: &OsStr) -> Result<Self> {
+        let shown = text.display();
         let usage = |reason: &str| Error::Usage {
-            reason: format!("--disk {text}: {reason}; it is ID=PATH[,format=F][,readonly]"),
+            reason: format!("--disk {shown}: {reason}; it is ID=PATH[,format=F][,readonly]"),
         };
-        let mut parts = split(text).into_iter();
+        let mut parts = cut(text.as_bytes()).into_iter();
         let first = parts.next().unwrap_or_default();
-        let (id, path) = first.split_once('=').ok_or_else(|| usage("no PATH is given"))?;
+        let (id, path) = at_equals(&first).ok_or_else(|| usage("no PATH is given"))?;
+        let id = std::str::from_utf8(id).map_err(|_| usage("ID is not UTF-8"))?;
         if id.is_empty() || id.len() > MAX_ID_BYTES || id.contains(char::is_control) {
             return Err(usage("ID has to have 1 to 255 bytes and no control characters"));
         }
         if path.is_empty() {
             return Err(usage("PATH is empty"));
         }
-        let (id, path) = (id.to_owned(), path.into());
+        let (id, path) = (id.to_owned(), OsStr::from_bytes(path).into());
         let mut disk = Self { id, path, format: None, is_readonly: false };
         for part in parts {
+            let part = String::from_utf8_lossy(&part);
             match part.split_once('=') {
                 None if part == "readonly" => disk.is_readonly = true,
                 Some(("format", format)) => disk.format = Some(format.parse()?),
@@ -48,6 +52,14 @@ impl FromStr for DiskOption {
             }
         }
         Ok(disk)
+    }
+}
+
+impl FromStr for DiskOption {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        Self::parse(text.as_ref())
     }
 }
 
@@ -62,23 +74,25 @@ pub struct BackingOption {
     pub format: Option<Format>,
 }
 
-impl FromStr for BackingOption {
-    type Err = Error;
-
-    /// A `=` behind a slash belongs to the path.
-    fn from_str(text: &str) -> Result<Self> {
+impl BackingOption {
+    /// Reads what was typed. A path may consist of any bytes; a `=` behind a slash belongs to it.
+    pub fn parse(text: &OsStr) -> Result<Self> {
+        let shown = text.display();
         let usage = |reason: &str| Error::Usage {
-            reason: format!("--backing {text}: {reason}; it is [ID=]PATH[,format=F]"),
+            reason: format!("--backing {shown}: {reason}; it is [ID=]PATH[,format=F]"),
         };
-        let mut parts = split(text).into_iter();
+        let mut parts = cut(text.as_bytes()).into_iter();
         let first = parts.next().unwrap_or_default();
-        let named = first.split_once('=').filter(|(id, _)| !id.contains('/'));
-        let (id, path) = named.map_or((None, first.as_str()), |(id, path)| (Some(id), path));
+        let named = at_equals(&first).filter(|(id, _)| !id.contains(&b'/'));
+        let (id, path) = named.map_or((None, first.as_slice()), |(id, path)| (Some(id), path));
+        let id = id.map(std::str::from_utf8).transpose().map_err(|_| usage("ID is not UTF-8"))?;
         if path.is_empty() || id == Some("") {
             return Err(usage("ID or PATH is empty"));
         }
-        let mut backing = Self { id: id.map(str::to_owned), path: path.into(), format: None };
+        let path = OsStr::from_bytes(path).into();
+        let mut backing = Self { id: id.map(str::to_owned), path, format: None };
         for part in parts {
+            let part = String::from_utf8_lossy(&part);
             match part.split_once('=') {
                 Some(("format", format)) => backing.format = Some(format.parse()?),
                 _ => return Err(usage(&format!("{part:?} is not known, and a comma is doubled"))),
@@ -88,24 +102,47 @@ impl FromStr for BackingOption {
     }
 }
 
+impl FromStr for BackingOption {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        Self::parse(text.as_ref())
+    }
+}
+
 /// Cuts at single commas; a doubled one stands for itself.
 pub fn split(text: &str) -> Vec<String> {
-    let mut parts = vec![String::new()];
-    let mut letters = text.chars().peekable();
-    while let Some(c) = letters.next() {
-        if c == ',' && letters.next_if_eq(&',').is_none() {
-            parts.push(String::new());
+    let parts = cut(text.as_bytes()).into_iter();
+    parts.map(|part| String::from_utf8_lossy(&part).into_owned()).collect()
+}
+
+fn cut(text: &[u8]) -> Vec<Vec<u8>> {
+    let mut parts = vec![Vec::new()];
+    let mut bytes = text.iter().peekable();
+    while let Some(byte) = bytes.next() {
+        if *byte == b',' && bytes.next_if_eq(&&b',').is_none() {
+            parts.push(Vec::new());
         } else if let Some(part) = parts.last_mut() {
-            part.push(c);
+            part.push(*byte);
         }
     }
     parts.retain(|part| !part.is_empty());
     parts
 }
 
-/// What [`split`] takes for one part.
-pub fn doubled(text: &str) -> String {
-    text.replace(',', ",,")
+fn at_equals(text: &[u8]) -> Option<(&[u8], &[u8])> {
+    let at = text.iter().position(|byte| *byte == b'=')?;
+    let (before, behind) = text.split_at_checked(at)?;
+    Some((before, behind.strip_prefix(b"=")?))
+}
+
+/// What [`split`] and the options take for one part.
+pub fn doubled(text: &OsStr) -> OsString {
+    let mut doubled = Vec::with_capacity(text.len());
+    for byte in text.as_bytes() {
+        doubled.extend(std::iter::repeat_n(*byte, if *byte == b',' { 2 } else { 1 }));
+    }
+    OsString::from_vec(doubled)
 }
 
 #[cfg(test)]
@@ -149,8 +186,17 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_path_can_be_said(id in "[a-z0-9#-]{1,20}", path in "[^\0]{1,30}") {
-            let disk: DiskOption = format!("{id}={},readonly", doubled(&path)).parse().unwrap();
+        fn any_path_can_be_said(
+            id in "[a-z0-9#-]{1,20}",
+            path in prop::collection::vec(1u8..=255, 1..30),
+        ) {
+            let path = OsString::from_vec(path);
+            let mut text = OsString::from(format!("{id}="));
+            text.push(doubled(&path));
+            let backing = BackingOption::parse(&text).unwrap();
+            prop_assert_eq!((backing.id.as_ref(), backing.path.as_os_str()), (Some(&id), &*path));
+            text.push(",readonly");
+            let disk = DiskOption::parse(&text).unwrap();
             prop_assert_eq!((disk.id, disk.path), (id, PathBuf::from(path)));
         }
     }

@@ -67,6 +67,20 @@ pub trait BlockSource: Send + Sync {
     /// Fills `buf`. Never short. The range must lie inside the disk.
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()>;
 
+    /// Whether it stands on a base, which somebody else may have too: see [`held`](Self::held).
+    fn has_base(&self) -> bool {
+        false
+    }
+
+    /// Like [`extent`](Self::extent), of what the disk holds itself: a hole is what its base
+    /// decides. What is held stays held, whatever is written or discarded. A disk without a base
+    /// holds everything.
+    fn held(&self, offset: u64, max_len: u64) -> Result<Extent> {
+        let found = self.extent(offset, max_len)?;
+        let is_hole = found.kind == ExtentKind::Hole;
+        Ok(Extent { kind: if is_hole { ExtentKind::Zero } else { found.kind }, ..found })
+    }
+
     /// Where a compressed unit starts at `offset`: appends its stored bytes, exactly those that its
     /// decoder consumes, to `out`. `None` where there is no such unit.
     fn read_compressed(&self, _offset: u64, _out: &mut Vec<u8>) -> Result<Option<CompressedUnit>> {

@@ -52,7 +52,9 @@ pub struct Guard {
 #[derive(Debug, Default)]
 struct Slots {
     slots: Vec<Live>,
-    removed: Vec<DirectoryEntry>,
+    /// Those that were found and are to go. They record until they are gone:
+    /// [`Guard::suspend`] keeps them.
+    removed: Vec<Live>,
     /// Whether the directory must be written anew, marks or not.
     has_changed: bool,
 }
@@ -116,7 +118,7 @@ impl Guard {
     /// Whether no bitmap records writes, so that [`record_write`](Self::record_write) has nothing
     /// to do until one is added.
     pub fn is_idle(&self) -> bool {
-        self.read().slots.iter().all(|s| s.tracker.is_none())
+        self.read().trackers().next().is_none()
     }
 
     /// Marks the granules of a change of guest data: a write, a write of zeroes, a discard. May
@@ -126,7 +128,7 @@ impl Guard {
         let range = offset..offset.saturating_add(len);
         let slots = self.read();
         let mut before: Option<&Arc<Tracker>> = None;
-        for tracker in slots.slots.iter().filter_map(|s| s.tracker.as_ref()) {
+        for tracker in slots.trackers() {
             // Bitmaps that were found together share a tracker, and mostly stand side by side.
             if !before.is_some_and(|b| Arc::ptr_eq(b, tracker)) {
                 tracker.mark(range.clone());
@@ -193,7 +195,7 @@ impl Guard {
         let mut slots = self.write();
         let index = slots.slots.iter().position(|s| s.entry.name == name);
         let live = slots.slots.remove(index.ok_or_else(|| self.no_bitmap(name))?);
-        slots.removed.extend(live.stored);
+        slots.removed.extend(live.stored.is_some().then_some(live));
         slots.has_changed = true;
         Ok(())
     }
@@ -221,8 +223,25 @@ impl Guard {
         }
         let image = image_facts(&*self.file, &header)?;
         let slots_now = slots.slots.into_iter().map(|s| s.into_slot(image)).collect();
-        let change = Change { slots: slots_now, removed: slots.removed, replaced: self.taken };
+        let removed = slots.removed.into_iter().filter_map(|s| s.stored).collect();
+        let change = Change { slots: slots_now, removed, replaced: self.taken };
         change.apply(&*self.file, image, allocator)
+    }
+
+    /// Stops for now: stores the bitmaps that were found, with what they recorded, and makes them
+    /// valid again, durably. Those that were added are left out, those that were removed are still
+    /// there. For a writer that has not done what it was to do, so that whoever goes on finds the
+    /// bitmaps that it found. Otherwise like [`finish`](Self::finish).
+    pub fn suspend(self, allocator: &mut dyn Allocate) -> Result<()> {
+        {
+            let mut slots = self.write();
+            slots.slots.retain(|live| live.stored.is_some());
+            let removed = std::mem::take(&mut slots.removed);
+            // Their order in the directory may be another one then.
+            slots.has_changed = !removed.is_empty();
+            slots.slots.extend(removed);
+        }
+        self.finish(allocator)
     }
 
     /// Nothing was written: the bits on disk are right, only the flags are not.
@@ -289,6 +308,13 @@ impl Guard {
 
     fn write(&self) -> RwLockWriteGuard<'_, Slots> {
         self.slots.write().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Slots {
+    /// What records writes, once for each bitmap.
+    fn trackers(&self) -> impl Iterator<Item = &Arc<Tracker>> {
+        self.slots.iter().chain(&self.removed).filter_map(|live| live.tracker.as_ref())
     }
 }
 

@@ -147,7 +147,8 @@ pub(crate) struct CopyArgs {
     /// Read through the backing chain of SRC into one image
     #[arg(long, conflicts_with = "backing")]
     pub(crate) flatten: bool,
-    /// Copy what differs from this file and make it the backing file of DST
+    /// Copy what differs from this file and make it the backing file of DST. Where SRC or DST is
+    /// at another host, it is on the host of DST and has to read as what SRC stands on
     #[arg(long, value_name = "PATH")]
     pub(crate) backing: Option<PathBuf>,
     /// Bitmaps to carry: all, none or names

@@ -4,6 +4,7 @@ use std::sync::mpsc::{self, Receiver};
 use std::time::{Duration, Instant};
 
 use clap::Args as Group;
+use clap::builder::{OsStringValueParser, TypedValueParser as _};
 use serde::Serialize;
 
 use format_spec::native::hello::MAX_CHANNELS;
@@ -43,6 +44,7 @@ pub(crate) struct ReceiveArgs {
     /// The place of a disk: ID is its name at the source, a doubled comma stands for one in PATH;
     /// made as qcow2 unless format= says otherwise; may be repeated
     #[arg(long, value_name = "ID=PATH[,format=F]", required = true)]
+    #[arg(value_parser = OsStringValueParser::new().try_map(|text| DiskOption::parse(&text)))]
     pub(crate) disk: Vec<DiskOption>,
     /// Shape of new qcow2 images in qemu-img's words: cluster_size, extended_l2, compression_type,
     /// refcount_bits, compat, data_file, data_file_raw; may be repeated
@@ -69,6 +71,7 @@ pub(crate) struct ReceiveArgs {
     /// Make the image on this backing file, which reads as the source's: for `send --shared-base`.
     /// Of several disks each has its own; may be repeated
     #[arg(long, value_name = "[ID=]PATH[,format=F]", conflicts_with_all = ["in_place", "flatten"])]
+    #[arg(value_parser = OsStringValueParser::new().try_map(|text| BackingOption::parse(&text)))]
     pub(crate) backing: Vec<BackingOption>,
     /// Not here: what is sent is decided at the source
     #[arg(long, hide = true)]

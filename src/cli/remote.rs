@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use bitferry::connect::{self, Location, Options, Remote};
 use bitferry::copy::{BitmapSelection, Format, Rename};
-use bitferry::options::{DiskOption, doubled};
+use bitferry::options::{BackingOption, DiskOption, doubled};
 use bitferry::receive::{self, Arrivals, ReceiveOptions};
 use bitferry::report::{Report, Status, Verified};
 use bitferry::send::{self, SendOptions};
@@ -46,7 +46,7 @@ pub(super) fn route(source: &Path, destination: &Path) -> Result<Route> {
 
 /// Sends to a `bitferry receive` at the other host.
 pub(super) fn to(args: CopyArgs, remote: &Remote, output: &Output) -> Outcome {
-    refuse_backing(&args)?;
+    check_backing(&args)?;
     let watch = Watch::with_events(output, !args.no_verify)?;
     let mut options = send_options(&args);
     let plan = send::plan(&options, &watch)?;
@@ -62,10 +62,13 @@ pub(super) fn to(args: CopyArgs, remote: &Remote, output: &Output) -> Outcome {
     }
     // The same command finds what it left; another shape is another command.
     options.destination = format!("{remote} {format} {}", args.target_options.join(","));
+    if let Some(base) = &args.backing {
+        options.destination.push_str(&format!(" on {}", base.display()));
+    }
     if args.dry_run {
         return super::send::dry_run(&options, &watch, output);
     }
-    let words = receive_args(&args, remote, format)?;
+    let words = receive_args(&args, remote, format);
     let how = (words, args.channels.unwrap_or(1));
     let dialer = connect::dial_ssh(&remote.destination, how, &Options::default());
     let limits = (Some(&options.meter), Duration::ZERO);
@@ -80,7 +83,7 @@ pub(super) fn to(args: CopyArgs, remote: &Remote, output: &Output) -> Outcome {
 /// Receives from a `bitferry send` at the other host.
 pub(super) fn from(args: CopyArgs, remote: &Remote, output: &Output) -> Outcome {
     let started = Instant::now();
-    refuse_backing(&args)?;
+    check_backing(&args)?;
     let watch = Watch::with_events(output, !args.no_verify)?;
     if args.dry_run {
         return plan_there(&args, remote, output);
@@ -94,6 +97,7 @@ pub(super) fn from(args: CopyArgs, remote: &Remote, output: &Output) -> Outcome 
         disks: vec![disk],
         target,
         existing: super::copy::existing(args.force, args.in_place),
+        backing: args.backing.iter().map(|path| base(path)).collect(),
         allow_backing: args.allow_backing,
         no_verify: args.no_verify,
         fresh: args.fresh,
@@ -103,7 +107,7 @@ pub(super) fn from(args: CopyArgs, remote: &Remote, output: &Output) -> Outcome 
     };
     options.check()?;
     let transport = Options::default();
-    let words = send_args(&args, remote, &["--quiet", "--two-way", "-"])?;
+    let words = send_args(&args, remote, &["--quiet", "--two-way", "-"]);
     let how = (words, args.channels.unwrap_or(1));
     let listener = connect::listen_ssh(&remote.destination, how, &transport);
     let limits = (None, Duration::ZERO);
@@ -135,7 +139,7 @@ fn proved_if_wanted(report: &Report, no_verify: bool, remote: &Remote) -> Result
 /// What would be sent is known at the other end, which is asked there.
 fn plan_there(args: &CopyArgs, remote: &Remote, output: &Output) -> Outcome {
     let form = if output.is_json { "--json" } else { "--progress=never" };
-    let words = send_args(args, remote, &[form, "--dry-run", "file:/dev/null"])?;
+    let words = send_args(args, remote, &[form, "--dry-run", "file:/dev/null"]);
     let (said, status) = connect::run_ssh(&remote.destination, &words, &[WOULD_LOSE])?;
     output.stream(|out| out.write_all(&said))?;
     Ok(status)
@@ -147,6 +151,7 @@ fn send_options(args: &CopyArgs) -> SendOptions {
     SendOptions {
         disks: vec![disk(args.source.clone(), args.source_format)],
         allow_backing: args.allow_backing || args.flatten,
+        shared_base: args.backing.is_some(),
         bitmaps: args.bitmaps.clone(),
         renames: args.rename_bitmap.iter().map(any_node).collect(),
         skip_broken_bitmaps: args.skip_broken_bitmaps,
@@ -187,77 +192,101 @@ fn disk(path: std::path::PathBuf, format: Option<Format>) -> DiskOption {
     DiskOption { id: DISK.to_owned(), path, format, is_readonly: false }
 }
 
-fn refuse_backing(args: &CopyArgs) -> Result<()> {
+/// The backing file of a destination here.
+fn base(path: &Path) -> BackingOption {
+    BackingOption { id: None, path: path.to_owned(), format: None }
+}
+
+/// The two ends do not see each other's backing file: what stands above the one is sent, and
+/// whether that fits the other only the proof can tell.
+fn check_backing(args: &CopyArgs) -> Result<()> {
+    let usage = |reason: &str| Err(Error::Usage { reason: reason.to_owned() });
     match &args.backing {
         None => Ok(()),
-        Some(_) => Err(Error::Usage {
-            reason: "--backing is for copies on one host: use --flatten".to_owned(),
+        Some(_) if args.in_place => {
+            usage("--backing is for new images; --in-place writes into what exists")
+        }
+        Some(_) if args.target_format == Some(Format::Raw) => {
+            usage("a raw image has no backing file: leave -O or --backing out")
+        }
+        Some(path) if args.no_verify => Err(Error::WouldLose {
+            reason: format!(
+                "{} is on the destination's host, and only the proof can tell whether it reads as \
+                 what the source stands on",
+                path.display()
+            ),
+            hint: "leave --no-verify out".to_owned(),
         }),
+        Some(_) => Ok(()),
     }
 }
 
 /// Arguments of the receiving side. What it may have kept of an earlier try it goes on with if that
 /// is of the same session, which --fresh changes.
-fn receive_args(args: &CopyArgs, remote: &Remote, format: Format) -> Result<Vec<OsString>> {
+fn receive_args(args: &CopyArgs, remote: &Remote, format: Format) -> Vec<OsString> {
     let format = (!args.in_place || args.target_format.is_some()).then_some(format);
-    let mut words = vec!["receive".to_owned(), "--quiet".to_owned()];
-    words.extend(["--disk".to_owned(), disk_word(&remote.path, format)?]);
-    words.extend(args.target_options.iter().flat_map(|o| ["-o".to_owned(), o.clone()]));
+    let mut words: Vec<OsString> = vec!["receive".into(), "--quiet".into()];
+    words.extend(["--disk".into(), disk_word(&remote.path, format)]);
+    words.extend(args.target_options.iter().flat_map(|o| ["-o".into(), OsString::from(o)]));
     let switches = [
         (args.force, "--force"),
         (args.in_place, "--in-place"),
-        (args.in_place && args.allow_backing, "--allow-backing"),
+        ((args.in_place || args.backing.is_some()) && args.allow_backing, "--allow-backing"),
         (args.no_verify, "--no-verify"),
     ];
     words.extend(set(&switches));
-    if let Some(directory) = args.state_dir.named() {
-        words.extend(["--state-dir".to_owned(), text_of(directory)?.to_owned()]);
+    if let Some(base) = &args.backing {
+        words.extend(["--backing".into(), place_word(base)]);
     }
-    words.push("-".to_owned());
-    Ok(words.into_iter().map(OsString::from).collect())
+    if let Some(directory) = args.state_dir.named() {
+        words.extend(["--state-dir".into(), directory.into()]);
+    }
+    words.push("-".into());
+    words
 }
 
 /// Arguments of the sending side, the last of which say `how`. --fresh is about what is here.
-fn send_args(args: &CopyArgs, remote: &Remote, how: &[&str]) -> Result<Vec<OsString>> {
-    let mut words = vec!["send".to_owned()];
-    words.extend(["--disk".to_owned(), disk_word(&remote.path, args.source_format)?]);
+fn send_args(args: &CopyArgs, remote: &Remote, how: &[&str]) -> Vec<OsString> {
+    let mut words: Vec<OsString> = vec!["send".into()];
+    words.extend(["--disk".into(), disk_word(&remote.path, args.source_format)]);
     words.push(match &args.bitmaps {
-        BitmapSelection::All => "--bitmaps=all".to_owned(),
-        BitmapSelection::None => "--bitmaps=none".to_owned(),
-        BitmapSelection::Named(names) => format!("--bitmaps={}", names.join(",")),
+        BitmapSelection::All => "--bitmaps=all".into(),
+        BitmapSelection::None => "--bitmaps=none".into(),
+        BitmapSelection::Named(names) => format!("--bitmaps={}", names.join(",")).into(),
     });
     // Whatever disk was named here, there is only one there.
-    words.extend(
-        args.rename_bitmap.iter().map(|r| format!("--rename-bitmap={DISK}/{}={}", r.old, r.new)),
-    );
-    words.push(format!("--compress={}", args.compress));
-    words.extend(args.channels.map(|n| format!("--channels={n}")));
-    words.extend(args.bandwidth.map(|rate| format!("--bandwidth={rate}")));
+    let renames = args.rename_bitmap.iter();
+    let renames = renames.map(|r| format!("--rename-bitmap={DISK}/{}={}", r.old, r.new));
+    words.extend(renames.map(OsString::from));
+    words.push(format!("--compress={}", args.compress).into());
+    words.extend(args.channels.map(|n| OsString::from(format!("--channels={n}"))));
+    words.extend(args.bandwidth.map(|rate| OsString::from(format!("--bandwidth={rate}"))));
     let switches = [
         (args.allow_backing || args.flatten, "--allow-backing"),
+        (args.backing.is_some(), "--shared-base"),
         (args.skip_broken_bitmaps, "--skip-broken-bitmaps"),
         (args.no_verify, "--no-verify"),
     ];
     words.extend(set(&switches));
-    words.extend(how.iter().map(|word| (*word).to_owned()));
-    Ok(words.into_iter().map(OsString::from).collect())
+    words.extend(how.iter().map(OsString::from));
+    words
 }
 
-fn set(switches: &[(bool, &str)]) -> impl Iterator<Item = String> {
-    switches.iter().filter(|(is_set, _)| *is_set).map(|(_, word)| (*word).to_owned())
+fn set(switches: &[(bool, &str)]) -> impl Iterator<Item = OsString> {
+    switches.iter().filter(|(is_set, _)| *is_set).map(|(_, word)| OsString::from(word))
 }
 
-/// A path at the other host.
-fn text_of(path: &Path) -> Result<&str> {
-    path.to_str().ok_or_else(|| Error::Usage {
-        reason: format!("{} is not UTF-8, which paths at other hosts must be", path.display()),
-    })
+fn disk_word(path: &Path, format: Option<Format>) -> OsString {
+    let mut word = place_word(path);
+    word.push(format.map(|format| format!(",format={format}")).unwrap_or_default());
+    word
 }
 
-fn disk_word(path: &Path, format: Option<Format>) -> Result<String> {
-    let text = text_of(path)?;
-    let format = format.map(|format| format!(",format={format}")).unwrap_or_default();
-    Ok(format!("{DISK}={}{format}", doubled(text)))
+/// The disk and a path.
+fn place_word(path: &Path) -> OsString {
+    let mut word = OsString::from(format!("{DISK}="));
+    word.push(doubled(path.as_os_str()));
+    word
 }
 
 /// The format of the image at the other host, as `bitferry info` there says.

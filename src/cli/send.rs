@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use clap::Args as Group;
+use clap::builder::{OsStringValueParser, TypedValueParser as _};
 
 use bitferry::connect::{self, Dial as _, Options, Uri};
 use bitferry::copy::BitmapSelection;
@@ -44,6 +45,7 @@ pub(crate) struct SendArgs {
     /// A disk: ID is its name at the destination, a doubled comma stands for one in PATH; may be
     /// repeated
     #[arg(long, value_name = "ID=PATH[,format=F][,readonly]", required = true)]
+    #[arg(value_parser = OsStringValueParser::new().try_map(|text| DiskOption::parse(&text)))]
     pub(crate) disk: Vec<DiskOption>,
     /// Open the backing and data files that the images name, and read through them
     #[arg(long)]

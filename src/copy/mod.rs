@@ -19,7 +19,7 @@ use block_mig::Transferred;
 use format_spec::content_hash::ContentHash;
 
 pub(crate) use bitmaps::difference;
-pub(crate) use in_place::{invalidated, open_editor, open_editor_in};
+pub(crate) use in_place::{backing, invalidated, open_editor, open_editor_in, suspend};
 pub use options::{
     BackingChoice, BitmapSelection, CopyOptions, Existing, Format, Rename, TargetOptions,
 };

@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bitmap_mig::LiveBitmaps;
+use block_mig::plan::Scope;
 use block_mig::tracked::LiveSource;
 use mig_core::bitmap::BitmapInfo;
 use mig_core::section::SaveHandler;
@@ -35,6 +36,13 @@ pub(super) struct LiveDisk {
     pub(super) bitmaps: Arc<LiveBitmaps>,
 }
 
+impl LiveDisk {
+    /// What is sent of it: what it holds itself, if the destination `shares` what is below.
+    pub(super) fn scope(&self, shares: bool) -> Scope {
+        if shares && self.disk.has_base() { Scope::Above } else { Scope::Whole }
+    }
+}
+
 /// A migration that is about to begin.
 pub struct Outgoing<'a> {
     pub(super) disks: Vec<LiveDisk>,
@@ -48,6 +56,8 @@ pub struct Outgoing<'a> {
     pub(super) reconnect: Duration,
     pub(super) max_pause: Duration,
     pub(super) blocks: bool,
+    /// Whether the destination has what disks stand on.
+    pub(super) shared_base: bool,
     pub(super) hashes: bool,
     pub(super) workers: usize,
     pub(super) timing: Timing,
@@ -74,6 +84,7 @@ impl<'a> Outgoing<'a> {
             reconnect: Duration::ZERO,
             max_pause: MAX_PAUSE,
             blocks: true,
+            shared_base: false,
             hashes: true,
             workers: block_mig::limits::workers(None),
             timing: Timing::default(),
@@ -167,6 +178,16 @@ impl<'a> Builder<'a> {
         self
     }
 
+    /// Sends of disks [with a base](mig_core::block::BlockSource::has_base) what they hold
+    /// themselves, and what the guest changes: the destination makes new images above a copy of
+    /// the base, which is its own (`receive --backing`; a QEMU's images are there). Other disks go
+    /// as a whole. What both sides hold against each other is all that a guest reads, the base
+    /// included.
+    pub fn shared_base(mut self) -> Self {
+        self.0.shared_base = true;
+        self
+    }
+
     /// Leaves out the proof that the destination reads as the source does.
     pub fn no_verify(mut self) -> Self {
         self.0.hashes = false;
@@ -204,6 +225,12 @@ impl<'a> Builder<'a> {
             if disk.bitmaps.size() != disk.disk.size() {
                 return wrong(format!("the bitmaps of {:?} are those of another disk", disk.name));
             }
+        }
+        if outgoing.shared_base && !outgoing.blocks {
+            return wrong("without contents nothing is sent above a base".to_owned());
+        }
+        if outgoing.shared_base && !outgoing.disks.iter().any(|disk| disk.disk.has_base()) {
+            return wrong("no disk stands on a base that could be shared".to_owned());
         }
         if outgoing.channels == 0 {
             return wrong("a migration needs a connection".to_owned());

@@ -9,8 +9,9 @@ use block_mig::device::EditorDisk;
 use mig_core::bitmap::BitmapInfo;
 use qcow2_file::bitmaps::{Bitmaps, PersistentBitmap, State};
 use qcow2_file::edit::{Editor, EditorOptions};
-use qcow2_file::{Access, Chain, Opener};
+use qcow2_file::{Access, Chain, Opener, Storage};
 
+use crate::copy::backing;
 use crate::{Error, Result};
 
 /// An image that is open for a guest, locked, its enabled bitmaps marked as in use on disk.
@@ -27,8 +28,19 @@ impl LiveImage {
     /// Opens an image that stands alone. Its consistent bitmaps are loaded; others stay as they are
     /// on disk and take no part.
     pub fn open(path: &Path) -> Result<Self> {
+        Self::open_as(path, false)
+    }
+
+    /// The same with an image that stands on others: it is opened with the files that it names,
+    /// which takes trust in it.
+    pub fn open_above(path: &Path) -> Result<Self> {
+        Self::open_as(path, true)
+    }
+
+    fn open_as(path: &Path, allow_named: bool) -> Result<Self> {
         let opener = Opener::new().format(Some(qcow2_file::Format::Qcow2)).lock(true);
-        let chain = opener.access(Access::ReadWrite).open(path)?;
+        let opener = opener.access(Access::ReadWrite).allow_named_files(allow_named);
+        let chain = opener.open(path)?;
         let file = chain.top().file().clone();
         let header = qcow2_file::preflight::read_header(&*file)?;
         let stored = Bitmaps::open(file.clone(), &header)?;
@@ -39,7 +51,10 @@ impl LiveImage {
                 bitmaps.add_loaded(&loaded).map_err(unusable)?;
             }
         }
-        let editor = Editor::open(file, EditorOptions::default())?;
+        let data = chain.files().first().and_then(|files| files.data.clone());
+        let data = data.map(|data| data as Arc<dyn Storage>);
+        let backing = backing(&chain, allow_named)?;
+        let editor = Editor::open(file, EditorOptions { data, backing, ..Default::default() })?;
         let disk = Arc::new(TrackedDisk::new(EditorDisk::new(editor), bitmaps.clone()));
         Ok(Self { path: path.to_owned(), disk, bitmaps, _chain: chain })
     }

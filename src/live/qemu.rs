@@ -12,8 +12,10 @@ use std::time::{Duration, Instant};
 
 use bitmap_mig::live::JobError;
 use block_mig::Monitor as _;
+use block_mig::device::HeldSource;
 use block_mig::limits::UNIT_BYTES;
 use block_mig::plan::{Scope, Units};
+use mig_core::block::BlockSource;
 use mig_core::dirty::DirtySet;
 use mig_core::guest::Guest;
 use mig_core::heart::Heart;
@@ -37,6 +39,7 @@ use crate::qemu::outgoing::{
 };
 use crate::qemu::{self, Version};
 use crate::report::{BitmapOutcome, BitmapReport, DiskReport, ONLY_BITMAPS, Report, Verified};
+use crate::send::BELOW;
 use crate::status::{Amounts, Status};
 use crate::{Error, Phase, Result, report};
 
@@ -69,6 +72,7 @@ struct Moving<'m> {
     disks: &'m [LiveDisk],
     workers: usize,
     target: &'m QemuTarget,
+    shares_base: bool,
     bitmaps: &'m [PlannedBitmap],
     meter: &'m Meter,
     eye: &'m Eye<'m>,
@@ -152,6 +156,7 @@ impl Outgoing<'_> {
             (!self.states.is_empty(), "state beside the disks"),
             (!self.reconnect.is_zero(), "connecting again"),
             (target.blocks && !self.blocks, "the contents that no_blocks leaves out"),
+            (!target.blocks && self.shared_base, "contents, and then nothing stands above a base"),
         ];
         if let Some((_, what)) = given.iter().find(|(is_given, _)| *is_given) {
             let reason = format!("disks and bitmaps go to a QEMU without {what}");
@@ -203,7 +208,7 @@ impl Outgoing<'_> {
         steering: &mut Steering<'_>,
     ) -> qemu::Result<(Ending, Vec<Fingerprint>, Vec<Sent>)> {
         let meter = Meter::default();
-        let total = if target.blocks { self.content()? } else { 0 };
+        let total = if target.blocks { self.content(self.shared_base)? } else { 0 };
         let progress = Progress::begin(self.observer, Phase::Transfer, total);
         let watched = (self.observer, &progress);
         let eye = Eye::new(&self.migration, &meter, steering.deadline(), watched);
@@ -213,6 +218,7 @@ impl Outgoing<'_> {
             disks: &self.disks,
             workers: self.workers,
             target,
+            shares_base: self.shared_base,
             bitmaps,
             meter: &meter,
             eye: &eye,
@@ -244,7 +250,10 @@ impl Outgoing<'_> {
                 let (old, new) = (&bitmap.source_name, &bitmap.wire.name);
                 carried(old, new, verdicts.next())
             });
-            disk_report(live, sent, reports.collect())
+            let mut report = disk_report(live, sent, reports.collect());
+            let is_above = live.scope(self.shared_base) == Scope::Above;
+            report.not_carried.extend(is_above.then(|| BELOW.to_owned()));
+            report
         });
         Report {
             status: outcome.status,
@@ -364,7 +373,12 @@ impl Moving<'_> {
 
     fn bulk(&mut self, session: &mut Session) -> qemu::Result<()> {
         for (index, live) in self.disks.iter().enumerate() {
-            let units = Units::new(&*live.disk, Scope::Whole, UNIT_BYTES);
+            let held = HeldSource(&*live.disk);
+            let (source, scope): (&dyn BlockSource, _) = match live.scope(self.shares_base) {
+                Scope::Above => (&held, Scope::Above),
+                Scope::Whole => (&*live.disk, Scope::Whole),
+            };
+            let units = Units::new(source, scope, UNIT_BYTES);
             self.send(session, index, Chunks::new(units, live.disk.size()), false)?;
         }
         Ok(())

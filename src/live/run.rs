@@ -5,6 +5,7 @@ use std::sync::{Arc, TryLockError};
 use std::time::{Duration, Instant};
 
 use bitmap_mig::live::{Numbers, SaveLive, Sender};
+use block_mig::device::HeldSource;
 use block_mig::limits::UNIT_BYTES;
 use block_mig::plan::{Scope, survey};
 use block_mig::save::SaveCounts;
@@ -12,6 +13,7 @@ use block_mig::{SaveBlocks, SaveDisk, SaveOptions};
 use format_spec::Blame;
 use format_spec::native::answer::Ready;
 use format_spec::native::block::DiskId;
+use mig_core::block::BlockSource;
 use mig_core::guest::Guest;
 use mig_core::heart::Heart;
 use mig_core::meter::Meter;
@@ -151,7 +153,8 @@ impl Outgoing<'_> {
         tries: &mut Tries,
     ) -> Result<Sent, stream::Error> {
         let meter = Arc::new(Meter::default());
-        let total = self.content()?;
+        // What is not sent is read all the same where it is hashed.
+        let total = self.content(self.shared_base && !self.hashes)?;
         let progress = Progress::begin(self.observer, Phase::Transfer, total);
         let eye =
             Eye::new(&self.migration, &meter, steering.deadline(), (self.observer, &progress));
@@ -162,8 +165,9 @@ impl Outgoing<'_> {
         });
         let disks = disks.collect::<mig_core::Result<Vec<_>>>().map_err(Error::from)?;
         let options = SaveOptions { hashes: self.hashes, workers: self.workers, monitor: &eye };
+        let held: Vec<_> = self.disks.iter().map(|live| HeldSource(&*live.disk)).collect();
         let blocks = match self.blocks {
-            true => SaveBlocks::new(disks, options),
+            true => SaveBlocks::above(self.above(disks, &held), options),
             false => SaveBlocks::without_content(disks, options),
         };
         let blocks = blocks.map_err(Error::from)?;
@@ -204,14 +208,30 @@ impl Outgoing<'_> {
         })
     }
 
+    /// What of each disk is to be sent: where the other side shares the base, what it holds.
+    fn above<'s>(
+        &self,
+        disks: Vec<SaveDisk<'s>>,
+        held: &'s [HeldSource<'_>],
+    ) -> Vec<(SaveDisk<'s>, Option<&'s dyn BlockSource>)> {
+        let is_above = |live: &LiveDisk| live.scope(self.shared_base) == Scope::Above;
+        let above = self.disks.iter().zip(held);
+        let above = above.map(|(live, held)| is_above(live).then_some(held as &dyn BlockSource));
+        disks.into_iter().zip(above).collect()
+    }
+
     /// Bytes that were sent of all disks in all attempts.
     fn sent_bytes(&self) -> u64 {
         self.migration.info().disk.map_or(0, |disk| disk.normal_bytes)
     }
 
-    /// Bytes of content to be sent at least, as the disks say.
-    pub(super) fn content(&self) -> Result<u64> {
-        let of_disk = |live: &LiveDisk| survey(&*live.disk, Scope::Whole, UNIT_BYTES);
+    /// Bytes of content to be read at least, as the disks say; only of what they hold themselves,
+    /// where the other side `shares` what is below.
+    pub(super) fn content(&self, shares: bool) -> Result<u64> {
+        let of_disk = |live: &LiveDisk| match live.scope(shares) {
+            Scope::Whole => survey(&*live.disk, Scope::Whole, UNIT_BYTES),
+            Scope::Above => survey(&HeldSource(&*live.disk), Scope::Above, UNIT_BYTES),
+        };
         let carried = self.disks.iter().filter(|_| self.blocks);
         let contents = carried.map(|live| of_disk(live).map(|survey| survey.content));
         Ok(contents.sum::<block_mig::Result<u64>>()?)

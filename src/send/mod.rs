@@ -22,7 +22,7 @@ use mig_core::transport::{Dial, Nature};
 
 use self::attempts::{Moved, MovedDisk, attempts};
 pub use self::options::SendOptions;
-pub(crate) use self::plan::check_ids;
+pub(crate) use self::plan::{BELOW, check_ids};
 pub use self::plan::{Plan, PlannedDisk};
 use self::plan::{Planned, decide, describe};
 use crate::carry::{self, Asked};

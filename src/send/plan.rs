@@ -23,7 +23,7 @@ const HINT: &str = "use --bitmaps none to go on without bitmaps or --bitmaps wit
      of them; a raw disk with bitmaps is -O qcow2 -o data_file=FILE,data_file_raw=on";
 
 /// Said of a disk of which what its own image holds is sent.
-const BELOW: &str = "the backing file: the destination has its own";
+pub(crate) const BELOW: &str = "the backing file: the destination has its own";
 
 /// What would become of one disk.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]

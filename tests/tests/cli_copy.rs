@@ -356,6 +356,41 @@ fn a_limit_is_kept_and_can_be_interrupted() {
     assert_eq!(scratch.names(), [done[0], kept[0], kept[1], "big.qcow2", done[1]]);
 }
 
+#[test]
+fn bitmaps_of_a_destination_end_as_without_an_interruption() {
+    let scratch = Scratch::new();
+    if !require_all(&[Peer::QemuImg, Peer::QemuIo, Peer::QemuNbd]) {
+        return;
+    }
+    let source = make(&scratch, "a.qcow2", 64 * MIB).write(7, MIB, 12 * MIB);
+    let source = source.bitmap("nightly", 65536).write(8, 40 * MIB, 65536).done();
+    let whole = make(&scratch, "whole.qcow2", 64 * MIB).write(1, 30 * MIB, MIB);
+    let whole = whole.bitmap("nightly", 65536).bitmap("own", 65536).disabled_bitmap("old", 512);
+    let whole = whole.write(2, 50 * MIB, MIB).done();
+    let cut = scratch.path("cut.qcow2");
+    std::fs::copy(&whole, &cut).expect("copy");
+    let copy = |to: &str| format!("copy --json --in-place a.qcow2 {to}");
+    let expected = run(&copy("whole.qcow2"), &scratch).expect_exit(Exit::Done);
+    for _ in 0..2 {
+        let slow =
+            bitferry().dir(scratch.dir()).words(&format!("{} --bandwidth 4M", copy("cut.qcow2")));
+        let child = slow.spawn();
+        child.wait_for(false, |line| {
+            let event: serde_json::Value = serde_json::from_str(line).ok()?;
+            let is_there = event["phase"] == "transfer" && event["done"].as_u64()? >= 2 * MIB;
+            is_there.then_some(())
+        });
+        child.signal(Signal::INT);
+        child.wait().expect_exit(Exit::Interrupted);
+    }
+    let resumed = run(&copy("cut.qcow2"), &scratch).expect_exit(Exit::Done);
+    let (resumed, expected) = (json::summary(&resumed), json::summary(&expected));
+    assert_eq!(resumed["resumed"], true, "{resumed}");
+    assert_eq!(resumed["disks"][0]["bitmaps"], expected["disks"][0]["bitmaps"]);
+    qemu::same_disk(&source, &cut, &["nightly"]);
+    qemu::same_disk(&whole, &cut, &["nightly", "own", "old"]);
+}
+
 /// The attributes are cp's: what it has in the same place, the copy has too.
 #[test]
 fn attributes_follow_the_words_of_cp() {

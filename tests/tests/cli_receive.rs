@@ -1,6 +1,8 @@
 //! `receive` as its user meets it: the files it makes, what it says meanwhile. That what arrives is
 //! right is held elsewhere.
 
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 use std::time::Duration;
@@ -214,4 +216,32 @@ fn a_failure_names_the_disks_that_were_asked_for() {
     check(bitferry(&format!("receive --json {disks} tcp::0")), Exit::Device, &["vda", "vdb"]);
     let nobody = "send --json --disk vda=a.raw,format=raw unix:nobody";
     check(bitferry(nobody), Exit::Transport, &["vda"]);
+}
+
+#[test]
+fn a_path_may_consist_of_any_bytes() {
+    let scratch = Scratch::new();
+    disk(&scratch, "a.raw", MIB);
+    let word = |before: &str, name: &[u8], behind: &str| {
+        OsString::from_vec([before.as_bytes(), name, behind.as_bytes()].concat())
+    };
+    let (there, back) = (b"\xff\xfe, or so".as_slice(), b"\x80".as_slice());
+    let copy = |from: OsString, to: &[u8]| {
+        let run = bitferry().dir(scratch.dir()).words("copy -O qcow2").arg(from);
+        run.arg(OsStr::from_bytes(to)).output().expect_no_crash().expect_exit(Exit::Done);
+    };
+    copy("a.raw".into(), there);
+    let disk = word("vda=", back, "");
+    let running = bitferry().dir(scratch.dir()).words("receive --json --disk").arg(disk);
+    let running = running.arg("tcp:127.0.0.1:0").spawn();
+    let uri = listening(&running);
+    let disk = word("vda=", b"\xff\xfe,, or so", ",format=qcow2");
+    let send = bitferry().dir(scratch.dir()).words("send --json --disk").arg(disk).arg(uri);
+    send.output().expect_no_crash().expect_exit(Exit::Done);
+    running.wait().expect_no_crash().expect_exit(Exit::Done);
+    let compare = bitferry().dir(scratch.dir()).words("compare a.raw").arg(OsStr::from_bytes(back));
+    compare.output().expect_no_crash().expect_exit(Exit::Done);
+    let wrong = word("", b"\xff", "=x");
+    let send = bitferry().dir(scratch.dir()).words("send --disk").arg(wrong).arg("unix:s");
+    assert!(send.output().expect_exit(Exit::Usage).complaint().contains("ID is not UTF-8"));
 }

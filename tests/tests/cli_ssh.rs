@@ -246,6 +246,44 @@ fn wishes_reach_the_other_end() {
     assert!(!hosts.there.path("b.raw").exists() && !hosts.here.path("b.raw").exists());
 }
 
+#[test]
+fn an_overlay_goes_to_a_host_that_has_its_base() {
+    let Some(hosts) = Hosts::new() else { return };
+    let base = make(&hosts.here, "base.qcow2", 64 * MIB).write(1, 0, 24 * MIB).done();
+    let there = hosts.there.path("its, base.raw");
+    qemu::qemu_img("convert").words("-f qcow2 -O raw").arg(&base).arg(&there).ok();
+    let top = make(&hosts.here, "top.qcow2", 64 * MIB).backing("base.qcow2", "qcow2");
+    let top = top.write(3, 5 * MIB, MIB).bitmap("nightly", 65536).write(4, 40 * MIB, 65536);
+    let top = top.io(format!("write -z {} {}", 9 * MIB, MIB)).done();
+    let up = ["--backing", "its, base.raw", "top.qcow2", "host:up.qcow2"];
+    let output = hosts.copy(&up).output().expect_no_crash();
+    assert!(output.complaint().contains("--allow-backing"), "{output}");
+    let output = hosts.copy(&up).arg("--allow-backing").output();
+    let summary = json::summary(&output.expect_exit(Exit::Done));
+    assert_eq!(summary["disks"][0]["verified"], "yes", "{summary}");
+    assert!(summary["wire-bytes"].as_u64().expect("a number") < 3 * MIB, "{summary}");
+    let copy = hosts.there.path("up.qcow2");
+    assert_eq!(qemu::info(&copy, "qcow2")["backing-filename"], "its, base.raw");
+    same(&top, &copy);
+
+    let down = ["--allow-backing", "--backing", "base.qcow2", "host:up.qcow2", "down.qcow2"];
+    let summary = json::summary(&hosts.copy(&down).output().expect_exit(Exit::Done));
+    assert!(summary["wire-bytes"].as_u64().expect("a number") < 3 * MIB, "{summary}");
+    let copy = hosts.here.path("down.qcow2");
+    assert_eq!(qemu::info(&copy, "qcow2")["backing-filename"], "base.qcow2");
+    same(&top, &copy);
+
+    // A base that reads otherwise is found out, and nobody is told not to look.
+    make(&hosts.there, "other", 64 * MIB).write(2, 0, 24 * MIB).done();
+    let other = ["--allow-backing", "--backing", "other", "top.qcow2", "host:wrong.qcow2"];
+    hosts.copy(&other).output().expect_exit(Exit::Different);
+    hosts.copy(&other).arg("--no-verify").output().expect_exit(Exit::Refused);
+    for wish in ["--in-place", "-Oraw"] {
+        hosts.copy(&other).arg(wish).output().expect_exit(Exit::Usage);
+    }
+    assert!(!hosts.there.path("wrong.qcow2").exists());
+}
+
 /// Ends with a status of its own choosing when all is done.
 const ENDS_WITH: &str = r#"#!/bin/sh
 "$REAL" "$@" || exit

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use bitferry::live::{LiveImage, Outgoing, QemuTarget};
+use bitferry::live::{Builder, LiveImage, Outgoing, QemuTarget};
 use bitferry::policy::Limits;
 use bitferry::qemu::Version;
 use bitferry::report::{BitmapOutcome, Report, Status, Verified};
@@ -111,16 +111,24 @@ fn migrate(
     connection: Connection,
     to: &QemuTarget,
 ) -> (Result<Report, Error>, Told) {
+    migrate_as(image, connection, to, |builder| builder)
+}
+
+fn migrate_as<'a>(
+    image: &'a LiveImage,
+    connection: Connection,
+    to: &QemuTarget,
+    wish: impl FnOnce(Builder<'a>) -> Builder<'a>,
+) -> (Result<Report, Error>, Told) {
     let writer = Writer::new(image);
     let mut guest = Told::default();
     let migration = Arc::new(Migration::new(64 << 20, Duration::from_millis(150)));
     let limits = Limits { timeout: Some(Duration::from_secs(60)), ..Limits::default() };
-    let outgoing = Outgoing::builder()
+    let builder = Outgoing::builder()
         .disk("d", image.disk().clone(), image.bitmaps().clone())
         .migration(migration)
-        .limits(limits)
-        .build()
-        .unwrap();
+        .limits(limits);
+    let outgoing = wish(builder).build().unwrap();
     let result = std::thread::scope(|scope| {
         scope.spawn(|| writer.run("a live disk"));
         while writer.writes.load(Ordering::Acquire) < 20 {
@@ -197,6 +205,39 @@ fn a_disk_that_is_written_to_arrives_whole_at_a_qemu() {
         qemu::check_is_clean(&source);
         qemu::check_is_clean(&copy);
     }
+}
+
+#[test]
+fn above_a_shared_base_what_is_held_and_written_goes_to_a_qemu() {
+    if !peers() {
+        return;
+    }
+    let scratch = Scratch::new();
+    make(&scratch, "base", SIZE).write(7, 0, 9 * MIB).write(8, 16 * MIB, 30 * MIB).done();
+    let overlay = |name: &str| make(&scratch, name, SIZE).backing("base", "qcow2");
+    let source = overlay("source").write(1, 5 * MIB + 65536, 65536).bitmap("nightly", 65536);
+    let source = source.io(format!("write -z {} {}", 20 * MIB, 2 * MIB)).bitmap("hourly", 4096);
+    let source = source.disabled_bitmap("old", 65536).done();
+    let copy = overlay("copy").done();
+    let image = LiveImage::open_above(&source).unwrap();
+    let mut destination = Destination::of_disks(Peer::Qemu72, &[("d", &copy)]);
+    let to = target(true, Some(destination.monitor()));
+    let connection = destination.connect();
+    let (report, guest) = migrate_as(&image, connection, &to, Builder::shared_base);
+    let report = report.unwrap();
+    assert_eq!((report.status, exit_status(&report)), (Status::Completed, 0), "{report:?}");
+    assert_eq!((guest.pauses, guest.resumes), (1, 0));
+    destination.completes();
+    let found = ["nightly", "hourly", "old"].map(|name| destination.qemu.bitmap_hash("d", name));
+    assert!(destination.quit().status.success());
+    image.close().unwrap();
+    let disk = &report.disks[0];
+    assert!(disk.bytes_data > 0 && disk.bytes_data < 30 * MIB, "{disk:?}");
+    assert!(disk.not_carried.iter().any(|what| what.contains("has its own")), "{disk:?}");
+    assert_eq!(hashes(&source), found);
+    qemu::same_content((&source, "qcow2"), (&copy, "qcow2"));
+    qemu::check_is_clean(&source);
+    qemu::check_is_clean(&copy);
 }
 
 #[test]

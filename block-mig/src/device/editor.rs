@@ -138,6 +138,22 @@ impl BlockSource for EditorDisk {
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
         self.editor.read_at(buf, GuestOffset(offset)).map_err(failed("read", offset))
     }
+
+    fn has_base(&self) -> bool {
+        self.sink().has_backing
+    }
+
+    fn held(&self, offset: u64, max_len: u64) -> Result<Extent> {
+        let found = self.editor.extent(GuestOffset(offset), max_len);
+        let found = layer_extent(found.map_err(failed("map", offset))?);
+        let kind = match found.kind {
+            ExtentKind::Compressed => ExtentKind::Data,
+            // It is above nothing.
+            ExtentKind::Hole if !self.has_base() => ExtentKind::Zero,
+            other => other,
+        };
+        Ok(Extent { kind, host: None, ..found })
+    }
 }
 
 impl BlockSink for EditorDisk {

@@ -2,6 +2,7 @@
 
 mod chain;
 mod editor;
+mod held;
 mod new_image;
 mod raw;
 mod start;
@@ -14,6 +15,7 @@ use qcow2_file::{LayerExtent, LayerKind};
 
 pub use chain::{AboveSource, ChainBacking, ChainSource};
 pub use editor::{EditorDisk, EditorSink};
+pub use held::HeldSource;
 pub use new_image::NewImageSink;
 pub use raw::RawSink;
 pub use start::StartOf;

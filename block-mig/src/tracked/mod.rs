@@ -222,6 +222,14 @@ impl<D: BlockSource + BlockSink> BlockSource for TrackedDisk<D> {
         self.disk.read_at(buf, offset)
     }
 
+    fn has_base(&self) -> bool {
+        self.disk.has_base()
+    }
+
+    fn held(&self, offset: u64, max_len: u64) -> Result<Extent> {
+        self.disk.held(offset, max_len).map(|extent| Extent { host: None, ..extent })
+    }
+
     fn read_compressed(&self, offset: u64, out: &mut Vec<u8>) -> Result<Option<CompressedUnit>> {
         self.disk.read_compressed(offset, out)
     }

@@ -187,7 +187,7 @@ pub fn strip(file: &Arc<dyn Storage>) -> Result<bool> {
 
 /// Clears, on the user's word, the mark of an in-place copy that was not finished (SPEC 3.3).
 /// Answers whether it was there. The content may be partly old and partly new; bitmaps that
-/// recorded writes stay invalid.
+/// recorded writes say so if the copy had the time to store them, and are invalid if not.
 pub fn clear_unfinished(file: &dyn Storage) -> Result<bool> {
     let header = read_header(file)?;
     if header.incompatible_features & incompatible::UNFINISHED_COPY == 0 {

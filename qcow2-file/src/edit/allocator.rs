@@ -236,6 +236,7 @@ impl Allocator {
         let is_covered = covering < self.refcounts.table_len()
             && self.refcounts.block_in_file(covering)?.is_some();
         let cluster = if is_covered { free } else { own };
+        self.file.make_room(self.offset(cluster).0, self.geometry.cluster_size())?;
         self.refcounts.insert_block(index, self.offset(cluster))?;
         self.refcounts.set(cluster, 1)?;
         self.table = match std::mem::replace(&mut self.table, TableState::Moved) {

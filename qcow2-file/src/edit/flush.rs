@@ -43,6 +43,18 @@ impl Editor {
         self.mark.clear(&*self.file)
     }
 
+    /// Ends the editing for now, with the mark of an unfinished copy where it is: makes everything
+    /// durable, and the bitmaps that were found valid again, with what they recorded
+    /// ([`Guard::suspend`](crate::Guard::suspend)). Whoever goes on finds them as if there had been
+    /// no interruption.
+    pub fn suspend(mut self) -> Result<()> {
+        self.sync()?;
+        match self.guard.take() {
+            Some(guard) => guard.suspend(&mut *lock(&self.allocator)),
+            None => Ok(()),
+        }
+    }
+
     /// Whether the image is marked as holding an unfinished in-place copy: from the first write
     /// on, where that was asked for and the image is of version 3.
     pub fn is_marked(&self) -> bool {

@@ -27,6 +27,8 @@ mod allocator;
 mod cow;
 mod entries;
 mod flush;
+#[cfg(test)]
+mod full;
 mod mark;
 mod ranges;
 mod read;
@@ -45,6 +47,7 @@ pub use zero::ZeroMode;
 
 use crate::bitmaps::header::{KNOWN_AUTOCLEAR, clear_autoclear, read_writable};
 use crate::chain::Chain;
+use crate::check::reclaim;
 use crate::error::{Error, Result};
 use crate::first_failure::FirstFailure;
 use crate::guard::Guard;
@@ -101,8 +104,8 @@ pub struct EditorOptions {
     /// What becomes of persistent bitmaps.
     pub bitmaps: BitmapPolicy,
     /// Mark the image as holding an unfinished in-place copy (SPEC 3.3) from before the first
-    /// write until [`Editor::close`]; accept one that is marked. Version 2 has no such mark:
-    /// [`Editor::is_marked`].
+    /// write until [`Editor::close`]; accept one that is marked, and give back what the copy that
+    /// was interrupted there has leaked. Version 2 has no such mark: [`Editor::is_marked`].
     pub is_in_place_copy: bool,
 }
 
@@ -144,6 +147,9 @@ impl Editor {
     pub fn open(file: Arc<dyn Storage>, options: EditorOptions) -> Result<Self> {
         let header = read_writable(&*file)?;
         refuse_unusable(&*file, &header, &options)?;
+        if options.is_in_place_copy && may_be_left(&header) {
+            reclaim(&file, &header)?;
+        }
         let allocator = Allocator::open(file.clone(), &header)?;
         let tables = Tables::open(file.clone(), &header)?;
         let guard = match options.bitmaps {
@@ -233,6 +239,12 @@ impl Editor {
     fn refused(&self, reason: String) -> Error {
         Error::Refused { file: self.file.name(), reason }
     }
+}
+
+/// Whether an in-place copy may have been interrupted here, which leaks what it had allocated and
+/// not mapped yet. Version 2 cannot tell.
+fn may_be_left(header: &Header) -> bool {
+    header.version < 3 || header.incompatible_features & incompatible::UNFINISHED_COPY != 0
 }
 
 /// Refuses what an editor cannot serve, before anything is written.

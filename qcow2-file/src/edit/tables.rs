@@ -176,6 +176,11 @@ impl Tables {
         allocator: &mut dyn Allocate,
     ) -> Result<()> {
         let at = allocator.allocate(1)?;
+        if let Err(error) = self.file.make_room(at.0, self.geometry.cluster_size()) {
+            // Nothing else has changed.
+            allocator.free(at, 1)?;
+            return Err(error);
+        }
         if let Some(shared) = state.host {
             allocator.free(shared, 1)?;
         }

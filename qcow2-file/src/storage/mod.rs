@@ -83,6 +83,14 @@ pub(crate) trait StorageExt: Storage {
         self.write_at(buf, offset).map_err(|e| self.io_error("write", offset, e))
     }
 
+    /// Makes room for metadata in a range that nothing refers to yet, by writing zeroes: a file
+    /// system that is full is found out while that is a failure like any other, and not in the
+    /// middle of a flush.
+    fn make_room(&self, offset: u64, len: u64) -> Result<()> {
+        let zeroes = vec![0; usize::try_from(len).unwrap_or(usize::MAX)];
+        self.write_at(&zeroes, offset).map_err(|e| self.io_error("make room in", offset, e))
+    }
+
     /// [`Storage::sync`] naming the file.
     fn make_durable(&self) -> Result<()> {
         self.sync().map_err(|e| self.io_error("sync", 0, e))

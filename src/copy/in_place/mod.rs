@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use qcow2_file::{Access, HostFile, Opener};
 
-pub(crate) use self::qcow2::{invalidated, open_editor, open_editor_in};
+pub(crate) use self::qcow2::{backing, invalidated, open_editor, open_editor_in, suspend};
 
 use super::Done;
 use super::options::{CopyOptions, Format};

@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use block_mig::Transferred;
 use block_mig::device::EditorSink;
 use qcow2_file::bitmaps::{Bitmaps, Entry, PersistentBitmap, State};
 use qcow2_file::edit::{Backing, Editor, EditorOptions};
@@ -36,30 +37,62 @@ pub(super) fn copy(job: &Job<'_>, observer: &dyn Observer) -> Result<Done> {
             job.options.destination.display()
         ));
     }
-    let sink = EditorSink::new(&editor);
-    let continued = Continued::begin(job, &sink, observer)?;
+    let filled = match fill(job, &editor, observer) {
+        Ok(filled) => filled,
+        Err(error) => {
+            suspend(editor);
+            return Err(error);
+        }
+    };
+    let Filled { moved, mut proof, stored, continued } = filled;
     let (is_resumed, repeated) =
         continued.as_ref().map_or((false, 0), |c| (c.is_resumed, c.repeated));
-    let moved =
-        new::move_data(job, &sink, continued.as_ref().and_then(Continued::keeper), observer)?;
-    observer.phase(Phase::Seal);
-    editor.sync()?;
-    let mut proof = prove::prove(job, &own(job), &moved, &[], observer)?;
     if proof.verified == Verified::Mismatch {
         // Never closed: the mark of the unfinished copy stays.
         continued.map_or(Ok(()), Continued::end)?;
         return Ok(Done { moved, proof, invalidated: Vec::new(), is_resumed, repeated });
     }
-    observer.phase(Phase::Bitmaps);
-    new::go_on(observer)?;
-    let stored = bitmaps::load(&job.source, &job.bitmaps)?;
-    add(&editor, &stored)?;
     observer.phase(Phase::Publish);
     editor.close()?;
     let found = Disk::open(&own(job), &Silent)?;
     prove_bitmaps(&found, &stored, &mut proof)?;
     continued.map_or(Ok(()), |continued| continued.finish((job, observer), &proof, &stored))?;
     Ok(Done { moved, proof, invalidated: invalidated(&found), is_resumed, repeated })
+}
+
+/// What an image holds that only has to be closed.
+struct Filled {
+    moved: Transferred,
+    proof: Proof,
+    stored: Vec<PersistentBitmap>,
+    continued: Option<Continued>,
+}
+
+/// Everything but the last step. An error may be an interruption.
+fn fill(job: &Job<'_>, editor: &Editor, observer: &dyn Observer) -> Result<Filled> {
+    let sink = EditorSink::new(editor);
+    let continued = Continued::begin(job, &sink, observer)?;
+    let keeper = continued.as_ref().and_then(Continued::keeper);
+    let moved = new::move_data(job, &sink, keeper, observer)?;
+    observer.phase(Phase::Seal);
+    editor.sync()?;
+    let proof = prove::prove(job, &own(job), &moved, &[], observer)?;
+    if proof.verified == Verified::Mismatch {
+        return Ok(Filled { moved, proof, stored: Vec::new(), continued });
+    }
+    observer.phase(Phase::Bitmaps);
+    new::go_on(observer)?;
+    let stored = bitmaps::load(&job.source, &job.bitmaps)?;
+    add(editor, &stored)?;
+    Ok(Filled { moved, proof, stored, continued })
+}
+
+/// Leaves an image to the next try: it stays marked as unfinished, and its own bitmaps have
+/// recorded what was written so far. Whoever calls has an error to tell already.
+pub(crate) fn suspend(editor: Editor) {
+    if let Err(error) = editor.suspend() {
+        tracing::warn!(%error, "bitmaps of the destination that record writes are not valid now");
+    }
 }
 
 /// An editor for the top of a locked chain, which marks the image as unfinished before it writes
@@ -85,8 +118,8 @@ pub(crate) fn open_editor_in(
     Ok(Editor::open(file, options)?)
 }
 
-/// What the destination stands on, as a disk of its own.
-fn backing(chain: &Chain, allow_named_files: bool) -> Result<Option<Arc<dyn Backing>>> {
+/// What the top of a chain stands on, as a disk of its own.
+pub(crate) fn backing(chain: &Chain, allow_named_files: bool) -> Result<Option<Arc<dyn Backing>>> {
     let (Some(files), Some(layer)) = (chain.files().get(1), chain.layers().get(1)) else {
         return Ok(None);
     };

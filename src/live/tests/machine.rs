@@ -24,8 +24,50 @@ pub(super) const SIZE: u64 = (12 << 20) + 512;
 const BAD: u64 = 3 << 20;
 const NAMES: [&str; 4] = ["nightly", "job-a", "job-b", "job-c"];
 
+/// What a disk above a base allocates.
+const CLUSTER: usize = 4096;
+
 /// Bytes in memory, with a bad sector.
-pub(super) struct Ram(Mutex<Vec<u8>>);
+pub(super) struct Ram {
+    content: Mutex<Content>,
+    has_base: bool,
+}
+
+struct Content {
+    /// As the guest reads them.
+    bytes: Vec<u8>,
+    /// Clusters that were written, if only in part.
+    held: Vec<bool>,
+}
+
+impl Content {
+    /// The bytes of a range, which is held from now on.
+    fn change(&mut self, offset: u64, len: usize) -> &mut [u8] {
+        let range = span(offset, len);
+        if len > 0 {
+            self.held[range.start / CLUSTER..=(range.end - 1) / CLUSTER].fill(true);
+        }
+        &mut self.bytes[range]
+    }
+}
+
+impl Ram {
+    fn new(bytes: Vec<u8>, has_base: bool) -> Self {
+        let held = vec![false; bytes.len().div_ceil(CLUSTER)];
+        Self { content: Mutex::new(Content { bytes, held }), has_base }
+    }
+
+    fn content(&self) -> std::sync::MutexGuard<'_, Content> {
+        self.content.lock().unwrap()
+    }
+
+    /// Bytes of the leaves that are held, if only in part.
+    pub(super) fn held_leaves(&self) -> u64 {
+        let content = self.content();
+        let leaves = content.held.chunks(65536 / CLUSTER);
+        leaves.filter(|leaf| leaf.contains(&true)).count() as u64 * 65536
+    }
+}
 
 fn span(offset: u64, len: usize) -> std::ops::Range<usize> {
     let start = usize::try_from(offset).unwrap();
@@ -42,8 +84,20 @@ impl BlockSource for Ram {
     }
 
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
-        buf.copy_from_slice(&self.0.lock().unwrap()[span(offset, buf.len())]);
+        buf.copy_from_slice(&self.content().bytes[span(offset, buf.len())]);
         Ok(())
+    }
+
+    fn has_base(&self) -> bool {
+        self.has_base
+    }
+
+    fn held(&self, offset: u64, max_len: u64) -> Result<Extent> {
+        let first = span(offset, 0).start / CLUSTER;
+        let is_held = self.content().held[first];
+        let len = ((first as u64 + 1) * CLUSTER as u64 - offset).min(max_len);
+        let kind = if is_held || !self.has_base { ExtentKind::Data } else { ExtentKind::Hole };
+        Ok(Extent { len, kind, host: None })
     }
 }
 
@@ -55,7 +109,7 @@ impl BlockSink for Ram {
     fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
         let is_bad = (offset..offset + buf.len() as u64).contains(&BAD);
         let stored = if is_bad { &buf[..buf.len() / 2] } else { buf };
-        self.0.lock().unwrap()[span(offset, stored.len())].copy_from_slice(stored);
+        self.content().change(offset, stored.len()).copy_from_slice(stored);
         if !is_bad {
             return Ok(());
         }
@@ -64,13 +118,13 @@ impl BlockSink for Ram {
     }
 
     fn write_zeroes(&self, offset: u64, len: u64) -> Result<()> {
-        self.0.lock().unwrap()[span(offset, usize::try_from(len).unwrap())].fill(0);
+        self.content().change(offset, usize::try_from(len).unwrap()).fill(0);
         Ok(())
     }
 
     fn discard(&self, offset: u64, len: u64) -> Result<()> {
         // Anything may be read afterwards: something else than before.
-        self.0.lock().unwrap()[span(offset, usize::try_from(len).unwrap())].fill(0xdd);
+        self.content().change(offset, usize::try_from(len).unwrap()).fill(0xdd);
         Ok(())
     }
 
@@ -108,8 +162,8 @@ pub(super) struct Machine {
     shadow: Mutex<BTreeMap<&'static str, Shadow>>,
     is_stopped: AtomicBool,
     writes: AtomicU64,
-    /// Whether the guest writes all over the disk.
-    is_wild: bool,
+    /// In how many of ten times the guest writes anywhere.
+    wild: u64,
     /// Percent of its time that the guest does not have.
     throttle: AtomicU64,
 }
@@ -144,17 +198,44 @@ impl Random {
     }
 }
 
+fn random_of(seed: u64) -> Random {
+    Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+}
+
+fn random_bytes(seed: u64) -> Vec<u8> {
+    let mut random = random_of(seed);
+    let mut bytes = vec![0u8; usize::try_from(SIZE).unwrap()];
+    for leaf in bytes.chunks_mut(65536) {
+        if random.below(8) > 0 {
+            leaf.iter_mut().for_each(|b| *b = u8::try_from(random.below(256)).unwrap());
+        }
+    }
+    bytes
+}
+
 impl Machine {
     pub(super) fn new(seed: u64) -> Self {
-        let mut random = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
-        let mut bytes = vec![0u8; usize::try_from(SIZE).unwrap()];
-        for leaf in bytes.chunks_mut(65536) {
-            if random.below(8) > 0 {
-                leaf.iter_mut().for_each(|b| *b = u8::try_from(random.below(256)).unwrap());
-            }
+        Self::with(seed, Ram::new(random_bytes(seed), false))
+    }
+
+    /// One whose disk stands on a base, which is written to a raw file, and holds a little itself.
+    /// Its guest writes to one part of it.
+    pub(super) fn above(seed: u64, base: &Path) -> Self {
+        let bytes = random_bytes(seed);
+        std::fs::write(base, &bytes).unwrap();
+        let (disk, mut random) = (Ram::new(bytes, true), random_of(seed + 1));
+        for n in 0..12 {
+            let (at, len) = (random.below(SIZE / 512) * 512, 512 * (1 + random.below(300)));
+            let byte = if n % 2 == 0 { 0 } else { 0xee };
+            let len = usize::try_from(len.min(SIZE - at)).unwrap();
+            disk.content().change(at, len).fill(byte);
         }
+        Self { wild: 0, ..Self::with(seed, disk) }
+    }
+
+    fn with(seed: u64, disk: Ram) -> Self {
         let bitmaps = Arc::new(LiveBitmaps::new(SIZE));
-        let disk = Arc::new(TrackedDisk::new(Ram(Mutex::new(bytes)), bitmaps.clone()));
+        let disk = Arc::new(TrackedDisk::new(disk, bitmaps.clone()));
         let machine = Self {
             disk,
             bitmaps,
@@ -163,7 +244,7 @@ impl Machine {
             shadow: Mutex::default(),
             is_stopped: AtomicBool::new(false),
             writes: AtomicU64::new(0),
-            is_wild: false,
+            wild: 2,
             throttle: AtomicU64::new(0),
         };
         machine.add("nightly", 12);
@@ -172,7 +253,7 @@ impl Machine {
 
     /// One whose guest writes all over the disk.
     pub(super) fn wild(seed: u64) -> Self {
-        Self { is_wild: true, ..Self::new(seed) }
+        Self { wild: 10, ..Self::new(seed) }
     }
 
     /// Starts guest threads and a backup job.
@@ -194,7 +275,7 @@ impl Machine {
     fn guest(&self, mut random: Random) {
         while !self.is_stopped.load(Ordering::Acquire) {
             // Mostly in one part of the disk.
-            let is_local = random.below(10) < 8 && !self.is_wild;
+            let is_local = random.below(10) >= self.wild;
             let limit = if is_local { 1 << 20 } else { SIZE };
             let at = random.below(limit / 512) * 512;
             let len = (512 * (1 + random.below(64))).min(SIZE - at);
@@ -283,7 +364,7 @@ impl Machine {
     }
 
     fn content(&self) -> Vec<u8> {
-        self.disk.inner().0.lock().unwrap().clone()
+        self.disk.inner().content().bytes.clone()
     }
 
     /// The bitmaps here are what the shadow says.
@@ -303,7 +384,8 @@ impl Machine {
     pub(super) fn compare_image(&self, path: &Path) {
         self.compare_source();
         self.compare_bitmaps(path);
-        let disk = Disk::open(&Request::new(path, None), &Silent).unwrap();
+        let request = Request { allow_named: true, ..Request::new(path, None) };
+        let disk = Disk::open(&request, &Silent).unwrap();
         let mut there = vec![0; usize::try_from(SIZE).unwrap()];
         ChainSource(&disk.chain).read_at(&mut there, 0).unwrap();
         let here = self.content();
@@ -313,7 +395,8 @@ impl Machine {
 
     /// The bitmaps of an image are what the shadow says.
     pub(super) fn compare_bitmaps(&self, path: &Path) {
-        let disk = Disk::open(&Request::new(path, None), &Silent).unwrap();
+        let request = Request { allow_named: true, ..Request::new(path, None) };
+        let disk = Disk::open(&request, &Silent).unwrap();
         let directory = disk.bitmaps.directory().unwrap();
         let shadow = self.shadow.lock().unwrap();
         assert_eq!(directory.list().len(), shadow.len(), "seed {}", self.seed);

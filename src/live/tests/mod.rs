@@ -4,6 +4,7 @@
 mod line;
 mod machine;
 mod reconnect;
+mod shared_base;
 mod throttled;
 mod without_blocks;
 

@@ -17,7 +17,7 @@ use super::bitmaps::{Holder, Taken};
 use super::options::IncomingOptions;
 use crate::Observer;
 use crate::berth::Kept;
-use crate::copy::{Format, open_editor};
+use crate::copy::{Format, open_editor, suspend};
 use crate::disk::{Stored, check_probe};
 use crate::options::DiskOption;
 
@@ -175,6 +175,14 @@ impl<'o> Disk<'o> {
             observer.warning(&format!("{name}, of version 2, is written in place: {unmarked}"));
         }
         Ok(Body::Qcow2(Box::new(editor)))
+    }
+
+    /// The migration has failed: the image stays marked as unfinished, and its own bitmaps have
+    /// recorded what was written.
+    pub(super) fn leave(&mut self) {
+        if let Body::Qcow2(editor) = std::mem::replace(&mut self.body, Body::Untouched) {
+            suspend(*editor);
+        }
     }
 
     fn count(&mut self, offset: u64, len: u64, has_content: bool) {

@@ -100,12 +100,15 @@ fn receive(
     let mut session = Session::new(reader, &mut *writer, options, disks);
     let result = session.receive(observer);
     let awaits_outcome = session.awaits_outcome();
+    let Received { mut disks, bitmaps, wire_bytes } = session.into_received();
     let stored = result.and_then(|()| {
-        let Received { mut disks, bitmaps, wire_bytes } = session.into_received();
         let repeated_bytes = disks.iter().map(|disk| disk.counts.repeated).sum();
         let disks = store::store(&mut disks, bitmaps, options, observer)?;
         Ok((disks, wire_bytes, repeated_bytes))
     });
+    if stored.is_err() {
+        disks.iter_mut().for_each(Disk::leave);
+    }
     let is_whole = |disks: &[DiskReport]| disks.iter().all(|d| d.verified != Verified::Mismatch);
     let is_good = stored.as_ref().is_ok_and(|(disks, ..)| is_whole(disks));
     let is_told = !awaits_outcome || shut(writer, u32::from(!is_good)).is_ok();

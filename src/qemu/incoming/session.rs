@@ -20,7 +20,7 @@ use super::limits::{MAX_DEVICES, MAX_LISTED};
 use super::options::IncomingOptions;
 use crate::Observer;
 
-/// What a stream brought that ended well.
+/// What a stream brought.
 pub(super) struct Received<'o> {
     pub(super) disks: Vec<Disk<'o>>,
     /// Bitmaps, by disk and name on the wire.
@@ -129,7 +129,7 @@ impl<'w, 'o, R: Read> Session<'w, 'o, R> {
         self.state.course.has_return_path() && !self.state.options.is_one_way
     }
 
-    /// All that came, once [`receive`](Self::receive) has ended well.
+    /// All that came, which is complete if [`receive`](Self::receive) has ended well.
     pub(super) fn into_received(self) -> Received<'o> {
         let State { disks, bitmaps, .. } = self.state;
         let wire_bytes = self.decoder.offset();

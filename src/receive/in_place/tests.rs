@@ -1,13 +1,17 @@
 //! Existing images through the contract of a destination.
 
+use std::ops::Range;
 use std::path::Path;
 
+use bitmap_mig::Bitmap;
 use block_mig::Unwatched;
 use format_spec::content_hash::{ContentHash, subtree};
 use mig_core::block::is_zero;
+use qcow2_file::bitmaps::Bits;
 
 use super::*;
 use crate::copy::{Existing, Format, TargetOptions};
+use crate::disk::{Disk, Request};
 use crate::incoming::Sealed;
 use crate::options::DiskOption;
 
@@ -125,4 +129,55 @@ fn a_write_that_nobody_meant_is_noticed() {
         let error = crate::report::error_chain(&place.prepare(&sealed(&path, &bytes)).unwrap_err());
         assert!(error.contains("was read"), "{error}");
     }
+}
+
+/// The runs of a bitmap of an image that may be unfinished; `None` where it cannot be trusted.
+fn runs(path: &Path, name: &str) -> Option<Vec<Range<u64>>> {
+    let request = Request { accepts_unfinished: true, ..Request::new(path, Some(Format::Qcow2)) };
+    let disk = Disk::open(&request, &crate::Silent).unwrap();
+    let loaded = bitmap_mig::load(disk.bitmaps.directory().unwrap(), name).ok()?;
+    Some(loaded.bits.runs().collect())
+}
+
+#[test]
+fn its_own_bitmaps_outlive_attempts_that_fail() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("disk");
+    image(&path, Format::Qcow2);
+    for name in ["own", "sent"] {
+        let (name, granularity) = (name.to_owned(), MIB as u64);
+        let add = crate::bitmap::Edit::Add { name, granularity, is_enabled: true };
+        crate::bitmap::edit(&path, &[add]).unwrap();
+    }
+    let mut bytes = vec![0; SIZE];
+    let sent = |bytes: &[u8]| {
+        let mut bits = Bits::for_disk(SIZE as u64, 20);
+        bits.set_range(3..4);
+        let bitmap = Bitmap { name: "sent".into(), granularity_bits: 20, is_enabled: true, bits };
+        Sealed { bitmaps: vec![bitmap], ..sealed(&path, bytes) }
+    };
+    let mut attempt = |units: &[usize], state, fate| {
+        let destination = open(&path, Format::Qcow2);
+        let place = place(&destination, [1; 16], state);
+        place.have(&mut |_| Ok(())).unwrap();
+        send(&*place, &mut bytes, units, 1);
+        if fate != Some(Fate::Kept) {
+            place.prepare(&sent(&bytes)).unwrap().unwrap();
+        }
+        drop(place);
+        match fate {
+            Some(fate) => destination.abort(fate),
+            None => destination.commit().unwrap(),
+        }
+        destination.take_invalidated("vda")
+    };
+    attempt(&[0, 2], SessionState::Fresh, Some(Fate::Kept));
+    assert_eq!(runs(&path, "own"), Some(vec![0..1, 2..3]));
+    // What was ready is not any more: nothing of it is there, and what was to go still is.
+    attempt(&[1], SessionState::Resumable, Some(Fate::Revoked));
+    assert_eq!(runs(&path, "own"), Some(vec![0..3]));
+    assert_eq!(runs(&path, "sent"), Some(vec![0..3]));
+    assert!(attempt(&[5], SessionState::Resumable, None).is_empty());
+    assert_eq!(runs(&path, "own"), Some(vec![0..3, 5..6]));
+    assert_eq!(runs(&path, "sent"), Some(vec![3..4]));
 }

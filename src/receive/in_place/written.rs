@@ -20,7 +20,7 @@ use super::sink::Sink;
 use super::target::Target;
 use super::{Existing, lock};
 use crate::berth::{Finds, Kept, Prover, Receipt};
-use crate::copy::{Format, open_editor_in};
+use crate::copy::{Format, open_editor_in, suspend};
 use crate::hash::content;
 use crate::incoming::{Place, Sealed, SessionId};
 use crate::report::BitmapReport;
@@ -58,7 +58,9 @@ impl Written {
         let finds = Finds::<Sink> { disk: |sink| sink, keeper: |_| None };
         let prover = is_proved.then(|| Prover::start(&sink, finds, of)).transpose()?;
         let identity = Identity { session, size, target: target.words() };
-        let kept = Kept::begin(target.log_place(), Some(identity), (resumes, is_fresh))?;
+        let kept = Kept::begin(target.log_place(), Some(identity), (resumes, is_fresh));
+        // Nothing is written: its bitmaps are what they were.
+        let kept = kept.inspect_err(|_| sink.take().into_iter().for_each(suspend))?;
         let (observer, stored, receipt) = (observer.clone(), Mutex::default(), Mutex::default());
         Ok(Self { target, size, prover, sink, session, kept, observer, stored, receipt })
     }
@@ -136,13 +138,16 @@ impl Existing for Written {
         kept.end()
     }
 
-    /// The mark of what was written stays.
+    /// The mark of what was written stays; its own bitmaps have recorded it.
     fn leave(&self, fate: Fate) -> Result<()> {
-        match (&self.kept, fate) {
+        let left = match (&self.kept, fate) {
             (Some(_), Fate::Kept | Fate::Revoked) => self.checkpoint(),
             (Some(kept), Fate::Dropped) => kept.end(),
             (None, _) => Ok(()),
-        }
+        };
+        self.prover.iter().for_each(Prover::stop);
+        self.sink.take().into_iter().for_each(suspend);
+        left
     }
 }
 
