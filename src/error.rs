@@ -51,6 +51,19 @@ pub enum Error {
         /// Both hashes.
         reason: String,
     },
+    /// The same command had finished without the proof that is asked for now. Nothing was done.
+    #[error("disk {name:?} was sent before, and its proof was left out then (--no-verify)")]
+    NeverProved {
+        /// The disk's name on the wire.
+        name: String,
+    },
+    /// Somebody else has written to what was proved, or to what it stands on, before it had its
+    /// final name. It did not get it.
+    #[error("{} was changed by somebody else after it was proved", .path.display())]
+    Changed {
+        /// The file that was written to.
+        path: PathBuf,
+    },
     /// Of several files that belong together some were published, and could not be taken back.
     #[error("{} published already, and stays", names(.published))]
     HalfPublished {
@@ -172,10 +185,10 @@ impl Error {
     /// Whose fault it is.
     pub fn blame(&self) -> Blame {
         match self {
-            Self::Usage { .. } => Blame::Caller,
+            Self::Usage { .. } | Self::NeverProved { .. } => Blame::Caller,
             Self::WouldLose { .. } => Blame::WouldLose,
             Self::Exists { .. } | Self::NoSpace { .. } | Self::File { .. } => Blame::Device,
-            Self::ProofMismatch { .. } => Blame::Mismatch,
+            Self::ProofMismatch { .. } | Self::Changed { .. } => Blame::Mismatch,
             Self::HalfPublished { source, .. } => source.blame(),
             Self::Interrupted => Blame::Caller,
             Self::NotConverged(_) => Blame::Transport,
@@ -224,6 +237,17 @@ impl Error {
             Self::NoSpace { .. } => "free some room or choose another place".into(),
             Self::ProofMismatch { .. } => {
                 "storage or memory returned other bytes than were written; check the device".into()
+            }
+            Self::NeverProved { .. } => {
+                "with --no-verify it is complete; to have it proved send it anew with --fresh, to a \
+                 destination that replaces it (--force) or writes into it (--in-place)"
+                    .into()
+            }
+            Self::Changed { .. } => {
+                "find out who writes there; the same commands send again what is not as it was".into()
+            }
+            Self::HalfPublished { source, .. } if matches!(**source, Self::Changed { .. }) => {
+                "begin all of them anew, with --fresh at both sides and --force".into()
             }
             Self::Image(Image::NotAllowed { .. }) => {
                 "if you trust this image, use --allow-backing".into()

@@ -8,7 +8,7 @@
 //! disk that was proved by READY (SPEC 9). A receipt is held against what the source knows without
 //! reading its disks: names, sizes, bitmaps.
 
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -33,17 +33,19 @@ pub struct FileFacts {
     pub changed: (i64, i64),
 }
 
+/// What a file is like, short: equal as long as nobody writes to it. A new name, owner or mode
+/// makes no difference.
+pub type Stamp = [u8; 16];
+
 impl FileFacts {
     /// Of an open file.
     pub fn of(file: &File) -> io::Result<Self> {
-        let m = file.metadata()?;
-        Ok(Self {
-            device: m.dev(),
-            inode: if m.rdev() == 0 { m.ino() } else { m.rdev() },
-            len: m.len(),
-            modified: (m.mtime(), m.mtime_nsec()),
-            changed: (m.ctime(), m.ctime_nsec()),
-        })
+        file.metadata().map(Self::from)
+    }
+
+    /// What is told of it by a [`Stamp`].
+    fn stamp(&self) -> Stamp {
+        derive(&[&Self { changed: (0, 0), ..*self }.bytes()])
     }
 
     fn bytes(&self) -> Vec<u8> {
@@ -83,11 +85,26 @@ impl Facts {
     }
 }
 
-/// What files are like, short: equal where nobody has written to them since.
-pub fn stamp<'p>(files: impl Iterator<Item = &'p Path>) -> io::Result<[u8; 16]> {
-    let facts = |path| Ok(FileFacts::of(&File::open(path)?)?.bytes());
-    let facts = files.map(facts).collect::<io::Result<Vec<_>>>()?;
-    Ok(derive(&facts.iter().map(Vec::as_slice).collect::<Vec<_>>()))
+impl From<Metadata> for FileFacts {
+    fn from(m: Metadata) -> Self {
+        Self {
+            device: m.dev(),
+            inode: if m.rdev() == 0 { m.ino() } else { m.rdev() },
+            len: m.len(),
+            modified: (m.mtime(), m.mtime_nsec()),
+            changed: (m.ctime(), m.ctime_nsec()),
+        }
+    }
+}
+
+/// What the file of a name is like. It is not opened.
+pub fn stamp(file: &Path) -> io::Result<Stamp> {
+    Ok(FileFacts::from(std::fs::metadata(file)?).stamp())
+}
+
+/// What some files are like, as one.
+pub fn stamp_of(stamps: &[Stamp]) -> Stamp {
+    derive(&stamps.iter().map(<[u8; 16]>::as_slice).collect::<Vec<_>>())
 }
 
 /// What this host calls itself; empty where it has no name that lasts.
@@ -139,5 +156,23 @@ mod tests {
         std::thread::sleep(std::time::Duration::from_millis(30));
         std::fs::write(&path, b"two").unwrap();
         assert_ne!(FileFacts::of(&File::open(&path).unwrap()).unwrap(), before);
+    }
+
+    #[test]
+    fn a_stamp_is_of_content_and_not_of_names() {
+        use std::os::unix::fs::PermissionsExt;
+        let dir = tempfile::tempdir().unwrap();
+        let [one, two] = ["one", "two"].map(|name| dir.path().join(name));
+        std::fs::write(&one, b"one").unwrap();
+        let before = stamp(&one).unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(30));
+        std::fs::rename(&one, &two).unwrap();
+        std::fs::set_permissions(&two, PermissionsExt::from_mode(0o640)).unwrap();
+        assert_eq!(stamp(&two).unwrap(), before);
+        std::fs::write(&two, b"two").unwrap();
+        assert_ne!(stamp(&two).unwrap(), before);
+        std::fs::rename(&two, &one).unwrap();
+        std::fs::write(&two, b"one").unwrap();
+        assert_ne!(stamp(&two).unwrap(), before, "another file");
     }
 }

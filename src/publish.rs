@@ -81,6 +81,11 @@ impl Draft {
         self.is_kept.store(false, Ordering::Relaxed);
     }
 
+    /// Whether it is what will stand at `target`.
+    pub(crate) fn is_for(&self, target: &Path) -> bool {
+        followed(target).is_ok_and(|target| target == self.target)
+    }
+
     /// Where it will stand.
     pub(crate) fn target(&self) -> &Path {
         &self.target
@@ -248,10 +253,14 @@ fn followed(target: &Path) -> Result<PathBuf> {
     Ok(target.to_owned())
 }
 
+/// Where `target` stands until it is complete.
+pub(crate) fn temporary(target: &Path) -> Result<PathBuf> {
+    temporary_path(&followed(target)?)
+}
+
 /// Whether an earlier try left something for `target`.
 pub(crate) fn is_begun(target: &Path) -> Result<bool> {
-    let temporary = temporary_path(&followed(target)?)?;
-    Ok(fs::symlink_metadata(temporary).is_ok_and(|found| found.is_file()))
+    Ok(fs::symlink_metadata(temporary(target)?).is_ok_and(|found| found.is_file()))
 }
 
 /// Holds everybody else off a file that is to be replaced, where there is one. One that a program
@@ -268,8 +277,7 @@ pub(crate) fn hold(target: &Path) -> Result<Option<Lock>> {
 
 /// Bytes that the file system has given to what an earlier try left for `target`.
 pub(crate) fn left_bytes(target: &Path) -> u64 {
-    let temporary = followed(target).and_then(|target| temporary_path(&target));
-    let found = temporary.ok().and_then(|path| fs::symlink_metadata(path).ok());
+    let found = temporary(target).ok().and_then(|path| fs::symlink_metadata(path).ok());
     found.filter(fs::Metadata::is_file).map_or(0, |m| m.blocks().saturating_mul(512))
 }
 

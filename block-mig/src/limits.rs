@@ -1,5 +1,7 @@
 //! Capacities of the engine. Memory is bounded by these, whatever the disk's size.
 
+use std::time::Duration;
+
 /// Bytes that a worker loads at once: 16 leaves, one node of the ledger (SPEC 2). Larger units save
 /// system calls, smaller ones stay in the cache between read, hash and write.
 pub const UNIT_BYTES: u64 = 1 << 20;
@@ -23,9 +25,16 @@ pub const JOURNAL_RECORD_NODES: usize = 4096;
 /// What a journal may hold beside twice what it claims before it is written anew.
 pub const JOURNAL_SLACK_BYTES: u64 = 1 << 20;
 
+/// Room that a journal has taken ahead of what it holds: what one checkpoint says and what ends a
+/// journal fit into it where the file system is full.
+pub const JOURNAL_RESERVE_BYTES: u64 = 16 << 10;
+
 /// Bytes that arrive between two checkpoints, at which a destination is synced and its journal says
 /// what it has: what a cut costs at most.
 pub const CHECKPOINT_BYTES: u64 = 64 << 20;
+/// How long what arrives may wait for a checkpoint, however little it is: what a cut costs on a
+/// slow link. Looked at when something arrives.
+pub const CHECKPOINT_INTERVAL: Duration = Duration::from_secs(3);
 /// Bytes that arrive behind others before those are read back: enough that a unit that comes in
 /// parts is whole by then, and few enough that little is left in the end.
 pub const SETTLE_BYTES: u64 = 16 << 20;

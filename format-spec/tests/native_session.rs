@@ -88,8 +88,8 @@ fn answers_survive() {
     for (content, is_unchanged, bitmaps) in
         [(content, true, vec![]), (None, false, vec![bitmap("b", "b"), bitmap("new", "old")])]
     {
-        let (name, size) = ("vda".to_owned(), 512);
-        let published = Published { name, size, content, is_unchanged, bitmaps };
+        let (name, size, is_bitmaps_alone) = ("vda".to_owned(), 512, !is_unchanged);
+        let published = Published { name, size, content, is_unchanged, is_bitmaps_alone, bitmaps };
         check_record!(Answer, Answer::Published(published));
     }
     check_record!(
@@ -136,13 +136,18 @@ fn journal_records_survive() {
     check_record!(JournalRecord, JournalRecord::Units(UnitNodes { first: 0, nodes: &nodes }));
     check_record!(JournalRecord, JournalRecord::Zeroes(ZeroUnits { first: 3, count: 9 }));
     check_record!(JournalRecord, JournalRecord::Image(b"whatever"));
-    check_record!(JournalRecord, JournalRecord::Prepared(ContentHash([8; 32])));
+    for stamps in [vec![], vec![[5; 16], [6; 16]]] {
+        let root = ContentHash([8; 32]);
+        check_record!(JournalRecord, JournalRecord::Prepared { root, stamps });
+    }
     check_record!(JournalRecord, JournalRecord::Commit([4; 16]));
     check_record!(JournalRecord, JournalRecord::Bitmap(BlockRecord::Run(run)));
     check_record!(JournalRecord, JournalRecord::Bitmap(BlockRecord::BitmapRemove(version)));
     for hash in [Some(ContentHash([2; 32])), None] {
         let (session, size, stamp, target) = ([1; 16], 512, [7; 16], "raw".to_owned());
-        let receipt = JournalRecord::Receipt { session, size, hash, stamp, target };
+        let is_bitmaps_alone = hash.is_none();
+        let receipt =
+            JournalRecord::Receipt { session, size, is_bitmaps_alone, hash, stamp, target };
         check_record!(JournalRecord, receipt);
     }
     check_record!(

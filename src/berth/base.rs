@@ -1,12 +1,14 @@
-//! What a new image stands on: a file that this side's user names, and no stream does.
+//! What a new image stands on: a file that this side's user names, and no stream does. Whether that
+//! is what it was is nothing that a journal has to say: what it claims is read again through it.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use block_mig::device::ChainBacking;
+use block_mig::ledger::{Ledger, Stretch, UNIT_BYTES};
 use qcow2_file::chain;
-use qcow2_file::create::Backing;
-use qcow2_file::{Access, HostFile, Opener};
+use qcow2_file::create::{Backing, NewImage};
+use qcow2_file::{Access, GuestOffset, HostFile, Opener};
 
 use crate::copy::{Format, recorded_name};
 use crate::disk::check_probe;
@@ -68,4 +70,26 @@ impl Base {
         let file = chain::Backing::File(self.path.clone(), Some(self.format.into()));
         (file, self.allow_named)
     }
+}
+
+/// Lets the base be seen wherever `known` knows nothing: whatever a crash left half written there,
+/// what the source does not send is to read as what is below. A cluster of which a part is not known
+/// is not known.
+pub(super) fn uncover_unknown(image: &NewImage, known: &mut Ledger) -> Result<()> {
+    let (size, all) = (image.virtual_size(), known.units());
+    let per_cluster = image.geometry().cluster_size().div_ceil(UNIT_BYTES);
+    let mut at = 0;
+    while let Some(stretch) = known.stretch(at)? {
+        let units = stretch.units();
+        at = units.end;
+        if !matches!(stretch, Stretch::Unknown(_)) {
+            continue;
+        }
+        let first = units.start / per_cluster * per_cluster;
+        at = units.end.next_multiple_of(per_cluster).min(all);
+        known.forget(first..at)?;
+        let (start, end) = (first * UNIT_BYTES, at.saturating_mul(UNIT_BYTES).min(size));
+        image.uncover(GuestOffset(start), end - start)?;
+    }
+    Ok(())
 }

@@ -14,7 +14,7 @@ use super::base::Base;
 use super::log::Log;
 use super::place::{FilePlace, Known, bitmaps_of};
 use super::receipt::Receipt;
-use super::recover::{Half, Recovered, recover};
+use super::recover::{Half, give_up, recover};
 use super::trace::{Trace, state};
 use super::unfinished::{NewDisk, NewKind, publish_together};
 use crate::copy::{DataFileTarget, Format, Shape, TargetOptions};
@@ -50,8 +50,12 @@ impl DiskPlace {
     /// All files that it reads from, once it is published: what its receipt is of.
     pub(super) fn files(&self) -> Vec<PathBuf> {
         let data = self.data_file().map(|data| data.path);
-        let below = self.base.iter().flat_map(Base::files).map(Path::to_owned);
-        data.into_iter().chain([self.path.clone()]).chain(below).collect()
+        data.into_iter().chain([self.path.clone()]).chain(self.below()).collect()
+    }
+
+    /// All files that it stands on.
+    fn below(&self) -> Vec<PathBuf> {
+        self.base.iter().flat_map(Base::files).map(Path::to_owned).collect()
     }
 
     /// What is to be made of it, for nobody's session yet.
@@ -68,9 +72,9 @@ impl DiskPlace {
                 NewKind::Qcow2 { shape, data_file, backing }
             }
         };
-        let wishes = self.renames.text();
+        let (below, wishes) = (self.below(), self.renames.text());
         let (session, resumes, is_fresh) = (None, false, false);
-        Ok(NewDisk { path: &self.path, size, kind, session, resumes, is_fresh, wishes })
+        Ok(NewDisk { path: &self.path, size, kind, below, session, resumes, is_fresh, wishes })
     }
 }
 
@@ -127,10 +131,15 @@ impl Files {
 
     /// What is on the disk of this session.
     fn look(&self, session: SessionId) -> Result<SessionState> {
-        self.finish()?;
         if self.options.is_fresh {
-            return Ok(SessionState::Fresh);
+            let anew = |disk: &DiskPlace| {
+                let data = disk.data_file();
+                let new = disk.new_disk(0, data.as_ref())?;
+                give_up(&new.targets())
+            };
+            return self.disks.iter().try_for_each(anew).map(|()| SessionState::Fresh);
         }
+        self.finish()?;
         let traces = self.disks.iter().map(|disk| Trace::of(disk, session));
         Ok(state(&traces.collect::<Result<Vec<_>>>()?, self.options.resumes()))
     }
@@ -141,23 +150,17 @@ impl Files {
         let mut places = Vec::new();
         for (disk, data) in self.disks.iter().zip(&data) {
             let new = disk.new_disk(0, data.as_ref())?;
-            places.push(Half { files: new.targets(), target: Some(new.target()) });
+            let (files, target) = (new.targets(), Some(new.target()));
+            places.push(Half { files, below: new.below, target });
         }
         let done = recover(&places, self.options.replaces, |index, log, found| {
             let (Some(disk), Some(data)) = (self.disks.get(index), data.get(index)) else {
                 return Ok(());
             };
             let data = data.as_ref().map(|data| data.path.as_path());
-            let bitmaps = bitmaps_of(&disk.path, disk.format, data)?;
-            let Recovered { session, size, content, target } = found.clone();
-            let mut receipt = Receipt::of_stored((session, size, target), content, bitmaps);
-            receipt.write(log, disk.files().iter().map(PathBuf::as_path))
+            found.receipt(bitmaps_of(&disk.path, disk.format, data)?).write(log)
         });
-        match done {
-            // What was wished before does not matter any more.
-            Err(Error::Usage { .. }) if self.options.is_fresh => Ok(()),
-            done => done.map(drop),
-        }
+        done.map(drop)
     }
 
     fn new_place(&self, wanted: &Wanted<'_>) -> Result<Arc<FilePlace>> {
@@ -225,6 +228,7 @@ impl Files {
         let places = std::mem::take(&mut self.lock().places);
         let open: Vec<_> = places.iter().filter(|place| place.unfinished().is_some()).collect();
         let disks: Vec<_> = open.iter().filter_map(|place| place.unfinished()).collect();
+        disks.iter().try_for_each(|disk| disk.hold())?;
         disks.iter().try_for_each(|disk| disk.open_to_others())?;
         publish_together(&disks, self.options.replaces, |index| {
             open.get(index).map_or(Ok(()), |place| place.write_receipt())

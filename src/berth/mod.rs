@@ -10,6 +10,7 @@
 //! receipt      what is left when it was published
 //! recover      a publication that a crash interrupted is finished
 //! trace        what is answered to a source because of what lies there
+//! proved       whether what was proved is still as it was
 //! prover       what has arrived is read back while more arrives
 //! files        all of it as what a migration arrives at, disk by disk (place)
 //! ```
@@ -20,6 +21,7 @@ mod files;
 mod kept;
 mod log;
 mod place;
+mod proved;
 mod prover;
 mod receipt;
 mod recover;

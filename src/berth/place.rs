@@ -101,8 +101,6 @@ pub(super) struct FilePlace {
     path: PathBuf,
     format: Format,
     base: Option<Base>,
-    /// All files that it reads from, once it is published.
-    files: Vec<PathBuf>,
     renames: Renames,
     /// Why it can hold no bitmaps, if so.
     cannot_hold: Option<&'static str>,
@@ -143,7 +141,6 @@ impl FilePlace {
             path: place.path.clone(),
             format: place.format,
             base: place.base.clone(),
-            files: place.files(),
             renames: place.renames.clone(),
             cannot_hold: disk.cannot_hold(),
             session: disk.session,
@@ -179,7 +176,8 @@ impl FilePlace {
         let mut receipt = self.receipt.lock().unwrap_or_else(PoisonError::into_inner);
         match (&mut *receipt, self.unfinished()) {
             (Some(receipt), Some(unfinished)) => {
-                receipt.write(unfinished.log(), self.files.iter().map(PathBuf::as_path))
+                receipt.stamp = unfinished.stamp();
+                receipt.write(unfinished.log())
             }
             _ => Ok(()),
         }
@@ -192,7 +190,7 @@ impl FilePlace {
             return unfinished.forsake();
         };
         // READY stands until the source says otherwise.
-        if fate == Fate::Revoked && keeper.prepared().is_some() {
+        if fate == Fate::Revoked && keeper.is_prepared() {
             keeper.unprepare()?;
         }
         self.prover.iter().for_each(Prover::catch_up);
@@ -325,7 +323,11 @@ impl Landing for FilePlace {
             return Ok(());
         };
         let is_due = match &self.prover {
-            // Noted when it is read.
+            // Noted when it is read, and on a slow link nothing comes that would let it be read.
+            Some(prover) if keeper.is_late() => {
+                prover.catch_up();
+                true
+            }
             Some(_) => keeper.is_due(),
             None => keeper.units_landed(first, nodes)?,
         };

@@ -13,7 +13,8 @@ use format_spec::native::frame::{Record, encode_end};
 use format_spec::native::journal::{JournalRecord, RECEIPT_MAGIC, decode_start, encode_start};
 
 use super::log::Log;
-use crate::facts::stamp;
+use super::proved::stamps;
+use crate::facts::{Stamp, stamp_of};
 use crate::proof::DiskProof;
 use crate::publish::sync_directory;
 use crate::{Error, Renames, Result};
@@ -45,10 +46,12 @@ pub(crate) struct Receipt {
     pub(crate) size: u64,
     /// `None` where it was not proved.
     pub(crate) content: Option<ContentHash>,
+    /// Whether its bitmaps were sent and its content was not.
+    pub(crate) is_bitmaps_alone: bool,
     /// What the destination was asked to be; see [`NewDisk::target`](super::NewDisk::target).
     pub(crate) target: String,
-    /// What its files were like when it was written.
-    pub(crate) stamp: [u8; 16],
+    /// What its files were like when they were proved.
+    pub(crate) stamp: Stamp,
     pub(crate) bitmaps: Vec<ReceiptBitmap>,
 }
 
@@ -74,12 +77,19 @@ impl Receipt {
         content: Option<ContentHash>,
         bitmaps: Vec<ReceiptBitmap>,
     ) -> Self {
-        Self { session, size, content, target, stamp: [0; 16], bitmaps }
+        let (stamp, is_bitmaps_alone) = ([0; 16], false);
+        Self { session, size, content, is_bitmaps_alone, target, stamp, bitmaps }
     }
 
     /// Whether nobody has written to the disk since, as far as its files tell.
     pub(crate) fn is_unchanged<'p>(&self, files: impl Iterator<Item = &'p Path>) -> bool {
-        stamp(files).is_ok_and(|stamp| stamp == self.stamp)
+        stamp_now(files).is_ok_and(|stamp| stamp == self.stamp)
+    }
+
+    /// Notes what the disk's files are like now, which nobody writes to any more.
+    pub(crate) fn look<'p>(&mut self, files: impl Iterator<Item = &'p Path>) -> Result<()> {
+        self.stamp = stamp_now(files)?;
+        Ok(())
     }
 
     /// What the receipt says of a disk in these files, for a source that asks again. `disk` is its
@@ -94,9 +104,9 @@ impl Receipt {
             let sent_as = renames.sent(&name);
             PublishedBitmap { name, sent_as, digest }
         };
-        let Self { size, content, bitmaps, .. } = self;
-        let bitmaps = bitmaps.into_iter().map(bitmap).collect();
-        Published { name: disk.to_owned(), size, content, is_unchanged, bitmaps }
+        let Self { size, content, is_bitmaps_alone, bitmaps, .. } = self;
+        let (name, bitmaps) = (disk.to_owned(), bitmaps.into_iter().map(bitmap).collect());
+        Published { name, size, content, is_unchanged, is_bitmaps_alone, bitmaps }
     }
 
     /// The receipt beside a destination, if there is one that is whole.
@@ -111,15 +121,9 @@ impl Receipt {
         Ok(Self::decode(&bytes))
     }
 
-    /// Notes what the disk's files are like now, which nobody writes to any more, and writes the
-    /// receipt durably, whole or not at all.
-    pub(crate) fn write<'p>(
-        &mut self,
-        log: &Log,
-        files: impl Iterator<Item = &'p Path>,
-    ) -> Result<()> {
+    /// Writes it durably, whole or not at all.
+    pub(crate) fn write(&self, log: &Log) -> Result<()> {
         let (path, half) = (log.receipt(), log.half_receipt());
-        self.stamp = stamp(files).map_err(failed("look at the disk of", path))?;
         if let Err(e) = fs::remove_file(half)
             && e.kind() != io::ErrorKind::NotFound
         {
@@ -146,11 +150,16 @@ impl Receipt {
     fn encode(&self) -> Vec<u8> {
         let mut out = Vec::new();
         encode_start(RECEIPT_MAGIC, &mut out);
-        let Self { session, size, content, target, stamp, bitmaps } = self;
-        let (session, size, hash, stamp) = (*session, *size, *content, *stamp);
-        let target = target.clone();
-        JournalRecord::Receipt { session, size, hash, stamp, target }.encode(&mut out);
-        for bitmap in bitmaps {
+        let first = JournalRecord::Receipt {
+            session: self.session,
+            size: self.size,
+            is_bitmaps_alone: self.is_bitmaps_alone,
+            hash: self.content,
+            stamp: self.stamp,
+            target: self.target.clone(),
+        };
+        first.encode(&mut out);
+        for bitmap in &self.bitmaps {
             let record = JournalRecord::ReceiptBitmap {
                 granularity: bitmap.granularity,
                 is_enabled: bitmap.is_enabled,
@@ -169,16 +178,17 @@ impl Receipt {
         let mut reader = Reader::new(bytes, 0);
         decode_start(&mut reader, RECEIPT_MAGIC).ok()?;
         let first = Record::decode(&mut reader).ok()?;
-        let JournalRecord::Receipt { session, size, hash: content, stamp, target } =
+        let JournalRecord::Receipt { session, size, is_bitmaps_alone, hash, stamp, target } =
             JournalRecord::decode(&first).ok()??
         else {
             return None;
         };
-        let mut bitmaps = Vec::new();
+        let (content, mut bitmaps) = (hash, Vec::new());
         loop {
             let record = Record::decode(&mut reader).ok()?;
             if record.header.is_end() {
-                let receipt = Self { session, size, content, target, stamp, bitmaps };
+                let receipt =
+                    Self { session, size, content, is_bitmaps_alone, target, stamp, bitmaps };
                 return (reader.left() == 0).then_some(receipt);
             }
             match JournalRecord::decode(&record).ok()? {
@@ -197,6 +207,10 @@ impl Receipt {
             }
         }
     }
+}
+
+fn stamp_now<'p>(files: impl Iterator<Item = &'p Path>) -> Result<Stamp> {
+    Ok(stamp_of(&stamps(&files.collect::<Vec<_>>())?))
 }
 
 fn failed(action: &'static str, path: &Path) -> impl Fn(io::Error) -> Error {
@@ -218,6 +232,7 @@ mod tests {
             session: [1; 16],
             size: 512,
             content: Some(ContentHash([2; 32])),
+            is_bitmaps_alone: true,
             target: "raw".into(),
             stamp: [0; 16],
             bitmaps: vec![bitmap("a"), bitmap("b")],
@@ -231,11 +246,12 @@ mod tests {
         let log = Log::beside(&disk).unwrap();
         let files = || std::iter::once(disk.as_path());
         assert_eq!(Receipt::read(&log).unwrap(), None);
-        receipt().write(&log, files()).unwrap_err();
+        receipt().look(files()).unwrap_err();
         fs::write(&disk, b"content").unwrap();
         let mut written = receipt();
-        written.write(&log, files()).unwrap();
-        written.write(&log, files()).unwrap();
+        written.look(files()).unwrap();
+        written.write(&log).unwrap();
+        written.write(&log).unwrap();
         assert_ne!(written.stamp, [0; 16]);
         assert_eq!(Receipt::read(&log).unwrap().as_ref(), Some(&written));
         assert!(written.is_unchanged(files()));

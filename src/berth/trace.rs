@@ -5,6 +5,7 @@ use format_spec::native::journal::UNPROVED;
 
 use super::files::DiskPlace;
 use super::log::Log;
+use super::proved::{hold, parts};
 use super::receipt::Receipt;
 use crate::Result;
 use crate::copy::Format;
@@ -46,10 +47,11 @@ impl Trace {
         }
         // What nobody proved cannot be held against anything.
         Ok(match found.prepared {
-            // An unfinished image that stands on another is not gone on with: that one may be
-            // another by now.
-            _ if disk.base.is_some() => Self::Nothing,
-            Some(root) if root != UNPROVED => Self::Proved,
+            // Nor what was proved and is not as it was.
+            Some(proved) if proved.root != UNPROVED => {
+                let parts = parts(&new.targets(), &new.below)?;
+                if hold(&parts, &proved.stamps).is_ok() { Self::Proved } else { Self::Begun }
+            }
             _ => Self::Begun,
         })
     }

@@ -1,10 +1,10 @@
 //! A new disk under temporary names, with its journal.
 
-use std::path::Path;
-use std::sync::Arc;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use block_mig::device::RawSink;
-use block_mig::journal::{Identity, Keeper, Replayed};
+use block_mig::journal::{Identity, Keeper, Prepared, Replayed};
 use block_mig::ledger::Ledger;
 use block_mig::recheck::{Recheck, Rechecked, clear_unknown, recheck};
 use format_spec::content_hash::ContentHash;
@@ -16,10 +16,13 @@ use qcow2_file::create::{Backing, CreateOptions, DataFile, NewImage};
 use qcow2_file::storage::{Watched, Writes};
 use qcow2_file::{Access, Guard, HostFile, Storage, preflight};
 
+use super::base::uncover_unknown;
 use super::log::Log;
+use super::proved::{hold, stamps};
 use super::prover::{Finds, Prover};
 use super::sink::Sink;
 use crate::copy::{DataFileTarget, Shape};
+use crate::facts::{Stamp, stamp_of};
 use crate::publish::{Draft, publish};
 use crate::renames::{NO_PLACE_IN_RAW, NO_PLACE_IN_VERSION_2};
 use crate::{Error, Result, preserve};
@@ -33,6 +36,8 @@ pub(crate) struct NewDisk<'a> {
     pub(crate) size: u64,
     /// Its format.
     pub(crate) kind: NewKind<'a>,
+    /// All files that it stands on.
+    pub(crate) below: Vec<PathBuf>,
     /// Whose it is; `None` where nothing is kept for another try.
     pub(crate) session: Option<[u8; 16]>,
     /// Whether another try can go on with what has arrived. Where it cannot, a journal notes only
@@ -110,6 +115,9 @@ pub(crate) struct Unfinished {
     resumes: bool,
     /// Whether an earlier try is gone on with.
     pub(crate) is_resumed: bool,
+    below: Vec<PathBuf>,
+    /// What its files were like when nothing more was written to them, and those below.
+    stamps: Mutex<Vec<Stamp>>,
 }
 
 impl Unfinished {
@@ -135,7 +143,9 @@ impl Unfinished {
         };
         let size = disk.size;
         let (resumes, is_resumed) = (disk.resumes, false);
-        let unfinished = Self { drafts, sink, size, writes, log, keeper, resumes, is_resumed };
+        let (below, stamps) = (disk.below.clone(), Mutex::default());
+        let unfinished =
+            Self { drafts, sink, size, writes, log, keeper, resumes, is_resumed, below, stamps };
         unfinished.begin()?;
         Ok(unfinished)
     }
@@ -166,7 +176,9 @@ impl Unfinished {
         let Some(keeper) = resume(log, replayed)? else { return Ok(None) };
         let (log, size, keeper) = (log.clone(), disk.size, Some(keeper));
         let (resumes, is_resumed) = (disk.resumes, true);
-        let unfinished = Self { drafts, sink, size, writes, log, keeper, resumes, is_resumed };
+        let (below, stamps) = (disk.below.clone(), Mutex::default());
+        let unfinished =
+            Self { drafts, sink, size, writes, log, keeper, resumes, is_resumed, below, stamps };
         unfinished.begin()?;
         Ok(Some(unfinished))
     }
@@ -211,23 +223,62 @@ impl Unfinished {
         };
         let request = Recheck { disk: &self.sink, source, workers, monitor };
         // Nobody else uses the keeper yet.
-        Ok(keeper.with_claims(|claims: &mut Ledger| {
+        keeper.with_claims(|claims: &mut Ledger| {
             let found = recheck(request, claims)?;
-            clear_unknown(&self.sink, claims)?;
-            Ok::<_, block_mig::Error>(found)
-        })?)
+            match self.sink.image() {
+                Some(image) if !self.below.is_empty() => uncover_unknown(image, claims)?,
+                _ => clear_unknown(&self.sink, claims)?,
+            }
+            Ok(found)
+        })
     }
 
-    /// Stores bitmaps and metadata and makes everything durable.
+    /// Stores bitmaps and metadata and makes everything durable. From here on nothing is written to
+    /// it: what is read now is what is proved.
     pub(crate) fn seal(&self, stored: &[PersistentBitmap]) -> Result<()> {
         if let Some(image) = self.sink.image() {
             image.finish(stored)?;
         }
         self.sync()?;
+        self.look()?;
         if let Some(keeper) = &self.keeper {
             keeper.checkpoint::<Error>(|| Ok(()))?;
         }
         Ok(())
+    }
+
+    /// Its files, in the order of their renames, and those below.
+    fn files(&self) -> Vec<&Path> {
+        let below = self.below.iter().map(PathBuf::as_path);
+        self.drafts.iter().map(Draft::temporary).chain(below).collect()
+    }
+
+    /// Notes what it is like.
+    fn look(&self) -> Result<()> {
+        *self.lock_stamps() = stamps(&self.files())?;
+        Ok(())
+    }
+
+    /// Gives its files attributes, times among them. What was proved stays proved.
+    pub(crate) fn attribute(&self, give: impl Fn(&Draft) -> Result<()>) -> Result<()> {
+        self.hold()?;
+        self.drafts.iter().try_for_each(give)?;
+        self.sync()?;
+        self.look()
+    }
+
+    /// Fails where somebody has written to it since it was [sealed](Self::seal).
+    pub(super) fn hold(&self) -> Result<()> {
+        hold(&self.files(), &self.lock_stamps())
+    }
+
+    /// What it was like when it was sealed.
+    pub(crate) fn stamp(&self) -> Stamp {
+        stamp_of(&self.lock_stamps())
+    }
+
+    fn lock_stamps(&self) -> MutexGuard<'_, Vec<Stamp>> {
+        self.stamps.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Makes the files durable.
@@ -244,9 +295,10 @@ impl Unfinished {
 
     /// Notes durably that everything is there, and what was proved, or
     /// [`UNPROVED`](format_spec::native::journal::UNPROVED).
-    pub(crate) fn prepare(&self, content: ContentHash) -> Result<()> {
+    pub(crate) fn prepare(&self, root: ContentHash) -> Result<()> {
+        self.hold()?;
         if let Some(keeper) = &self.keeper {
-            keeper.prepare(content)?;
+            keeper.prepare(Prepared { root, stamps: self.lock_stamps().clone() })?;
             self.log.sync_name()?;
         }
         Ok(())
@@ -277,13 +329,16 @@ impl Unfinished {
             drafts.push(draft);
         }
         let Some(replayed) = log.find(&disk.identity(session))? else { return Ok(None) };
-        let Some(content) = replayed.prepared else { return Ok(None) };
+        let Some(Prepared { root, stamps }) = replayed.prepared.clone() else { return Ok(None) };
         let Some(keeper) = resume(&log, replayed)? else { return Ok(None) };
         let (sink, size, keeper) = (Sink::Closed(disk.size), disk.size, Some(keeper));
         let writes = Arc::new(Writes::new(0, 0));
         let (resumes, is_resumed) = (disk.resumes, true);
-        let known = Self { drafts, sink, size, writes, log, keeper, resumes, is_resumed };
-        Ok(Some((known, content)))
+        let (below, stamps) = (disk.below.clone(), Mutex::new(stamps));
+        let known =
+            Self { drafts, sink, size, writes, log, keeper, resumes, is_resumed, below, stamps };
+        known.hold()?;
+        Ok(Some((known, root)))
     }
 
     /// Makes what has arrived durable, and its journal say so, as far as that can be done.
@@ -309,6 +364,8 @@ pub(crate) fn publish_together(
     replaces: bool,
     finish: impl Fn(usize) -> Result<()>,
 ) -> Result<()> {
+    // All or none: what is not as it was proved is not published, nor what belongs to it.
+    disks.iter().try_for_each(|disk| disk.hold())?;
     for disk in disks {
         if let [_, .., last] = disk.drafts.as_slice() {
             retire(last.target())?;
@@ -316,7 +373,7 @@ pub(crate) fn publish_together(
     }
     // One rename is done or not. Of several, and of a receipt that is still to come, this tells.
     for disk in disks {
-        if let Some(keeper) = disk.keeper.as_ref().filter(|keeper| keeper.prepared().is_some()) {
+        if let Some(keeper) = disk.keeper.as_ref().filter(|keeper| keeper.is_prepared()) {
             keeper.commit()?;
             disk.log.sync_name()?;
         }

@@ -61,13 +61,13 @@ fn finish(job: &Job<'_>, unfinished: &Unfinished, observer: &dyn Observer) -> Re
         go_on(observer)?;
         let what = job.options.preserve;
         if let Some(model) = job.source.disk.files().next() {
-            unfinished.drafts.iter().try_for_each(|draft| preserve::of(model, what, draft))?;
+            unfinished.attribute(|draft| preserve::of(model, what, draft))?;
         }
-        unfinished.sync()?;
         unfinished.prepare(proof.content.unwrap_or(UNPROVED))?;
         let replaces = job.options.existing == Existing::Replace;
         publish_together(&[unfinished], replaces, |_| {
-            receipt::write_or_warn(job, (unfinished.log(), observer), &proof, &stored);
+            let stamp = Some(unfinished.stamp());
+            receipt::write_or_warn(job, (unfinished.log(), observer), (&proof, stamp), &stored);
             Ok(())
         })?;
     }
@@ -96,6 +96,7 @@ fn disk<'a>(job: &'a Job<'_>) -> Result<NewDisk<'a>> {
         path: &job.options.destination,
         size: job.source.disk.chain.virtual_size(),
         kind,
+        below: receipt::below(job),
         session: Some(job.session),
         resumes: resumes(job),
         is_fresh: job.options.fresh,
@@ -124,7 +125,7 @@ pub(super) fn recover_publication(job: &Job<'_>) -> Result<bool> {
         return Err(Error::Usage { reason });
     }
     let targets: Vec<_> = job.target.data_file().into_iter().chain([destination]).collect();
-    let place = Half { files: targets, target: None };
+    let place = Half { files: targets, below: receipt::below(job), target: None };
     recover(&[place], options.existing == Existing::Replace, |_, log, found| {
         receipt::of_recovered(job, log, found)
     })?;

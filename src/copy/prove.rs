@@ -62,12 +62,6 @@ pub(super) fn new_destination(
     prove(job, &request, moved, stored, observer)
 }
 
-/// How a destination that has its names is opened.
-pub(super) fn published<'a>(job: &'a Job<'_>) -> Request<'a> {
-    let data_file = job.target.data_file().map(Path::to_owned);
-    Request { data_file, ..request(job, &job.options.destination) }
-}
-
 /// How the destination is opened: with the files that we made or that the user named, in no other.
 fn request<'a>(job: &'a Job<'_>, path: &'a Path) -> Request<'a> {
     let kept = job.source.kept.as_ref();

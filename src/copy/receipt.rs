@@ -3,7 +3,6 @@
 use std::path::{Path, PathBuf};
 
 use bitmap_mig::Bitmap;
-use block_mig::limits::workers;
 use format_spec::content_hash::ContentHash;
 use qcow2_file::bitmaps::PersistentBitmap;
 use qcow2_file::{Chain, Opener};
@@ -11,13 +10,12 @@ use qcow2_file::{Chain, Opener};
 use super::new::session;
 use super::options::Format;
 use super::plan::Job;
-use super::prove::{self, Proof};
+use super::prove::Proof;
 use super::target::Target;
 use crate::berth::{Log, Receipt, ReceiptBitmap, Recovered, log_of, short_words};
-use crate::disk::Disk;
-use crate::hash::content_of;
+use crate::facts::Stamp;
 use crate::report::error_chain;
-use crate::{Observer, Phase, Result, Silent};
+use crate::{Observer, Result};
 
 /// What an earlier run of this very copy had proved, if it had finished and nobody has touched the
 /// copy since. The inner `None`: it was to prove nothing.
@@ -38,19 +36,25 @@ pub(super) fn finished(job: &Job<'_>) -> Result<Option<Option<ContentHash>>> {
 }
 
 /// Says durably that the copy has all of its names. It has them where that cannot be said, too.
+/// With what its files were like when it was proved; what is written in place has it looked at now.
 pub(super) fn write_or_warn(
     job: &Job<'_>,
     (log, observer): (&Log, &dyn Observer),
-    proof: &Proof,
+    (proof, stamp): (&Proof, Option<Stamp>),
     stored: &[PersistentBitmap],
 ) {
-    if let Err(error) = write(job, log, proof, stored) {
+    if let Err(error) = write(job, log, (proof, stamp), stored) {
         let why = error_chain(&error);
         observer.warning(&format!("the same command will not know that it had finished: {why}"));
     }
 }
 
-fn write(job: &Job<'_>, log: &Log, proof: &Proof, stored: &[PersistentBitmap]) -> Result<()> {
+fn write(
+    job: &Job<'_>,
+    log: &Log,
+    (proof, stamp): (&Proof, Option<Stamp>),
+    stored: &[PersistentBitmap],
+) -> Result<()> {
     // Of a source that was written to meanwhile nobody knows what was read.
     if !is_known_by_its_files(job) || session(job.options, &job.source, &job.target)? != job.session
     {
@@ -65,26 +69,25 @@ fn write(job: &Job<'_>, log: &Log, proof: &Proof, stored: &[PersistentBitmap]) -
     let size = job.source.disk.chain.virtual_size();
     let target = short_words(&format!("{:?}", job.target));
     let mut receipt = Receipt::of_stored((job.session, size, target), proof.content, bitmaps);
-    let files = files(job);
-    receipt.write(log, files.iter().map(PathBuf::as_path))
+    match stamp {
+        Some(stamp) => receipt.stamp = stamp,
+        None => receipt.look(files(job).iter().map(PathBuf::as_path))?,
+    }
+    receipt.write(log)
 }
 
-/// Of a copy whose publication a crash interrupted. Whether what has its name is what was proved
-/// then, and not what somebody else has put there, tells only its content.
+/// Of a copy whose publication a crash interrupted.
 pub(super) fn of_recovered(job: &Job<'_>, log: &Log, found: &Recovered) -> Result<()> {
-    let Some(content) = found.content.filter(|_| is_known_by_its_files(job)) else {
-        return Ok(());
-    };
-    let Ok(disk) = Disk::open(&prove::published(job), &Silent) else { return Ok(()) };
-    let read = content_of(&disk, workers(job.options.workers), None, (Phase::Prove, &Silent))?;
-    if read != content {
+    if !is_known_by_its_files(job) {
         return Ok(());
     }
-    let Recovered { session, size, content, target } = found.clone();
     // Nobody asks a copy on one host which bitmaps it has.
-    let mut receipt = Receipt::of_stored((session, size, target), content, Vec::new());
-    let files = files(job);
-    receipt.write(log, files.iter().map(PathBuf::as_path))
+    let receipt = found.receipt(Vec::new());
+    // Is it what was proved that has the name, and not what somebody else has put there?
+    match receipt.is_unchanged(files(job).iter().map(PathBuf::as_path)) {
+        true => receipt.write(log),
+        false => Ok(()),
+    }
 }
 
 /// Whether a write to the source shows in its files. One to a device need not: there are other
@@ -93,20 +96,22 @@ fn is_known_by_its_files(job: &Job<'_>) -> bool {
     !job.source.disk.files().any(|file| file.is_device())
 }
 
-/// All files that the copy reads from.
+/// All files that the copy reads from: in the order of their renames, and those below.
 fn files(job: &Job<'_>) -> Vec<PathBuf> {
     let destination = &job.options.destination;
-    let mut files = vec![destination.clone()];
+    let own = job.target.data_file().into_iter().chain([destination.as_path()]);
+    let mut files: Vec<_> = own.map(Path::to_owned).collect();
     match &job.target {
-        Target::Qcow2 { .. } => {
-            files.extend(job.target.data_file().map(Path::to_owned));
-            let below = job.source.kept.iter();
-            files.extend(below.flat_map(|kept| chain_of(job, &kept.path, kept.format)));
-        }
         Target::Qcow2InPlace => files.extend(chain_of(job, destination, Format::Qcow2)),
-        Target::Raw | Target::RawInPlace => {}
+        _ => files.extend(below(job)),
     }
     files
+}
+
+/// All files that a new copy stands on.
+pub(super) fn below(job: &Job<'_>) -> Vec<PathBuf> {
+    let kept = job.source.kept.iter();
+    kept.flat_map(|kept| chain_of(job, &kept.path, kept.format)).collect()
 }
 
 /// An image with what it stands on, as far as that may be opened.

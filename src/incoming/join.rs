@@ -29,7 +29,8 @@ const GRACE: Duration = Duration::from_millis(50);
 /// own. Strangers are closed; they cost a thread for as long as a hello may take, and no more than
 /// a few at a time: the oldest makes room for the newest. Where there may be strangers, other
 /// sources are told no until the session is over; the same one, which lost its connections before
-/// this side noticed, waits until then.
+/// this side noticed, waits until then. Where there are none, a connection that does not join is
+/// one of those that were granted, and no other will come for it.
 pub(super) fn accept_all<'s>(
     scope: &'s Scope<'s, '_>,
     session: &'s Session,
@@ -59,8 +60,10 @@ pub(super) fn accept_all<'s>(
                 let waiting = waiting.clone();
                 scope.spawn(move || {
                     let said = (session, choice, timing);
-                    if let Some(mut reader) = greet(connection, said, &waiting) {
-                        session.read_data(&mut reader);
+                    match greet(connection, said, &waiting) {
+                        Ok(Some(mut reader)) => session.read_data(&mut reader),
+                        Err(error) if !listen.has_strangers() => session.fail_before_commit(error),
+                        Ok(None) | Err(_) => {}
                     }
                 });
             }
@@ -82,12 +85,13 @@ pub(super) fn accept_all<'s>(
     }
 }
 
-/// Hears the hello of a connection; `None` for one that does not belong here.
+/// Hears the hello of a connection; `None` for another source's, and an error for what is no
+/// source's at all.
 fn greet(
     connection: Connection,
     (session, choice, timing): (&Session, &Choice, &Timing),
     waiting: &Waiting,
-) -> Option<StreamReader> {
+) -> Result<Option<StreamReader>> {
     let Connection { reader, writer, line, peer } = connection;
     let mut reader = StreamReader::new(reader, 0);
     let hello = reader.hello();
@@ -96,13 +100,13 @@ fn greet(
             let hello = Cursor::new(Hello::Offer(offer).encode());
             let reader = Box::new(hello.chain(reader.into_rest()));
             waiting.keep(Connection { reader, writer, line, peer });
-            return None;
+            return Ok(None);
         }
         tracing::warn!("{peer} offers another migration, and was refused");
         let refusal = Refusal { blame: Blame::Transport, text: BUSY.to_owned() };
         refuse_and_linger((&mut reader, writer), &*line, refusal, timing.linger);
         waiting.leave(&line);
-        return None;
+        return Ok(None);
     }
     waiting.leave(&line);
     match admit(hello, session, choice, &line) {
@@ -110,12 +114,12 @@ fn greet(
             // Its reverse direction stays silent, and open.
             session.keep(writer);
             reader.set_channel(join.channel);
-            Some(reader)
+            Ok(Some(reader))
         }
         Err(error) => {
             tracing::warn!(%error, "a connection from {peer} was closed");
             line.hang_up();
-            None
+            Err(error)
         }
     }
 }

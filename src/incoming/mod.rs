@@ -140,8 +140,7 @@ pub fn receive(
         published: Vec::new(),
     };
     if received.already_complete {
-        received.published = destination.published()?;
-        accepted.already_complete(&received.published, options);
+        received.published = accepted.already_complete(destination.published(), options)?;
         return Ok(received);
     }
     let known = match accepted.choice.state {
@@ -174,18 +173,29 @@ pub fn receive(
 }
 
 impl Accepted {
-    /// All was published before: says so, and what that is. A source that hears nothing is read to
-    /// its end, so that it ends as well as it would have.
-    fn already_complete(mut self, published: &[Published], options: &IncomingOptions<'_>) {
+    /// All was published before: says so, and what that is, or why that is not known. A source that
+    /// hears nothing is read to its end, so that it ends as well as it would have.
+    fn already_complete(
+        mut self,
+        published: Result<Vec<Published>>,
+        options: &IncomingOptions<'_>,
+    ) -> Result<Vec<Published>> {
         if !self.back.is_one_way() {
-            let published = published.iter().cloned().map(Answer::Published);
-            let committed = Answer::Committed(self.offer.session);
-            let told = published.chain([committed]).try_for_each(|said| self.back.answer(&said));
+            let said = match &published {
+                Ok(published) => {
+                    let published = published.iter().cloned().map(Answer::Published);
+                    published.chain([Answer::Committed(self.offer.session)]).collect()
+                }
+                Err(error) => vec![read::failed(error)],
+            };
             // It may ask again.
-            if let Err(error) = told {
+            if let Err(error) = said.iter().try_for_each(|said| self.back.answer(said)) {
                 tracing::debug!(%error, "the source did not wait to hear what is published");
             }
-            return;
+            if published.is_err() {
+                within(options.timing.linger, &*self.line, || self.reader.drain(u64::MAX));
+            }
+            return published;
         }
         let over = Heart::new();
         std::thread::scope(|scope| {
@@ -199,6 +209,7 @@ impl Accepted {
             });
             self.reader.drain(u64::MAX);
         });
+        published
     }
 }
 

@@ -251,7 +251,7 @@ impl Session {
 
     /// Something failed that does not matter once COMMIT was read: what is published by then is,
     /// and the source is not told otherwise.
-    fn fail_before_commit(&self, error: Error) {
+    pub(super) fn fail_before_commit(&self, error: Error) {
         let progress = lock(&self.progress);
         if *progress < Progress::Committing {
             let news = self.note(error);
@@ -269,11 +269,10 @@ impl Session {
     /// Notes an error. Answers what the source is to be told of it: the first one is to be
     /// reported, unless it came from there.
     fn note(&self, error: Error) -> Option<Answer<'static>> {
-        let (blame, offset) = (error.blame(), error.stream_offset());
-        let text = crate::report::error_chain(&error);
+        let failed = failed(&error);
         let is_news = !matches!(error, Error::Peer { .. } | Error::Ended);
         let is_first = self.breaker.note(error);
-        (is_first && is_news).then_some(Answer::Failed { blame, offset, text })
+        (is_first && is_news).then_some(failed)
     }
 
     fn tell_and_close(&self, news: Option<Answer<'_>>) {
@@ -378,6 +377,12 @@ impl Session {
     fn set_progress(&self, progress: Progress) {
         *lock(&self.progress) = progress;
     }
+}
+
+/// What the source is told of an error.
+pub(super) fn failed(error: &Error) -> Answer<'static> {
+    let (blame, offset) = (error.blame(), error.stream_offset());
+    Answer::Failed { blame, offset, text: crate::report::error_chain(error) }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

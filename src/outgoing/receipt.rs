@@ -141,7 +141,8 @@ mod tests {
         };
         let bitmaps = vec![bitmap("b", "b", 2), bitmap("new", "a", 1)];
         let (name, content) = ("vda".to_owned(), Some(ROOT));
-        Published { name, size: 512, content, is_unchanged: true, bitmaps }
+        let (is_unchanged, is_bitmaps_alone) = (true, false);
+        Published { name, size: 512, content, is_unchanged, is_bitmaps_alone, bitmaps }
     }
 
     type Change = fn(&mut Published);

@@ -118,7 +118,9 @@ fn told(received: Option<&Received>) -> Option<Vec<Published>> {
         };
         let bitmaps = disk.bitmaps.iter().zip(&proof.bitmaps).map(bitmap).collect();
         let (name, size, content) = (disk.name.clone(), disk.size, proof.content);
-        Some(Published { name, size, content, is_unchanged, bitmaps })
+        // Of what came whole without proof nothing is told here.
+        let is_bitmaps_alone = content.is_none();
+        Some(Published { name, size, content, is_unchanged, is_bitmaps_alone, bitmaps })
     };
     received.disks.iter().map(of).collect()
 }

@@ -51,20 +51,51 @@ pub fn run(
     let (dialect, main) = first(arrivals, observer, None)?;
     // How long nobody came is nobody's work.
     let started = Instant::now();
-    if let Some(wanted) = options.dialect.filter(|wanted| *wanted != dialect) {
-        let peer = &main.peer;
-        let reason = format!("{peer} speaks the {dialect} dialect, and {wanted} was asked for");
-        return Err(Error::Usage { reason });
-    }
+    let is_wanted = match options.dialect.filter(|wanted| *wanted != dialect) {
+        Some(wanted) => {
+            let peer = &main.peer;
+            let reason = format!("{peer} speaks the {dialect} dialect, and {wanted} was asked for");
+            Err(Error::Usage { reason })
+        }
+        None => Ok(()),
+    };
     match dialect {
         Dialect::Native => {
-            if let Err(error) = options.check_for(dialect) {
-                turn_away(main, error.blame(), crate::report::error_chain(&error));
-                return Err(error);
+            let relay = Arc::new(Relay::default());
+            let opened = is_wanted
+                .and_then(|()| options.check_for(dialect))
+                .and_then(|()| Opened::new(options, observer, &relay));
+            match opened {
+                Ok(opened) => {
+                    native(options, (main, arrivals), (observer, started), (opened, relay))
+                }
+                // The source is there, and waits.
+                Err(error) => {
+                    turn_away(main, error.blame(), crate::report::error_chain(&error));
+                    Err(error)
+                }
             }
-            native(options, (main, arrivals), (observer, started))
         }
-        Dialect::Qemu => qemu(options, (main, arrivals), observer),
+        Dialect::Qemu => is_wanted.and_then(|()| qemu(options, (main, arrivals), observer)),
+    }
+}
+
+/// What is there before anything comes.
+struct Opened {
+    /// What the new images stand on, disk by disk.
+    bases: Vec<Option<Base>>,
+    /// The images that are written into.
+    in_place: Option<Arc<InPlace>>,
+}
+
+impl Opened {
+    fn new(options: &ReceiveOptions, observer: &dyn Observer, relay: &Arc<Relay>) -> Result<Self> {
+        let bases = bases(options, observer)?;
+        let in_place = match options.existing {
+            Existing::InPlace => Some(Arc::new(InPlace::open(options, observer, relay.clone())?)),
+            Existing::Refuse | Existing::Replace => None,
+        };
+        Ok(Self { bases, in_place })
     }
 }
 
@@ -134,15 +165,10 @@ fn native(
     options: &ReceiveOptions,
     (main, arrivals): (Connection, &Arrivals<'_>),
     (observer, started): (&dyn Observer, Instant),
+    (Opened { bases, in_place }, relay): (Opened, Arc<Relay>),
 ) -> Result<Report> {
-    let relay = Arc::new(Relay::default());
-    let bases = bases(options, observer)?;
     let watched = Arriving::new(observer);
     let observer: &dyn Observer = &watched;
-    let in_place = match options.existing {
-        Existing::InPlace => Some(Arc::new(InPlace::open(options, observer, relay.clone())?)),
-        Existing::Refuse | Existing::Replace => None,
-    };
     // What was there before the first attempt may be unwanted; what that one left never is.
     let destination = |is_first: bool| -> Arc<dyn Destination> {
         let files =
@@ -247,12 +273,18 @@ fn bitmap_report(name: String, stored: &str) -> BitmapReport {
     BitmapReport { name, outcome, changed, reason: None, is_wanted: true }
 }
 
+/// What is not carried of a disk whose bitmaps went alone.
+fn only_bitmaps(is_bitmaps_alone: bool) -> Vec<String> {
+    is_bitmaps_alone.then(|| ONLY_BITMAPS.to_owned()).into_iter().collect()
+}
+
 /// A disk that an earlier run had published.
 fn published_before(disk: &Published) -> DiskReport {
     let bitmap = |found: &PublishedBitmap| bitmap_report(found.sent_as.clone(), &found.name);
     let bitmaps = disk.bitmaps.iter().map(bitmap).collect();
+    let not_carried = only_bitmaps(disk.is_bitmaps_alone && disk.content.is_none());
     let untouched = DiskReport::untouched(disk.name.clone());
-    DiskReport { bitmaps, ..untouched }.of_before(Some(disk)).only_seen()
+    DiskReport { bitmaps, not_carried, ..untouched }.of_before(Some(disk)).only_seen()
 }
 
 fn disk_report(options: &ReceiveOptions, disk: ReceivedDisk) -> DiskReport {
@@ -262,7 +294,7 @@ fn disk_report(options: &ReceiveOptions, disk: ReceivedDisk) -> DiskReport {
         let stored = renames.as_ref().map_or_else(|| name.clone(), |r| r.stored(&name));
         bitmap_report(name, &stored)
     };
-    let only_bitmaps = disk.proof.as_ref().is_some_and(|proof| proof.content.is_none());
+    let is_bitmaps_alone = disk.proof.as_ref().is_some_and(|proof| proof.content.is_none());
     let content = disk.proof.and_then(|proof| proof.content);
     DiskReport {
         id: disk.name,
@@ -270,7 +302,7 @@ fn disk_report(options: &ReceiveOptions, disk: ReceivedDisk) -> DiskReport {
         bytes_zero: disk.bytes_zero,
         verified: if content.is_some() { Verified::Yes } else { Verified::No },
         content_hash: content.map(|content| content.to_string()),
-        not_carried: only_bitmaps.then(|| ONLY_BITMAPS.to_owned()).into_iter().collect(),
+        not_carried: only_bitmaps(is_bitmaps_alone),
         bitmaps: disk.bitmaps.into_iter().map(bitmap).collect(),
     }
     .only_seen()

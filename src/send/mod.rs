@@ -62,7 +62,18 @@ pub fn run(options: &SendOptions, dial: &dyn Dial, observer: &dyn Observer) -> R
         progress.end();
         Ok(sent)
     })?;
+    wants_no_more_than_was_proved(options, &sent)?;
     Ok(report(options, &disks, &sent, (&moved, started)))
+}
+
+/// What an earlier run did without proof is not what a run that asks for one asks for.
+fn wants_no_more_than_was_proved(options: &SendOptions, sent: &Sent) -> Result<()> {
+    let Outcome::AlreadyComplete(published) = &sent.outcome else { return Ok(()) };
+    let wanted = !options.no_verify && options.blocks;
+    match published.iter().find(|disk| wanted && disk.content.is_none()) {
+        Some(disk) => Err(Error::NeverProved { name: disk.name.clone() }),
+        None => Ok(()),
+    }
 }
 
 /// A disk as it is read.

@@ -174,6 +174,25 @@ fn nothing_is_claimed_that_nobody_has_seen() {
 }
 
 #[test]
+fn a_place_that_cannot_be_opened_is_told_to_both() {
+    let scratch = Scratch::new();
+    ["a.raw", "noise"].iter().for_each(|name| disk(&scratch, name, MIB));
+    let (shared, in_place) = ("--disk vda=out --backing nowhere", "--in-place --disk vda=noise");
+    for (place, exit, says) in [
+        (shared.to_owned(), Exit::Device, "nowhere"),
+        (format!("{in_place},format=qcow2"), Exit::Malformed, "noise"),
+        (format!("{in_place} --dialect qemu:10.0"), Exit::Usage, "native dialect"),
+    ] {
+        let receive = format!("receive --json {place} tcp:127.0.0.1:0");
+        let receive = bitferry().dir(scratch.dir()).words(&receive);
+        let (sent, received) = migrate(&scratch, receive, "--disk vda=a.raw,format=raw");
+        for output in [sent.expect_exit(Exit::Transport), received.expect_exit(exit)] {
+            assert!(output.complaint().contains(says), "{place}: {output}");
+        }
+    }
+}
+
+#[test]
 fn a_failure_names_the_disks_that_were_asked_for() {
     let scratch = Scratch::new();
     disk(&scratch, "a.raw", MIB);

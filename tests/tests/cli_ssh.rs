@@ -17,6 +17,7 @@ const MIB: u64 = 1 << 20;
 /// which begins in a directory of its own.
 const STAND_IN: &str = r#"#!/bin/sh
 for last; do :; done
+case "$last" in *" meet "*) [ -z "$ALONE" ] || exit 255;; esac
 [ -z "$SAID" ] || printf '%s\n' "$last" >>"$SAID"
 cd "$ELSEWHERE" && exec setsid sh -c "$last"
 "#;
@@ -96,6 +97,19 @@ fn each_channel_has_an_ssh_of_its_own() {
     assert_eq!(copy("4", &["host:b.qcow2", "c.qcow2"]), 3);
     same(&hosts.here.path("a.qcow2"), &hosts.here.path("c.qcow2"));
     assert_eq!(copy("1", &["a.qcow2", "host:d.qcow2"]), 0);
+}
+
+#[test]
+fn a_further_ssh_that_fails_ends_it_at_once() {
+    let Some(hosts) = Hosts::new() else { return };
+    disk(&hosts.here, "a.qcow2");
+    disk(&hosts.there, "b.qcow2");
+    for words in [["a.qcow2", "host:up.qcow2"], ["host:b.qcow2", "down.qcow2"]] {
+        let copying = hosts.copy(&["--channels", "3"]).args(words).env("ALONE", "1").spawn();
+        assert!(copying.ends_within(Duration::from_secs(15)), "{words:?} waits");
+        let output = copying.wait().expect_no_crash().expect_exit(Exit::Transport);
+        assert!(output.complaint().contains("255"), "{output}");
+    }
 }
 
 #[test]

@@ -2,6 +2,7 @@
 //! visible by halves, and the same commands settle it.
 
 use std::net::SocketAddr;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use bitferry_tests::image::make;
@@ -133,6 +134,27 @@ fn a_commit_that_does_not_arrive_publishes_nothing() {
         both_are_whole(&scratch, ["x", "y"]);
         pair.clean();
     }
+}
+
+#[test]
+fn what_was_written_to_since_it_was_proved_is_not_published() {
+    let scratch = Scratch::new();
+    if !has_peers() {
+        return;
+    }
+    sources(&scratch);
+    let mut pair = Pair::new(&scratch, ("", ""), vec![Cut::Commit(0), Cut::Never]);
+    assert_eq!(status(pair.run().0, Exit::Unknown), "unknown");
+    // Somebody who asks no lock.
+    let part = scratch.path(".b.out.bitferry-part");
+    let part = std::fs::File::options().write(true).open(part).expect("part");
+    part.write_all_at(&[9; 4096], 2 * MIB).expect("write");
+    let (sent, received) = pair.run();
+    for output in [sent, received] {
+        let summary = json::summary(&output.expect_exit(Exit::Done));
+        assert_eq!((&summary["status"], &summary["resumed"]), (&"completed".into(), &true.into()));
+    }
+    both_are_whole(&scratch, ["x", "y"]);
 }
 
 #[test]

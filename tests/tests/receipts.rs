@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bitferry_tests::image::make;
-use bitferry_tests::migration::{command as run, done};
+use bitferry_tests::migration::{both, command as run, done};
 use bitferry_tests::qemu::{qemu_io, same_content};
 use bitferry_tests::{Exit, Peer, Run, Scratch, bitferry, json, require_all};
 use serde_json::Value;
@@ -101,6 +101,56 @@ fn the_same_commands_again_say_what_was_proved_and_what_is_not_as_it_was() {
 }
 
 #[test]
+fn a_proof_that_was_left_out_is_not_claimed_by_asking_again() {
+    if !has_peers() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let image = source(&scratch, "a.qcow2", 3);
+    let (unproved, proved) = ("--disk vda=a.qcow2 --no-verify", "--disk vda=a.qcow2");
+    let receive = "--disk vda=a.out unix:socket";
+    done(&scratch, unproved, receive);
+    // A destination that answers what it has, and a source that is not content with it.
+    let (sent, received) = both(&scratch, proved, receive);
+    let sent = sent.expect_exit(Exit::Usage);
+    assert_eq!(json::summary(&sent)["status"], "failed", "{sent}");
+    let said = sent.complaint();
+    assert!(said.contains("\"vda\"") && said.contains("\nhint: with --no-verify"), "{said}");
+    received.expect_exit(Exit::Done);
+    assert_eq!(done(&scratch, unproved, receive).0["status"], "already-complete");
+    let anew = done(&scratch, &format!("{proved} --fresh"), &format!("--force {receive}"));
+    for summary in [anew.0, anew.1] {
+        assert_eq!(
+            (&summary["status"], &summary["disks"][0]["verified"]),
+            (&"completed".into(), &"yes".into())
+        );
+    }
+    same_content((&image, "qcow2"), (&scratch.path("a.out"), "qcow2"));
+}
+
+#[test]
+fn bitmaps_that_went_alone_are_told_as_such_again() {
+    if !has_peers() {
+        return;
+    }
+    let scratch = Scratch::new();
+    source(&scratch, "a.qcow2", 3);
+    run(&scratch, "copy --bitmaps none a.qcow2 b.qcow2").ok();
+    let ask = || {
+        migrated(&scratch, "--no-blocks --disk vda=a.qcow2", "--in-place --disk vda=b.qcow2")
+            .map(|summary| (summary["status"].clone(), summary["disks"][0].clone()))
+    };
+    let (first, again) = (ask(), ask());
+    for ((was, first), (is, again)) in first.iter().zip(&again) {
+        assert_eq!([was, is], ["completed", "already-complete"]);
+        assert_eq!(first["not-carried"][0], "content: bitmaps go alone", "{first}");
+        for key in ["content-hash", "verified", "not-carried", "bitmaps"] {
+            assert_eq!(first[key], again[key], "{key}");
+        }
+    }
+}
+
+#[test]
 fn what_belongs_together_is_published_together_without_proof_too() {
     if !has_peers() || !require_all(&[Peer::Strace]) {
         return;
@@ -134,6 +184,51 @@ fn what_belongs_together_is_published_together_without_proof_too() {
             left.collect::<Vec<_>>(),
             [".a.out.bitferry-receipt", ".b.out.bitferry-receipt"]
         );
+    }
+}
+
+#[test]
+fn half_of_a_publication_is_not_finished_with_what_was_written_to() {
+    if !has_peers() || !require_all(&[Peer::Strace]) {
+        return;
+    }
+    let scratch = Scratch::new();
+    ["a.qcow2", "b.qcow2"].iter().for_each(|name| drop(source(&scratch, name, 3)));
+    let (send, receive) =
+        ("--disk vda=a.qcow2 --disk vdb=b.qcow2", "--disk vda=a.out --disk vdb=b.out");
+    let receiver = killed_at_its_second_rename(&scratch, receive).spawn();
+    receiver.wait_for(false, |line| line.contains("listening").then_some(()));
+    run(&scratch, &format!("send --json {send} unix:socket")).output().expect_exit(Exit::Unknown);
+    receiver.wait();
+    let left = scratch.names().into_iter().find(|name| name.ends_with("-part")).expect("one");
+    let left_path = scratch.path(&left);
+    let file = std::fs::File::options().append(true).open(&left_path).expect("open");
+    std::io::Write::write_all(&mut &file, b"!").expect("write");
+    let (sent, received) = both(&scratch, send, &format!("{receive} unix:socket"));
+    let received = received.expect_exit(Exit::Different);
+    assert!(received.complaint().contains(&left), "{received}");
+    assert_eq!(json::summary(&received)["status"], "failed");
+    assert!(sent.expect_exit(Exit::Different).complaint().contains(&left));
+    assert!(left_path.exists());
+}
+
+#[test]
+fn a_publication_that_began_is_not_finished_where_all_is_to_begin_anew() {
+    if !has_peers() || !require_all(&[Peer::Strace]) {
+        return;
+    }
+    let scratch = Scratch::new();
+    let images = [source(&scratch, "a.qcow2", 3), source(&scratch, "b.qcow2", 5)];
+    let (send, receive) =
+        ("--disk vda=a.qcow2 --disk vdb=b.qcow2", "--disk vda=a.out --disk vdb=b.out");
+    let receiver = killed_at_its_second_rename(&scratch, receive).spawn();
+    receiver.wait_for(false, |line| line.contains("listening").then_some(()));
+    run(&scratch, &format!("send --json {send} unix:socket")).output().expect_exit(Exit::Unknown);
+    receiver.wait();
+    let said = migrated(&scratch, send, &format!("{receive} --fresh --force"));
+    assert!(said.iter().all(|s| s["status"] == "completed"), "{said:?}");
+    for (image, out) in images.iter().zip(["a.out", "b.out"]) {
+        same_content((image, "qcow2"), (&scratch.path(out), "qcow2"));
     }
 }
 

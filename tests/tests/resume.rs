@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use bitferry_tests::image::make;
+use bitferry_tests::migration::{command, listening};
 use bitferry_tests::process::Running;
-use bitferry_tests::qemu::{check, dirty_ranges, same_content};
+use bitferry_tests::qemu::{allocated_bytes, check, dirty_ranges, same_content};
 use bitferry_tests::random::{Random, seed};
 use bitferry_tests::{Exit, Output, Peer, Scratch, bitferry, json, require_all};
 
@@ -59,6 +60,44 @@ fn is_absent_or_whole(scratch: &Scratch, said: &[Output]) -> bool {
         assert_eq!(dirty_ranges(&copy, name).unwrap_or_else(|o| panic!("{o}")), expected);
     }
     true
+}
+
+#[test]
+fn a_kill_on_a_slow_link_costs_seconds() {
+    if !require_all(&[Peer::QemuImg, Peer::QemuIo, Peer::QemuNbd]) {
+        return;
+    }
+    for format in ["qcow2", "raw"] {
+        let scratch = Scratch::new();
+        let image = make(&scratch, "a", 64 * MIB).format("raw").write(1, 0, 48 * MIB).done();
+        let receive = || {
+            let words = format!("receive --json --disk vda=b,format={format} tcp:127.0.0.1:0");
+            let running = command(&scratch, &words).spawn();
+            let uri = listening(&running);
+            (running, uri)
+        };
+        // A command is the same where it connects to the same place.
+        let (receiver, uri) = receive();
+        let send = format!("send --json --disk vda=a,format=raw {uri}");
+        let slow = command(&scratch, &format!("{send} --bandwidth 4M")).spawn();
+        let begun = Instant::now();
+        let part = scratch.path(".b.bitferry-part");
+        while !part.exists() || allocated_bytes(&part) < 24 * MIB {
+            assert!(begun.elapsed() < Duration::from_secs(60), "it does not arrive");
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        receiver.kill();
+        slow.wait().expect_no_crash();
+        let again = format!("receive --json --disk vda=b,format={format} {uri}");
+        let receiver = command(&scratch, &again).spawn();
+        listening(&receiver);
+        let summary = json::summary(&command(&scratch, &send).output().expect_exit(Exit::Done));
+        receiver.wait().expect_exit(Exit::Done);
+        // Of 6 seconds the last 3 may be lost, and what is under way.
+        let wire = summary["wire-bytes"].as_u64().expect("a number");
+        assert!(wire < 42 * MIB, "{summary}");
+        same_content((&image, "raw"), (&scratch.path("b"), format));
+    }
 }
 
 #[test]

@@ -10,17 +10,18 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use format_spec::content_hash::{
-    ContentHash, LEAF_BYTES, LEDGER_HEIGHT, Node, Placed, Tree, hash_run, zero_node,
+    LEAF_BYTES, LEDGER_HEIGHT, Node, Placed, Tree, hash_run, zero_node,
 };
 use mig_core::block::is_zero;
 use qcow2_file::Storage;
 
-use super::Journal;
+use super::{Journal, Prepared};
 use crate::error::Result;
 use crate::ledger::{Ledger, Stretch, UNIT_BYTES};
-use crate::limits::{CHECKPOINT_BYTES, MAX_PARTIAL_UNITS};
+use crate::limits::{CHECKPOINT_BYTES, CHECKPOINT_INTERVAL, MAX_PARTIAL_UNITS};
 
 /// Leaves of a unit.
 const UNIT_LEAVES: u64 = UNIT_BYTES / LEAF_BYTES as u64;
@@ -39,6 +40,10 @@ pub struct Keeper {
     waiting: AtomicU64,
     /// Bytes after which the next one is due.
     interval: u64,
+    /// Time after which it is.
+    patience: Duration,
+    /// When the last one began, or nothing had been there.
+    last: Mutex<Instant>,
 }
 
 #[derive(Debug)]
@@ -65,13 +70,19 @@ impl Keeper {
             partial: BTreeMap::new(),
         };
         let (checkpoint, waiting) = (Mutex::new(()), AtomicU64::new(0));
-        let interval = CHECKPOINT_BYTES;
-        Ok(Self { size, state: Mutex::new(state), checkpoint, waiting, interval })
+        let (interval, patience) = (CHECKPOINT_BYTES, CHECKPOINT_INTERVAL);
+        let (state, last) = (Mutex::new(state), Mutex::new(Instant::now()));
+        Ok(Self { size, state, checkpoint, waiting, interval, patience, last })
     }
 
     /// Lets checkpoints be due after `bytes` instead of [`CHECKPOINT_BYTES`].
     pub fn every(self, bytes: u64) -> Self {
         Self { interval: bytes, ..self }
+    }
+
+    /// Lets them be due after `patience` instead of [`CHECKPOINT_INTERVAL`].
+    pub fn within(self, patience: Duration) -> Self {
+        Self { patience, ..self }
     }
 
     /// A range of bytes is about to be written.
@@ -156,9 +167,20 @@ impl Keeper {
         Ok(())
     }
 
-    /// Whether enough has arrived for a checkpoint.
+    /// Whether enough has arrived for a checkpoint, or [the last one](Self::is_late) is too old.
     pub fn is_due(&self) -> bool {
-        self.waiting.load(Ordering::Relaxed) >= self.interval
+        self.waiting.load(Ordering::Relaxed) >= self.interval || self.is_late()
+    }
+
+    /// Whether what arrives has waited for a checkpoint for so long that one is due, however little
+    /// it is, and none is under way. Of those who ask one is told so.
+    pub fn is_late(&self) -> bool {
+        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_late = last.elapsed() >= self.patience && self.checkpoint.try_lock().is_ok();
+        if is_late {
+            *last = Instant::now();
+        }
+        is_late
     }
 
     /// Makes what has arrived durable with `sync`, and then claims it. Where a checkpoint is under
@@ -169,6 +191,7 @@ impl Keeper {
     ) -> Result<(), E> {
         let _alone = self.checkpoint.lock().unwrap_or_else(PoisonError::into_inner);
         self.waiting.store(0, Ordering::Relaxed);
+        *self.last.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
         {
             let state = &mut *self.lock();
             state.syncing = std::mem::replace(&mut state.arrived, Ledger::new(self.size)?);
@@ -218,14 +241,14 @@ impl Keeper {
         self.with_claims(count).unwrap_or(0)
     }
 
-    /// The root that was prepared.
-    pub fn prepared(&self) -> Option<ContentHash> {
-        self.lock().journal.prepared()
+    /// Whether the disk was prepared, and that was not taken back.
+    pub fn is_prepared(&self) -> bool {
+        self.lock().journal.prepared().is_some()
     }
 
     /// See [`Journal::prepare`].
-    pub fn prepare(&self, root: ContentHash) -> Result<()> {
-        self.lock().journal.prepare(root)
+    pub fn prepare(&self, prepared: Prepared) -> Result<()> {
+        self.lock().journal.prepare(prepared)
     }
 
     /// See [`Journal::unprepare`].

@@ -22,7 +22,7 @@ use qcow2_file::Storage;
 
 use crate::error::{Error, Result};
 use crate::ledger::{Ledger, Stretch};
-use crate::limits::{JOURNAL_RECORD_NODES, JOURNAL_SLACK_BYTES};
+use crate::limits::{JOURNAL_RECORD_NODES, JOURNAL_RESERVE_BYTES, JOURNAL_SLACK_BYTES};
 
 pub use keeper::Keeper;
 pub use replay::{Found, Replayed, peek, replay};
@@ -46,6 +46,16 @@ pub struct Identity {
     pub target: String,
 }
 
+/// What was proved of a disk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Prepared {
+    /// Its root, or [`UNPROVED`](format_spec::native::journal::UNPROVED).
+    pub root: ContentHash,
+    /// What its files, and those that it stands on, were like then: in the caller's own way, equal
+    /// as long as nobody writes to them.
+    pub stamps: Vec<[u8; 16]>,
+}
+
 /// A journal that is written.
 ///
 /// What a call appends reaches the file before it returns, but only
@@ -57,9 +67,11 @@ pub struct Journal {
     end: u64,
     /// What the file claims.
     claims: Ledger,
-    prepared: Option<ContentHash>,
+    prepared: Option<Prepared>,
     is_committing: bool,
     records: Vec<u8>,
+    /// End of what room was taken for.
+    reserved: u64,
 }
 
 impl Journal {
@@ -75,6 +87,7 @@ impl Journal {
             prepared: None,
             is_committing: false,
             records: Vec::new(),
+            reserved: 0,
         };
         journal.begin()?;
         Ok(journal)
@@ -84,9 +97,15 @@ impl Journal {
     /// is cut off.
     pub fn resume(file: Arc<dyn Storage>, replayed: Replayed) -> Result<Self> {
         let Replayed { identity, claims, prepared, is_committing, end } = replayed;
-        file.set_len(end).map_err(failed("truncate"))?;
-        let records = Vec::new();
-        Ok(Self { file, identity, end, claims, prepared, is_committing, records })
+        // Where nothing follows, what room was taken behind it stays.
+        if file.len().map_err(failed("find the length of"))? != end {
+            file.set_len(end).map_err(failed("truncate"))?;
+        }
+        let (records, reserved) = (Vec::new(), end);
+        let mut journal =
+            Self { file, identity, end, claims, prepared, is_committing, records, reserved };
+        journal.reserve();
+        Ok(journal)
     }
 
     /// What it is of.
@@ -99,9 +118,9 @@ impl Journal {
         &mut self.claims
     }
 
-    /// The root that was prepared, unless it was taken back.
-    pub fn prepared(&self) -> Option<ContentHash> {
-        self.prepared
+    /// What was prepared, unless it was taken back.
+    pub fn prepared(&self) -> Option<&Prepared> {
+        self.prepared.as_ref()
     }
 
     /// Whether the source has said COMMIT, so that publication must be finished.
@@ -176,9 +195,10 @@ impl Journal {
     }
 
     /// Notes durably that the disk was proved, and READY will be said.
-    pub fn prepare(&mut self, root: ContentHash) -> Result<()> {
-        self.prepared = Some(root);
-        JournalRecord::Prepared(root).encode(&mut self.records);
+    pub fn prepare(&mut self, prepared: Prepared) -> Result<()> {
+        let Prepared { root, stamps } = prepared.clone();
+        self.prepared = Some(prepared);
+        JournalRecord::Prepared { root, stamps }.encode(&mut self.records);
         self.write()?;
         self.sync()
     }
@@ -189,7 +209,8 @@ impl Journal {
             return Ok(());
         }
         self.is_committing = false;
-        JournalRecord::Prepared(NOT_PREPARED).encode(&mut self.records);
+        let (root, stamps) = (NOT_PREPARED, Vec::new());
+        JournalRecord::Prepared { root, stamps }.encode(&mut self.records);
         self.write()?;
         self.sync()
     }
@@ -231,14 +252,14 @@ impl Journal {
     pub fn rewrite(&mut self, file: Arc<dyn Storage>) -> Result<()> {
         let mut anew = Self::start(file, self.identity.clone())?;
         anew.claim(&mut self.claims)?;
-        if let Some(root) = self.prepared {
-            anew.prepare(root)?;
+        if let Some(prepared) = &self.prepared {
+            anew.prepare(prepared.clone())?;
         }
         if self.is_committing {
             anew.commit()?;
         }
         anew.sync()?;
-        (self.file, self.end) = (anew.file, anew.end);
+        (self.file, self.end, self.reserved) = (anew.file, anew.end, anew.reserved);
         Ok(())
     }
 
@@ -258,7 +279,24 @@ impl Journal {
         self.end = self.end.saturating_add(records.len() as u64);
         records.clear();
         self.records = records;
+        if written.is_ok() {
+            self.reserve();
+        }
         written
+    }
+
+    /// Sees to it that what is said next can be said where the file system is full by then.
+    fn reserve(&mut self) {
+        let wanted = self.end.saturating_add(JOURNAL_RESERVE_BYTES);
+        if self.reserved >= wanted {
+            return;
+        }
+        // Some more, so that it is seldom asked for.
+        let len = JOURNAL_RESERVE_BYTES.saturating_mul(2);
+        match self.file.reserve(self.end, len) {
+            Ok(()) => self.reserved = self.end.saturating_add(len),
+            Err(error) => tracing::debug!(%error, "no room is taken ahead for a journal"),
+        }
     }
 }
 

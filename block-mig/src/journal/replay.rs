@@ -1,12 +1,11 @@
 //! Reading a journal back. A torn or wrong record ends it; only the file itself can fail.
 
-use format_spec::content_hash::ContentHash;
 use format_spec::native::frame::{HEADER_BYTES, Header, Record};
 use format_spec::native::journal::{JOURNAL_MAGIC, JournalRecord, decode_start};
 use format_spec::{Malformed, Reader};
 use qcow2_file::Storage;
 
-use super::{Identity, NOT_PREPARED, failed};
+use super::{Identity, NOT_PREPARED, Prepared, failed};
 use crate::error::Result;
 use crate::ledger::Ledger;
 
@@ -31,8 +30,8 @@ pub struct Replayed {
     pub identity: Identity,
     /// What it claims of the disk's units.
     pub claims: Ledger,
-    /// The root that was prepared, if that was the last word.
-    pub prepared: Option<ContentHash>,
+    /// What was prepared, if that was the last word.
+    pub prepared: Option<Prepared>,
     /// Whether the source had said COMMIT.
     pub is_committing: bool,
     /// Byte behind the last good record.
@@ -89,8 +88,9 @@ impl Replayed {
                 (self.prepared, self.is_committing) = (None, false);
                 self.claims.set_zeroes(run.first..run.first.saturating_add(run.count))?;
             }
-            Some(JournalRecord::Prepared(root)) => {
-                self.prepared = Some(root).filter(|root| *root != NOT_PREPARED);
+            Some(JournalRecord::Prepared { root, stamps }) => {
+                let is_prepared = root != NOT_PREPARED;
+                self.prepared = is_prepared.then_some(Prepared { root, stamps });
                 self.is_committing = false;
             }
             Some(JournalRecord::Commit(session)) if session == self.identity.session => {

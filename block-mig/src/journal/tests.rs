@@ -4,11 +4,16 @@ use format_spec::content_hash::leaf;
 use proptest::prelude::*;
 use qcow2_file::Memory;
 use qcow2_file::storage::{Fault, OperationKind};
+use std::time::Duration;
 
 const UNITS: u64 = 3000;
 
 fn identity() -> Identity {
     Identity { session: [7; 16], size: UNITS * UNIT_BYTES - 512, target: "qcow2".into() }
+}
+
+fn prepared(byte: u8) -> Prepared {
+    Prepared { root: ContentHash([byte; 32]), stamps: vec![[byte; 16], [byte + 1; 16]] }
 }
 
 fn node(number: u64) -> Node {
@@ -60,7 +65,7 @@ fn act(journal: &mut Journal, file: &mut Arc<Memory>, step: &Step) {
         }
         Step::Zeroes(first, n) => journal.zeroes(first..first + n).unwrap(),
         Step::TakeBack(first, n) => journal.take_back(first..first + n).unwrap(),
-        Step::Prepare => journal.prepare(ContentHash([9; 32])).unwrap(),
+        Step::Prepare => journal.prepare(prepared(9)).unwrap(),
         Step::Unprepare => journal.unprepare().unwrap(),
         Step::Rewrite => {
             let anew = Arc::new(Memory::new());
@@ -89,7 +94,7 @@ proptest! {
         prop_assert_eq!(found.end, end);
         prop_assert_eq!(entries(&mut found.claims), entries(journal.claims()));
         if found.prepared.is_some() {
-            prop_assert_eq!(found.prepared, journal.prepared());
+            prop_assert_eq!(found.prepared.as_ref(), journal.prepared());
         }
         let mut again = Journal::resume(storage(&file), found).unwrap();
         again.units(5, &[node(77)]).unwrap();
@@ -174,16 +179,15 @@ fn claims_beyond_the_disk_end_the_journal() {
 fn prepared_and_committed_are_the_last_word_or_nothing() {
     let file = Arc::new(Memory::new());
     let mut journal = Journal::start(storage(&file), identity()).unwrap();
-    let root = ContentHash([3; 32]);
     journal.commit().unwrap();
     assert!(!replayed(&file).is_committing, "nothing was prepared");
-    journal.prepare(root).unwrap();
-    assert_eq!(replayed(&file).prepared, Some(root));
+    journal.prepare(prepared(3)).unwrap();
+    assert_eq!(replayed(&file).prepared, Some(prepared(3)));
     journal.commit().unwrap();
     assert!(replayed(&file).is_committing);
     journal.unprepare().unwrap();
     assert_eq!(replayed(&file).prepared, None);
-    journal.prepare(root).unwrap();
+    journal.prepare(prepared(3)).unwrap();
     journal.zeroes(0..1).unwrap();
     assert_eq!(replayed(&file).prepared, None, "what was written since is not proved");
 }
@@ -205,6 +209,116 @@ fn it_does_not_grow_without_bound() {
     assert!(rewrites > 0);
     assert!(file.len().unwrap() < 3 * JOURNAL_SLACK_BYTES + 4 * 32 * UNITS);
     assert_eq!(entries(&mut replayed(&file).claims), entries(journal.claims()));
+}
+
+/// What a full file system takes: as much as it has given before.
+#[derive(Debug)]
+struct Full {
+    file: Memory,
+    /// What room was taken for.
+    taken: std::sync::atomic::AtomicU64,
+    is_full: std::sync::atomic::AtomicBool,
+}
+
+impl Full {
+    fn take(&self, end: u64) -> io::Result<()> {
+        use std::sync::atomic::Ordering::Relaxed;
+        if self.is_full.load(Relaxed) && end > self.taken.load(Relaxed) {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
+        self.taken.fetch_max(end, Relaxed);
+        Ok(())
+    }
+}
+
+impl Storage for Full {
+    fn name(&self) -> Arc<str> {
+        "full".into()
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        self.file.len()
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        self.file.read_at(buf, offset)
+    }
+
+    fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        self.take(offset + buf.len() as u64)?;
+        self.file.write_at(buf, offset)
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.file.write_zeroes(offset, len)
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.file.discard(offset, len)
+    }
+
+    fn reserve(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.take(offset + len)
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        self.taken.store(len, std::sync::atomic::Ordering::Relaxed);
+        self.file.set_len(len)
+    }
+
+    fn run_at(&self, offset: u64, max_len: u64) -> io::Result<qcow2_file::storage::Run> {
+        self.file.run_at(offset, max_len)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.file.sync()
+    }
+}
+
+#[test]
+fn there_is_room_for_the_last_words_where_nothing_else_has_any() {
+    use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+    let file = Full { file: Memory::new(), taken: AtomicU64::new(0), is_full: false.into() };
+    let file = Arc::new(file);
+    let set_full = |is_full: bool| {
+        let flag: &AtomicBool = &file.is_full;
+        flag.store(is_full, Ordering::Relaxed);
+    };
+    let nodes: Vec<_> = (0..300).map(node).collect();
+    let mut journal = Journal::start(file.clone(), identity()).unwrap();
+    for round in 0..5 {
+        set_full(false);
+        journal.units(round * 300, &nodes).unwrap();
+        set_full(true);
+        journal.units(round * 300 + 7, &nodes).unwrap();
+        journal.prepare(prepared(1)).unwrap();
+        // Who goes on while it is still full can speak as well.
+        drop(journal);
+        let found = replayed(&file.file);
+        assert_eq!(found.prepared, Some(prepared(1)));
+        journal = Journal::resume(file.clone(), found).unwrap();
+        journal.unprepare().unwrap();
+    }
+    let far: Vec<_> = (0..2000).map(node).collect();
+    assert!(journal.units(0, &far).is_err(), "its room is bounded");
+}
+
+#[test]
+fn a_checkpoint_is_due_by_the_clock() {
+    let file = Arc::new(Memory::new());
+    let journal = Journal::start(storage(&file), identity()).unwrap();
+    let keeper = Keeper::new(journal).unwrap().within(Duration::from_millis(40));
+    assert!(!keeper.is_due() && !keeper.is_late());
+    std::thread::sleep(Duration::from_millis(60));
+    // Told to one, and to nobody while it is made.
+    assert!(keeper.is_due() && !keeper.is_due() && !keeper.is_late());
+    std::thread::sleep(Duration::from_millis(60));
+    let sync = || {
+        std::thread::sleep(Duration::from_millis(60));
+        assert!(!keeper.is_late());
+        Ok::<(), Error>(())
+    };
+    keeper.checkpoint(sync).unwrap();
 }
 
 #[test]

@@ -33,6 +33,8 @@ pub const KEEPALIVE: u16 = OPTIONAL | 8;
 pub const UNKNOWN_OFFSET: u64 = u64::MAX;
 /// Flag of [`Published`]: nobody has written to it since.
 pub const UNCHANGED: u32 = 0x1;
+/// Flag of [`Published`] and of a receipt: bitmaps went alone, to content that was there.
+pub const BITMAPS_ALONE: u32 = 0x2;
 
 /// What the destination read back.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -56,6 +58,8 @@ pub struct Published {
     pub content: Option<ContentHash>,
     /// Whether nobody has written to it since, as far as its files tell.
     pub is_unchanged: bool,
+    /// Whether its bitmaps were sent and its content was not.
+    pub is_bitmaps_alone: bool,
     /// Its bitmaps.
     pub bitmaps: Vec<PublishedBitmap>,
 }
@@ -217,8 +221,9 @@ impl Ready {
 impl Published {
     fn decode(body: &mut Reader<'_>) -> Result<Self, Malformed> {
         let size = body.be64("size")?;
-        let flags = body.flags32("disk flags", UNCHANGED)?;
+        let flags = body.flags32("disk flags", UNCHANGED | BITMAPS_ALONE)?;
         let is_unchanged = flags & UNCHANGED != 0;
+        let is_bitmaps_alone = flags & BITMAPS_ALONE != 0;
         let content = decode_root(body)?;
         let name = body.name16(MAX_DISK_NAME, "disk name")?.to_owned();
         let mut bitmaps = Vec::new();
@@ -228,16 +233,22 @@ impl Published {
             let sent_as = body.name16(MAX_BITMAP_NAME, "name of the bitmap as sent")?.to_owned();
             bitmaps.push(PublishedBitmap { name, sent_as, digest });
         }
-        Ok(Self { name, size, content, is_unchanged, bitmaps })
+        Ok(Self { name, size, content, is_unchanged, is_bitmaps_alone, bitmaps })
     }
 
     fn encode(&self, body: &mut Writer) {
-        body.be64(self.size).be32(if self.is_unchanged { UNCHANGED } else { 0 });
+        let unchanged = if self.is_unchanged { UNCHANGED } else { 0 };
+        body.be64(self.size).be32(unchanged | alone(self.is_bitmaps_alone));
         body.bytes(&self.content.unwrap_or(UNPROVED).0).text16(&self.name, MAX_DISK_NAME);
         for PublishedBitmap { name, sent_as, digest } in &self.bitmaps {
             body.bytes(&digest.0).text16(name, MAX_BITMAP_NAME).text16(sent_as, MAX_BITMAP_NAME);
         }
     }
+}
+
+/// The flag of what went without content.
+pub(super) fn alone(is_bitmaps_alone: bool) -> u32 {
+    if is_bitmaps_alone { BITMAPS_ALONE } else { 0 }
 }
 
 /// Leaves up to the end of the record.

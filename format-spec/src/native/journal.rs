@@ -1,5 +1,6 @@
 //! Journals of unfinished destinations and receipts of finished ones. SPEC 10.
 
+use super::answer::{BITMAPS_ALONE, alone};
 use super::block::{
     BITMAP_CREATE, BITMAP_REMOVE, BITMAP_UPDATE, BlockRecord, Content, ENABLED, MAX_BITMAP_NAME,
     PERSISTENT, RUN,
@@ -56,9 +57,13 @@ pub enum JournalRecord<'a> {
     Zeroes(ZeroUnits),
     /// What the image's writer needs to reopen it unfinished.
     Image(&'a [u8]),
-    /// The disk is complete, this is its root or [`UNPROVED`], and READY was or will be sent. All
-    /// bytes zero: no longer.
-    Prepared(ContentHash),
+    /// The disk is complete, and READY was or will be sent.
+    Prepared {
+        /// Its root or [`UNPROVED`]; all bytes zero: no longer.
+        root: ContentHash,
+        /// What its files were like when they were proved, and those that it stands on.
+        stamps: Vec<[u8; 16]>,
+    },
     /// The source has let go of this session: publication has begun and must be finished.
     Commit([u8; 16]),
     /// A bitmap's life and pieces, as they were received.
@@ -69,6 +74,8 @@ pub enum JournalRecord<'a> {
         session: [u8; 16],
         /// Size of the disk in bytes.
         size: u64,
+        /// Whether its bitmaps were sent and its content was not.
+        is_bitmaps_alone: bool,
         /// Its root when it was published; `None` where it was not proved.
         hash: Option<ContentHash>,
         /// What its files were like then, in the destination's own way: equal where nobody has
@@ -130,13 +137,20 @@ impl<'a> JournalRecord<'a> {
             UNITS => Self::Units(UnitNodes::decode(&mut body)?),
             ZEROES => Self::Zeroes(ZeroUnits::decode(&mut body)?),
             IMAGE => Self::Image(body.take_rest()),
-            PREPARED => Self::Prepared(ContentHash(*body.array("content hash")?)),
+            PREPARED => {
+                let (root, mut stamps) = (ContentHash(*body.array("content hash")?), Vec::new());
+                while body.left() > 0 {
+                    stamps.push(*body.array("stamp")?);
+                }
+                Self::Prepared { root, stamps }
+            }
             COMMIT => Self::Commit(*body.array("session")?),
             RECEIPT => {
                 let (session, size) = (*body.array("session")?, body.be64("disk size")?);
+                let is_bitmaps_alone = body.flags32("disk flags", BITMAPS_ALONE)? != 0;
                 let (hash, stamp) = (decode_root(&mut body)?, *body.array("stamp")?);
                 let target = body.text16(MAX_TARGET, "target")?;
-                Self::Receipt { session, size, hash, stamp, target }
+                Self::Receipt { session, size, is_bitmaps_alone, hash, stamp, target }
             }
             _ => {
                 let granularity = body.be32("bitmap granularity")?;
@@ -175,17 +189,17 @@ impl<'a> JournalRecord<'a> {
                 body.bytes(bytes);
                 IMAGE
             }
-            Self::Prepared(hash) => {
-                body.bytes(&hash.0);
+            Self::Prepared { root, stamps } => {
+                body.bytes(&root.0).bytes(stamps.as_flattened());
                 PREPARED
             }
             Self::Commit(session) => {
                 body.bytes(session);
                 COMMIT
             }
-            Self::Receipt { session, size, hash, stamp, target } => {
-                body.bytes(session).be64(*size).bytes(&hash.unwrap_or(UNPROVED).0).bytes(stamp);
-                body.text16(target, MAX_TARGET);
+            Self::Receipt { session, size, is_bitmaps_alone, hash, stamp, target } => {
+                body.bytes(session).be64(*size).be32(alone(*is_bitmaps_alone));
+                body.bytes(&hash.unwrap_or(UNPROVED).0).bytes(stamp).text16(target, MAX_TARGET);
                 RECEIPT
             }
             Self::ReceiptBitmap { granularity, is_enabled, is_persistent, digest, name } => {

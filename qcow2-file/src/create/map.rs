@@ -5,7 +5,6 @@
 //! little memory and few bytes in the file.
 
 use std::collections::{HashMap, VecDeque};
-use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -17,6 +16,7 @@ use crate::error::Result;
 use crate::layout::entry::{COPIED, L2Entry};
 use crate::layout::geometry::Geometry;
 use crate::storage::{Storage, StorageExt};
+use crate::zeroes::is_zero;
 
 /// Memory for slices. At 64 KiB clusters this maps 128 GiB at once.
 const CACHE_BYTES: u64 = 16 << 20;
@@ -35,8 +35,8 @@ pub(super) struct Map {
     has_data_file: bool,
     /// Host offsets of L2 tables; 0 where there is none.
     l1: Vec<AtomicU64>,
-    /// Held while a table gets its home. L1 entries that the file does not have yet.
-    homes: Mutex<Range<usize>>,
+    /// Held while a table gets its home.
+    homes: Mutex<()>,
     shards: [Mutex<Shard>; SHARDS],
 }
 
@@ -65,7 +65,7 @@ impl Map {
     ) -> Self {
         let l1 = (0..geometry.l1_entries(size)).map(|_| AtomicU64::new(0)).collect();
         let shards = std::array::from_fn(|_| Mutex::default());
-        Self { file, geometry, is_fresh, has_data_file, l1, homes: Mutex::new(0..0), shards }
+        Self { file, geometry, is_fresh, has_data_file, l1, homes: Mutex::new(()), shards }
     }
 
     /// Whether the file held nothing before.
@@ -176,6 +176,10 @@ impl Map {
         let mut shard = lock(self.shard(slice));
         if !shard.slots.contains_key(&slice) {
             let slot = self.load(&mut shard, slice)?;
+            if space.is_some() && is_zero(&slot.bytes) {
+                // It gets its room while there is some: what is in it by then can be saved.
+                self.file.write(&slot.bytes, self.home(slice))?;
+            }
             shard.slots.insert(slice, slot);
             shard.queue.push_back(slice);
         }
@@ -189,19 +193,17 @@ impl Map {
         if self.table(l1_index) != 0 {
             return Ok(());
         }
-        let mut unwritten = lock(&self.homes);
+        let _alone = lock(&self.homes);
         let index = in_memory(l1_index);
         if let Some(home) = self.l1.get(index).filter(|h| h.load(Ordering::Acquire) == 0) {
             let place = space.allocate(1)?.0;
             if !self.is_fresh {
                 zero_out(self.file.as_ref(), place, self.geometry.cluster_size())?;
             }
+            // At once: where the file system is full by then, a sync needs no room for it.
+            let at = self.l1_at() + l1_index * 8;
+            write_words(self.file.as_ref(), at, std::iter::once(l1_entry(place)))?;
             home.store(place, Ordering::Release);
-            *unwritten = if unwritten.is_empty() {
-                index..index + 1
-            } else {
-                unwritten.start.min(index)..unwritten.end.max(index + 1)
-            };
         }
         Ok(())
     }
@@ -213,18 +215,15 @@ impl Map {
         }
     }
 
-    /// Writes the L1 entries that the file at `at` does not have yet, or all of them.
-    pub(super) fn write_homes(&self, at: u64, all: bool) -> Result<()> {
-        let mut unwritten = lock(&self.homes);
-        let range = if all { 0..self.l1.len() } else { unwritten.clone() };
-        if range.is_empty() {
-            return Ok(());
-        }
-        let homes = self.l1.get(range.clone()).unwrap_or_default().iter();
-        let entries = homes.map(|home| home.load(Ordering::Acquire)).map(l1_entry);
-        write_words(self.file.as_ref(), at + range.start as u64 * 8, entries)?;
-        *unwritten = 0..0;
-        Ok(())
+    /// Writes all of the L1 table.
+    pub(super) fn write_homes(&self) -> Result<()> {
+        let _alone = lock(&self.homes);
+        write_words(self.file.as_ref(), self.l1_at(), self.tables().map(l1_entry))
+    }
+
+    /// File offset of the L1 table: behind the header.
+    pub(super) fn l1_at(&self) -> u64 {
+        self.geometry.cluster_size()
     }
 
     /// Brings a slice in, at the cost of another one where the shard is full. What never was

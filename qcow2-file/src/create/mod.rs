@@ -96,11 +96,12 @@ impl NewImage {
     /// A header is cleared, durably.
     ///
     /// An error that is not [`Error::Io`] means that the file holds something else: start anew. An
-    /// image over a backing file, or in a file that held something before, cannot be gone on with.
+    /// image in a file that held something before cannot be gone on with. Over a backing file, what
+    /// is not known to be there is [uncovered](Self::uncover) before anything is written.
     pub fn reopen(file: Arc<dyn Storage>, options: &CreateOptions) -> Result<Self> {
-        if options.overwrite || options.backing.is_some() {
-            let reason = "an image that was not finished cannot be gone on with where it stands on \
-                          a backing file or in a file that held something before";
+        if options.overwrite {
+            let reason = "an image that was not finished cannot be gone on with where it stands in \
+                          a file that held something before";
             return Err(Error::Refused { file: file.name(), reason: reason.to_owned() });
         }
         let is_virgin = options.data_file.is_none();
@@ -184,6 +185,13 @@ impl NewImage {
         self.while_open(|| self.forget(at.0, len))
     }
 
+    /// Lets the clusters that lie in the range whole (the end of the disk completes the last one)
+    /// read as if nothing had been written to them: as what is below, or zero.
+    pub fn uncover(&self, at: GuestOffset, len: u64) -> Result<()> {
+        self.check_range(at, len)?;
+        self.while_open(|| self.unmap(at.0, len))
+    }
+
     /// Whether the range is known to read as zero now. `false` means "not known".
     pub fn reads_as_zero(&self, at: GuestOffset, len: u64) -> bool {
         self.check_range(at, len).is_ok()
@@ -246,9 +254,6 @@ impl NewImage {
 
     fn save(&self) -> Result<()> {
         self.map.flush()?;
-        if !self.is_one_to_one {
-            self.map.write_homes(self.l1_at(), false)?;
-        }
         self.data().make_durable()?;
         if self.data.is_some() { self.file.make_durable() } else { Ok(()) }
     }
@@ -306,11 +311,6 @@ impl NewImage {
     /// Where guest data goes.
     fn data(&self) -> &dyn Storage {
         self.data.as_ref().unwrap_or(&self.file).as_ref()
-    }
-
-    /// File offset of the L1 table: behind the header.
-    fn l1_at(&self) -> u64 {
-        self.geometry.cluster_size()
     }
 
     /// Clusters of the header and the L1 table.

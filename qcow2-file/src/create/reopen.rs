@@ -56,7 +56,7 @@ impl NewImage {
         if len > end {
             file.set_len(end).map_err(|e| file.io_error("set the length to", end, e))?;
         }
-        self.map.write_homes(self.l1_at(), true)?;
+        self.map.write_homes()?;
         file.make_durable()?;
         let taken = std::iter::once(0..self.first_cluster()).collect();
         Refcounts::new(file, (g, self.data.is_some()), &self.map, taken)
@@ -72,7 +72,7 @@ impl NewImage {
         while index < entries {
             let count = (bytes.len() as u64 / 8).min(entries - index);
             let piece = bytes.get_mut(..in_memory(count * 8)).unwrap_or_default();
-            file.read(piece, self.l1_at() + index * 8)?;
+            file.read(piece, self.map.l1_at() + index * 8)?;
             for (i, word) in (index..).zip(piece.as_chunks::<8>().0) {
                 let home = u64::from_be_bytes(*word) & OFFSET_MASK;
                 if home == 0 || home >= len {

@@ -36,7 +36,7 @@ impl NewImage {
         let mut taken = recorder.into_taken();
         taken.push(0..self.first_cluster());
         Refcounts::new(file, (g, self.data.is_some()), &self.map, taken).write(at)?;
-        self.map.write_homes(self.l1_at(), true)?;
+        self.map.write_homes()?;
         self.set_length(at.end << g.cluster_bits())?;
         file.make_durable()?;
         self.write_header(at, bitmaps)
@@ -83,7 +83,7 @@ impl NewImage {
         let bits = self.geometry.cluster_bits();
         let mut header = self.header.clone();
         header.l1_size = u32::try_from(self.map.l1_len()).unwrap_or(u32::MAX);
-        header.l1_table_offset = self.l1_at();
+        header.l1_table_offset = self.map.l1_at();
         header.refcount_table_offset = at.table << bits;
         header.refcount_table_clusters = u32::try_from(at.table_clusters).unwrap_or(u32::MAX);
         header.set_bitmaps(bitmaps);

@@ -102,6 +102,30 @@ impl NewImage {
         self.zero(start, stop - start, Rules { has_backing: false, ..self.rules })
     }
 
+    /// [`NewImage::uncover`] without its gate. What the clusters had taken stays unused.
+    pub(super) fn unmap(&self, at: u64, len: u64) -> Result<()> {
+        let (bits, end) = (self.geometry.cluster_bits(), at + len);
+        if self.is_one_to_one {
+            return self.clear(at, len);
+        }
+        let mut cluster = at.next_multiple_of(self.geometry.cluster_size()) >> bits;
+        let last =
+            if end == self.header.size { self.geometry.clusters_for(end) } else { end >> bits };
+        while cluster < last {
+            if self.map.is_untouched(cluster) {
+                cluster = self.map.table_end(cluster);
+                continue;
+            }
+            let stop = self.map.slice_end(cluster).min(last);
+            self.map.with(cluster, &self.space, |entries| {
+                (cluster..stop).for_each(|c| entries.set(c, L2Entry::UNALLOCATED));
+                Ok(())
+            })?;
+            cluster = stop;
+        }
+        Ok(())
+    }
+
     /// [`NewImage::reads_as_zero`] with its errors.
     pub(super) fn is_known_zero(&self, at: u64, len: u64) -> Result<bool> {
         if self.is_one_to_one {

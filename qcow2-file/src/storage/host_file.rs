@@ -228,6 +228,17 @@ impl Storage for HostFile {
         }
     }
 
+    fn reserve(&self, offset: u64, len: u64) -> io::Result<()> {
+        if self.is_device || len == 0 {
+            return Ok(());
+        }
+        let mode = FallocateFlags::KEEP_SIZE;
+        match retry(|| rustix::fs::fallocate(&self.file, mode, offset, len)) {
+            Err(e) if !is_unsupported(e) => Err(e.into()),
+            _ => Ok(()),
+        }
+    }
+
     fn set_len(&self, len: u64) -> io::Result<()> {
         if self.is_device {
             return Err(io::Error::new(io::ErrorKind::Unsupported, "a block device has its size"));
@@ -363,6 +374,19 @@ mod tests {
         file.set_len(10).unwrap();
         file.sync().unwrap();
         assert_eq!((file.len().unwrap(), file.is_empty().unwrap()), (10, false));
+    }
+
+    #[test]
+    fn room_is_taken_and_nothing_else_changes() {
+        let (_dir, path) = scratch();
+        let file = HostFile::create_new(&path).unwrap();
+        file.write_at(b"content", 0).unwrap();
+        file.reserve(4096, 64 << 10).unwrap();
+        file.reserve(0, 0).unwrap();
+        assert_eq!(file.len().unwrap(), 7);
+        let taken = file.file().metadata().unwrap().blocks() * 512;
+        // Not every file system can.
+        assert!(taken >= 64 << 10 || taken <= 4096, "{taken}");
     }
 
     #[test]

@@ -44,6 +44,12 @@ pub trait Storage: Send + Sync + std::fmt::Debug {
     /// anything. May do nothing.
     fn discard(&self, offset: u64, len: u64) -> io::Result<()>;
 
+    /// Takes room for a range that is to be written later. Neither content nor length change. May
+    /// do nothing: only an error says that there is no room.
+    fn reserve(&self, _offset: u64, _len: u64) -> io::Result<()> {
+        Ok(())
+    }
+
     /// Sets the length. New bytes read as zero. A device refuses.
     fn set_len(&self, len: u64) -> io::Result<()>;
 

@@ -13,7 +13,7 @@ use crate::workload::{Load, Random, work};
 
 /// What lies below an overlay in these tests.
 #[derive(Debug)]
-struct Below(Vec<u8>);
+pub(crate) struct Below(pub(crate) Vec<u8>);
 
 impl BackingReader for Below {
     fn read_at(&self, buf: &mut [u8], at: GuestOffset) -> Result<()> {

@@ -6,12 +6,13 @@ use std::sync::Arc;
 
 use qcow2_file::bitmaps::{Bits, PersistentBitmap};
 use qcow2_file::check::check;
-use qcow2_file::create::{CreateOptions, DataFile, NewImage};
+use qcow2_file::create::{Backing, CreateOptions, DataFile, NewImage};
 use qcow2_file::layout::header::CompressionType;
 use qcow2_file::preflight::read_header;
 use qcow2_file::storage::{Operation, OperationKind};
 use qcow2_file::{Error, GuestOffset, Image, Memory, Storage};
 
+use crate::matrix::Below;
 use crate::workload::{Random, packed};
 
 /// What is written, claimed and written again as one.
@@ -271,5 +272,47 @@ fn data_files_can_be_gone_on_with() {
         expected[71_000..170_000].fill(1);
         expected[400_000..400_100].fill(2);
         assert!(bytes == expected, "raw: {is_raw}");
+    }
+}
+
+/// What a crash left of what was not synced is not seen any more, and what is below is.
+#[test]
+fn above_a_backing_file_what_is_not_known_is_uncovered() {
+    let size = SIZE as usize;
+    let below: Vec<u8> = (0..size).map(|at| (at / 512 % 251) as u8 | 1).collect();
+    for shape in shapes() {
+        let reader = Some(Arc::new(Below(below.clone())) as _);
+        let backing = Some(Backing { name: "below".into(), format: Some("raw".into()), reader });
+        let options = CreateOptions { backing, ..shape };
+        let cluster = 1 << options.cluster_bits;
+        let (known, some) = (3 * cluster, 64 << 10);
+        let file = Arc::new(Memory::new());
+        let image = NewImage::create(Arc::clone(&file) as Arc<dyn Storage>, &options).unwrap();
+        let known = known.min(size / 2 / cluster * cluster);
+        image.write_at(&vec![2; known], GuestOffset(0)).unwrap();
+        image.sync().unwrap();
+        image.write_at(&vec![4; some], GuestOffset(known as u64 + 512)).unwrap();
+        image.write_zeroes(GuestOffset((size - 5000) as u64 & !511), 1024).unwrap();
+        // Its tables come to the file and its content does not.
+        image.flush().unwrap();
+        drop(image);
+        let image = NewImage::reopen(Arc::clone(&file) as Arc<dyn Storage>, &options).unwrap();
+        image.uncover(GuestOffset(known as u64), (size - known) as u64).unwrap();
+        let mut expected = below.clone();
+        expected[..known].fill(2);
+        let holds = |image: &NewImage, expected: &[u8]| {
+            let mut bytes = vec![0xee; size];
+            image.read_at(&mut bytes, GuestOffset(0)).unwrap();
+            assert!(bytes == expected, "{options:?}");
+        };
+        holds(&image, &expected);
+        // A part of a cluster is not uncovered.
+        image.uncover(GuestOffset(512), cluster as u64 - 512).unwrap();
+        image.write_at(&[7; 1024], GuestOffset(known as u64 + 1024)).unwrap();
+        expected[known + 1024..known + 2048].fill(7);
+        holds(&image, &expected);
+        image.finish(&[]).unwrap();
+        let storage: Arc<dyn Storage> = file.clone();
+        assert!(check(&storage, &read_header(&*storage).unwrap()).unwrap().is_clean());
     }
 }

@@ -1,5 +1,6 @@
 //! A destination of files through its contract: cut off anywhere, gone on with, published once.
 
+mod changed;
 mod proving;
 mod states;
 
@@ -46,6 +47,11 @@ impl Here {
         let mut names: Vec<_> = fs::read_dir(self.0.path()).unwrap().map(name).collect();
         names.sort();
         names
+    }
+
+    /// What has its final name.
+    fn published(&self) -> Vec<String> {
+        self.names().into_iter().filter(|name| !name.starts_with('.')).collect()
     }
 
     fn files(&self, options: FileOptions) -> Files {

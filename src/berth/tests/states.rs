@@ -90,6 +90,30 @@ fn a_publication_that_began_is_not_finished_as_something_else() {
 }
 
 #[test]
+fn a_publication_that_began_is_not_finished_where_all_is_to_begin_anew() {
+    let fresh = FileOptions { is_fresh: true, replaces: true, ..FileOptions::default() };
+    // Nothing has its final name yet, or a part of it.
+    for renamed in 0..3 {
+        let here = proved();
+        here.commit("a");
+        here.commit("b");
+        for name in ["a.data", "a"].iter().take(renamed) {
+            fs::rename(here.path(&format!(".{name}.bitferry-part")), here.path(name)).unwrap();
+        }
+        let before = here.published();
+        let (files, state) = begun(here.disks(), fresh);
+        assert_eq!((state, here.published()), (SessionState::Fresh, before));
+        // Whoever comes next does not go on with it either.
+        drop(files);
+        assert_eq!(found(&here), SessionState::Fresh, "{renamed}");
+        let (files, _) = begun(here.disks(), fresh);
+        let places = both(&files);
+        places.iter().for_each(|place| assert_eq!(have(&**place), [] as [u64; 0]));
+        complete(&here, &files, places);
+    }
+}
+
+#[test]
 fn a_journal_without_its_files_claims_nothing() {
     let part = |name: &str| format!(".{name}.bitferry-part");
     for (gone, expected) in [

@@ -63,7 +63,7 @@ impl Continued {
         stored: &[PersistentBitmap],
     ) -> Result<()> {
         if !self.kept.log().is_of_device() && proof.verified != Verified::Mismatch {
-            receipt::write_or_warn(job, (self.kept.log(), observer), proof, stored);
+            receipt::write_or_warn(job, (self.kept.log(), observer), (proof, None), stored);
         }
         self.end()
     }

@@ -199,6 +199,7 @@ impl ShelfPlace {
             size: BlockSource::size(&self.disk),
             content: Some(self.disk.hash()),
             is_unchanged: true,
+            is_bitmaps_alone: false,
             bitmaps: self.bitmaps.lock().unwrap().iter().map(bitmap).collect(),
         }
     }

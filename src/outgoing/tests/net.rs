@@ -1,5 +1,9 @@
 //! Connections in this process, with faults.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use format_spec::native::answer::ACK;
+
 use super::*;
 
 /// What happens to the bytes of one direction of one connection.
@@ -11,12 +15,30 @@ pub(super) struct Fault {
     pub(super) is_flip: bool,
 }
 
+/// The destination's acknowledgements, one of which may be cut off.
+#[derive(Default)]
+pub(super) struct Acks {
+    /// How many were to be said.
+    pub(super) said: AtomicU64,
+    /// In place of which one the connection ends, if so: what was sent before it has all arrived.
+    pub(super) cut_at: Option<u64>,
+}
+
+impl Acks {
+    /// Whether the connection ends where this is to be written.
+    fn cuts(&self, bytes: &[u8]) -> bool {
+        let is_ack = bytes.get(4..6) == Some(&ACK.to_be_bytes());
+        is_ack && Some(self.said.fetch_add(1, Ordering::Relaxed) + 1) == self.cut_at
+    }
+}
+
 /// Connections in this process.
 pub(super) struct Net {
     pub(super) state: Mutex<NetState>,
     pub(super) changed: Condvar,
     pub(super) nature: Nature,
     pub(super) fault: Option<Fault>,
+    pub(super) acks: Arc<Acks>,
     pub(super) patience: Duration,
 }
 
@@ -34,6 +56,7 @@ impl Net {
             changed: Condvar::new(),
             nature: Nature { is_one_way: false, max_connections: 8 },
             fault,
+            acks: Arc::default(),
             patience: Duration::from_secs(20),
         }
     }
@@ -52,6 +75,7 @@ impl Net {
             stream: stream.try_clone().unwrap(),
             passed: 0,
             fault: self.fault.filter(is_ours),
+            acks: (connection == 0 && !is_source).then(|| self.acks.clone()),
         };
         Connection {
             reader: Box::new(stream.try_clone().unwrap()),
@@ -115,11 +139,15 @@ impl Listen for Net {
 struct Tap {
     stream: UnixStream,
     passed: u64,
-    pub(super) fault: Option<Fault>,
+    fault: Option<Fault>,
+    acks: Option<Arc<Acks>>,
 }
 
 impl Write for Tap {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if self.acks.as_ref().is_some_and(|acks| acks.cuts(bytes)) {
+            self.stream.shutdown(std::net::Shutdown::Both)?;
+        }
         let Some(fault) = self.fault else { return self.stream.write(bytes) };
         let before = usize::try_from(fault.at - self.passed.min(fault.at)).unwrap();
         let mut bytes = bytes.to_vec();

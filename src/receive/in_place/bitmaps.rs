@@ -80,7 +80,7 @@ impl OnlyBitmaps {
         let bitmaps = sealed.bitmaps.iter().map(Bitmap::digest).collect::<Result<_, _>>()?;
         let proof = DiskProof { content: self.content(sealed)?, bitmaps };
         let receipt = self.target.receipt((self.session, self.closed.0), sealed, Some(&proof))?;
-        *lock(&self.receipt) = Some(receipt);
+        *lock(&self.receipt) = Some(Receipt { is_bitmaps_alone: true, ..receipt });
         if sealed.bitmaps.is_empty() {
             return Ok(proof);
         }
@@ -119,7 +119,10 @@ impl Existing for OnlyBitmaps {
         let (path, devices) = self.target.log_place();
         let log = log_of(path, devices)?.filter(|log| !log.is_of_device());
         match (log, lock(&self.receipt).take()) {
-            (Some(log), Some(mut receipt)) => receipt.write(&log, self.target.files()),
+            (Some(log), Some(mut receipt)) => {
+                receipt.look(self.target.files())?;
+                receipt.write(&log)
+            }
             _ => Ok(()),
         }
     }

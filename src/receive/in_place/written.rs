@@ -132,7 +132,8 @@ impl Existing for Written {
             return Ok(());
         };
         if let Some(mut receipt) = lock(&self.receipt).take() {
-            receipt.write(kept.log(), self.target.files())?;
+            receipt.look(self.target.files())?;
+            receipt.write(kept.log())?;
         }
         kept.end()
     }
