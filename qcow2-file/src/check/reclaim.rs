@@ -15,9 +15,9 @@ use crate::storage::{Storage, StorageExt};
 /// elsewhere and `header` must be what stands in it.
 ///
 /// Nothing is freed in an image that is corrupt, marked so or not closed, nor in one with header
-/// extensions that are not known here: they may refer to clusters. A cluster stays as it is that the
-/// active image alone refers to, once, without the flag that would have to say so. A cut at any
-/// moment leaves fewer leaks than there were.
+/// extensions that are not known here: they may refer to clusters. A cluster stays as it is that
+/// the active image alone refers to, once, without the flag that would have to say so. A cut at
+/// any moment leaves fewer leaks than there were.
 pub fn reclaim(file: &Arc<dyn Storage>, header: &Header) -> Result<u64> {
     use crate::layout::header::incompatible::{CORRUPT, DIRTY};
     let is_unknown =
