@@ -259,12 +259,12 @@ impl Error {
                 "storage or memory returned other bytes than were written; check the device".into()
             }
             Self::NeverProved { .. } => {
-                "with --no-verify it is complete; to have it proved send it anew with --fresh, to a \
-                 destination that replaces it (--force) or writes into it (--in-place)"
+                "with --no-verify it is complete; to have it proved send it anew with --fresh, to \
+                 a destination that replaces it (--force) or writes into it (--in-place)"
                     .into()
             }
             Self::Changed { .. } => {
-                "find out who writes there; the same commands send again what is not as it was".into()
+                "find out who writes there; the same commands send again what it changed".into()
             }
             Self::HalfPublished { source, .. } if matches!(**source, Self::Changed { .. }) => {
                 "begin all of them anew, with --fresh at both sides and --force".into()

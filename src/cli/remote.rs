@@ -8,7 +8,7 @@ use bitferry::connect::{self, Location, Options, Remote};
 use bitferry::copy::{BitmapSelection, Format, Rename};
 use bitferry::options::{BackingOption, DiskOption, doubled};
 use bitferry::receive::{self, Arrivals, ReceiveOptions};
-use bitferry::report::Report;
+use bitferry::report::{Report, Status, Verified};
 use bitferry::send::{self, SendOptions};
 use bitferry::{Error, Renames, Result};
 
@@ -118,11 +118,22 @@ pub(super) fn from(args: CopyArgs, remote: &Remote, output: &Output) -> Outcome 
     });
     let mut report = received.map_err(|error| refused_there(error, remote))?;
     watch.finish();
+    proved_if_wanted(&report, args.no_verify, remote)?;
     // Here the one that is waited for was started.
     report.total_time_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
     name(&mut report, &args.destination.display().to_string());
     let done = format!("copied {remote} -> {}", args.destination.display());
     outcome::finish_with(report, (Peer::Source, listener.end()), &done, output)
+}
+
+/// What an earlier run did without proof is not what one that asks for a proof asks for: the other
+/// end says so too, and here it is what the exit status is about.
+fn proved_if_wanted(report: &Report, no_verify: bool, remote: &Remote) -> Result<()> {
+    let is_unproved = report.disks.iter().any(|disk| disk.verified == Verified::No);
+    if no_verify || report.status != Status::AlreadyComplete || !is_unproved {
+        return Ok(());
+    }
+    Err(Error::NeverProved { name: remote.to_string() })
 }
 
 /// What would be sent is known at the other end, which is asked there.

@@ -100,6 +100,23 @@ fn each_channel_has_an_ssh_of_its_own() {
 }
 
 #[test]
+fn a_proof_that_was_left_out_is_not_claimed_by_asking_again() {
+    let Some(hosts) = Hosts::new() else { return };
+    disk(&hosts.here, "a.qcow2");
+    disk(&hosts.there, "b.qcow2");
+    for words in [["a.qcow2", "host:up.qcow2"], ["host:b.qcow2", "down.qcow2"]] {
+        let copy = |how: &[&str]| hosts.copy(how).args(words).output().expect_no_crash();
+        copy(&["--no-verify"]).expect_exit(Exit::Done);
+        let output = copy(&[]).expect_exit(Exit::Usage);
+        assert!(output.complaint().contains("\nhint: with --no-verify"), "{output}");
+        let output = copy(&["--no-verify"]).expect_exit(Exit::Done);
+        assert_eq!(json::summary(&output)["status"], "already-complete", "{output}");
+        let output = copy(&["--fresh", "--force"]).expect_exit(Exit::Done);
+        assert_eq!(json::summary(&output)["disks"][0]["verified"], "yes", "{output}");
+    }
+}
+
+#[test]
 fn a_further_ssh_that_fails_ends_it_at_once() {
     let Some(hosts) = Hosts::new() else { return };
     disk(&hosts.here, "a.qcow2");
