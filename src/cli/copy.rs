@@ -37,7 +37,7 @@ pub(crate) fn run(args: CopyArgs, output: &Output) -> Outcome {
 fn here(args: CopyArgs, output: &Output) -> Outcome {
     let (is_dry_run, control) = (args.dry_run, args.control.clone());
     let options = options(args)?;
-    let watch = Watch::with_events(output, !options.no_verify)?;
+    let watch = Watch::with_events(output, !options.no_verify)?.limited(&options.meter);
     if is_dry_run {
         return dry_run(&options, &watch, output);
     }

@@ -47,8 +47,8 @@ pub(super) fn route(source: &Path, destination: &Path) -> Result<Route> {
 /// Sends to a `bitferry receive` at the other host.
 pub(super) fn to(args: CopyArgs, remote: &Remote, output: &Output) -> Outcome {
     check_backing(&args)?;
-    let watch = Watch::with_events(output, !args.no_verify)?;
     let mut options = send_options(&args);
+    let watch = Watch::with_events(output, !args.no_verify)?.limited(&options.meter);
     let plan = send::plan(&options, &watch)?;
     let has_shape = !args.target_options.is_empty();
     // As with a local copy: the source's format, unless something else is asked for.
@@ -84,7 +84,8 @@ pub(super) fn to(args: CopyArgs, remote: &Remote, output: &Output) -> Outcome {
 pub(super) fn from(args: CopyArgs, remote: &Remote, output: &Output) -> Outcome {
     let started = Instant::now();
     check_backing(&args)?;
-    let watch = Watch::with_events(output, !args.no_verify)?;
+    let limit = super::copy::meter(args.bandwidth);
+    let watch = Watch::with_events(output, !args.no_verify)?.limited(&limit);
     if args.dry_run {
         return plan_there(&args, remote, output);
     }

@@ -118,7 +118,8 @@ fn go(args: SendArgs, output: &Output) -> Outcome {
                       the backing file, and receive --backing says what stands below it there";
         return Err(bitferry::Error::Usage { reason: reason.to_owned() });
     }
-    let watch = Watch::with_events(output, !args.no_verify)?;
+    let limit = super::copy::meter(args.bandwidth);
+    let watch = Watch::with_events(output, !args.no_verify)?.limited(&limit);
     match args.qemu.dialect {
         DialectArg::Native => native(args, &watch, output),
         DialectArg::Qemu(version) => to_qemu(args, version, &watch, output),
