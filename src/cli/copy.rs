@@ -50,6 +50,7 @@ fn here(args: CopyArgs, output: &Output) -> Outcome {
     let (is_dry_run, control) = (args.dry_run, args.control.clone());
     let options = options(args)?;
     let watch = Watch::with_events(output, !options.no_verify, Asked::copy(&options.destination))?;
+    let watch = watch.limited(&options.meter);
     if is_dry_run {
         return dry_run(&options, &watch, output);
     }

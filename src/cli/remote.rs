@@ -47,8 +47,9 @@ pub(super) fn route(source: &Path, destination: &Path) -> Result<Route> {
 /// Sends to a `bitferry receive` at the other host.
 pub(super) fn to(args: CopyArgs, remote: &Remote, output: &Output) -> Outcome {
     check(&args)?;
-    let watch = Watch::with_events(output, !args.no_verify, Asked::copy(&args.destination))?;
     let mut options = send_options(&args);
+    let watch = Watch::with_events(output, !args.no_verify, Asked::copy(&args.destination))?;
+    let watch = watch.limited(&options.meter);
     let plan = send::plan(&options, &watch)?;
     let has_shape = !args.target_options.is_empty();
     // As with a local copy: the source's format, unless something else is asked for.
@@ -85,6 +86,7 @@ pub(super) fn from(args: CopyArgs, remote: &Remote, output: &Output) -> Outcome 
     let started = Instant::now();
     check(&args)?;
     let watch = Watch::with_events(output, !args.no_verify, Asked::copy(&args.destination))?;
+    let watch = watch.limited(&super::copy::meter(args.bandwidth));
     if args.dry_run {
         return plan_there(&args, remote, output);
     }

@@ -119,6 +119,7 @@ fn go(args: SendArgs, output: &Output) -> Outcome {
         return Err(bitferry::Error::Usage { reason: reason.to_owned() });
     }
     let watch = Watch::with_events(output, !args.no_verify, Asked::disks(&args.disk))?;
+    let watch = watch.limited(&super::copy::meter(args.bandwidth));
     match args.qemu.dialect {
         DialectArg::Native => native(args, &watch, output),
         DialectArg::Qemu(version) => to_qemu(args, version, &watch, output),

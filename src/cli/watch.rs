@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 
 use bitferry::{Observer, Phase};
+use mig_core::meter::Meter;
 
 use super::outcome::{self, Asked};
 use super::output::Output;
@@ -97,6 +98,12 @@ impl<'a> Watch<'a> {
             is_interrupted,
             state: Mutex::new(State { phase: Phase::Plan, last_event: None, met: None }),
         }
+    }
+
+    /// A transfer goes at the rate of `meter` at most, the proof does not.
+    pub(crate) fn limited(mut self, meter: &Arc<Meter>) -> Self {
+        self.bar = self.bar.take().map(|bar| bar.limited(meter));
+        self
     }
 
     /// Clears the bar, so that results stand where it stood.

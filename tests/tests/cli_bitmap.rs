@@ -65,6 +65,28 @@ fn bitmaps_of_another_image_are_merged() {
 }
 
 #[test]
+fn the_last_bitmap_named_takes_the_others_in_and_help_says_so() {
+    let usage = "bitmap merge [OPTIONS] <IMAGE> <SRC>... <DST>";
+    let help = bitferry().words("bitmap merge --help").output().expect_exit(Exit::Done).text();
+    assert!(help.contains(usage), "{help}");
+    let short = bitferry().words("bitmap merge a.qcow2 b").output().expect_exit(Exit::Usage);
+    assert!(short.complaint().contains("<DST>"), "{short}");
+    let scratch = Scratch::new();
+    bitferry().arg("man").arg(scratch.dir()).output().expect_exit(Exit::Done);
+    let page = std::fs::read_to_string(scratch.path("bitferry-bitmap-merge.1")).expect("page");
+    assert!(page.contains("<\\fIIMAGE\\fR> <\\fISRC\\fR>... <\\fIDST\\fR>"), "{page}");
+    if !has_qemu() {
+        return;
+    }
+    let image = make(&scratch, "a.qcow2", 64 * MIB).bitmap("b1", 65536).write(1, MIB, 512);
+    let image = image.bitmap("b2", 65536).write(1, 2 * MIB, 512).bitmap("b3", 65536).done();
+    run("bitmap merge a.qcow2 b1 b2 b3", &scratch).expect_exit(Exit::Done);
+    let ranges = |name| qemu::dirty_ranges(&image, name).unwrap();
+    assert_eq!(ranges("b3"), [MIB..MIB + 65536, 2 * MIB..2 * MIB + 65536]);
+    assert_eq!(ranges("b2"), [2 * MIB..2 * MIB + 65536]);
+}
+
+#[test]
 fn wrong_wishes_change_nothing() {
     if !has_qemu() {
         return;
