@@ -24,6 +24,8 @@ use super::back::Back;
 
 /// How often it is looked whether the user wants to stop.
 pub(super) const LOOK_INTERVAL: Duration = Duration::from_millis(200);
+/// Longest silence of this side while connections are awaited.
+const JOINING_INTERVAL: Duration = Duration::from_secs(1);
 
 /// How far the handover is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -313,9 +315,17 @@ impl Session {
                 self.fail_before_commit(Error::Interrupted);
             }
             silence += step;
-            if silence >= options.timing.keepalive {
+            let has_all = self.has_all();
+            let keepalive = options.timing.keepalive;
+            if silence >= if has_all { keepalive } else { keepalive.min(JOINING_INTERVAL) } {
                 silence = Duration::ZERO;
-                self.back.keepalive();
+                match self.back.keepalive() {
+                    // Main may wait at a barrier for connections that will not come, and does not
+                    // see that the source has gone.
+                    Err(error) if !has_all => self.fail_before_commit(error),
+                    Err(error) => tracing::debug!(%error, "cannot say that this side is alive"),
+                    Ok(()) => {}
+                }
             }
         }
     }

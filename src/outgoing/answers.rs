@@ -88,9 +88,15 @@ impl Answers {
                 break error;
             }
         };
-        let is_committed = self.lock().is_committed;
+        let (is_committed, is_deaf) = {
+            let state = self.lock();
+            (state.is_committed, state.is_deaf)
+        };
         if !is_committed {
-            breaker.note(error);
+            // How it ends once this side has given up is no reason for that.
+            if !(is_deaf && error.is_secondary()) {
+                breaker.note(error);
+            }
             breaker.hang_up();
         }
         self.lock().is_over = true;
