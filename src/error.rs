@@ -289,6 +289,11 @@ impl Error {
             Self::Stream(Stream::Peer { blame, .. }) => peer_hint(*blame).into(),
             Self::Control { command, is_unknown, .. } => control_hint(command, *is_unknown).into(),
             _ if is_full(self) => "free some room or choose another place".into(),
+            _ if has_cause(self, &[io::ErrorKind::FileTooLarge]) => {
+                "no file may grow so large: raise the limit (`ulimit -f`), or choose a file system \
+                 that can hold it"
+                    .into()
+            }
             _ => return self.transport()?.0,
         };
         Some(text)
@@ -352,10 +357,15 @@ fn control_hint(command: &str, is_unknown: bool) -> &'static str {
 
 /// Whether a file system that is full is at the root of it.
 pub(crate) fn is_full(error: &(dyn std::error::Error + 'static)) -> bool {
+    has_cause(error, &[io::ErrorKind::StorageFull, io::ErrorKind::QuotaExceeded])
+}
+
+/// Whether the system's answer at the root of it is one of these.
+fn has_cause(error: &(dyn std::error::Error + 'static), kinds: &[io::ErrorKind]) -> bool {
     let mut cause = Some(error);
     while let Some(error) = cause {
         let found = error.downcast_ref::<io::Error>().map(io::Error::kind);
-        if matches!(found, Some(io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)) {
+        if found.is_some_and(|found| kinds.contains(&found)) {
             return true;
         }
         cause = error.source();

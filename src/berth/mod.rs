@@ -34,6 +34,7 @@ mod trace;
 mod unfinished;
 
 pub use base::Base;
+pub(crate) use device::change_unseen;
 pub use files::{DiskPlace, FileOptions, Files};
 pub(crate) use files::{all_came, gone, no_place};
 pub(crate) use kept::{Kept, log_of};

@@ -1,11 +1,11 @@
-//! Ctrl-C as a flag that long operations poll, and what is said where somebody does not wait for
-//! that.
+//! Signals: Ctrl-C as a flag that long operations poll, what is said where somebody does not wait
+//! for that, and a limit that is an error like others.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGXFSZ};
 use signal_hook::flag;
 use signal_hook::iterator::Signals;
 use signal_hook::low_level::exit;
@@ -30,8 +30,6 @@ pub(crate) fn watch(
 ) -> bitferry::Result<Arc<AtomicBool>> {
     let is_interrupted = Arc::new(AtomicBool::new(false));
     let is_ending = Arc::new(AtomicBool::new(false));
-    let failed =
-        |source| bitferry::Error::File { action: "install", path: "signal handler".into(), source };
     let watched = [SIGINT, SIGTERM, SIGHUP];
     for signal in watched {
         let ending = Arc::clone(&is_ending);
@@ -67,4 +65,15 @@ fn wait(
     });
     let _ = is_told.recv_timeout(LAST_WORD);
     exit(INTERRUPTED);
+}
+
+/// From now on a file that grows beyond the process's limit (`ulimit -f`) is an error of the write,
+/// with a name, and not the end without a word that SIGXFSZ is. What this process starts is spared:
+/// a handler is not inherited.
+pub(crate) fn outlive_file_size_limit() -> bitferry::Result<()> {
+    flag::register(SIGXFSZ, Arc::default()).map(drop).map_err(failed)
+}
+
+fn failed(source: std::io::Error) -> bitferry::Error {
+    bitferry::Error::File { action: "install", path: "signal handler".into(), source }
 }

@@ -87,7 +87,7 @@ pub(super) struct Job<'a> {
     pub(super) session: [u8; 16],
     /// What stands in the way, the most telling first.
     pub(super) refusals: Vec<Error>,
-    _places: Places,
+    places: Places,
 }
 
 /// Decides what a copy would do. Writes nothing.
@@ -127,7 +127,7 @@ impl<'a> Job<'a> {
             target,
             bitmaps,
             refusals,
-            _places: places,
+            places,
         };
         job.check_space()?;
         Ok(job)
@@ -139,6 +139,11 @@ impl<'a> Job<'a> {
             true => Ok(()),
             false => Err(self.refusals.swap_remove(0)),
         }
+    }
+
+    /// Lets go of what is to be replaced, for who takes it anew.
+    pub(super) fn let_go(&mut self) {
+        self.places = Places::default();
     }
 
     /// Whether compressed clusters can be passed on.

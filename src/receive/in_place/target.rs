@@ -9,7 +9,7 @@ use qcow2_file::layout::header::incompatible;
 use qcow2_file::{Access, Chain, HostFile, Opener, Storage as _};
 
 use super::super::ReceiveOptions;
-use crate::berth::{Log, Receipt, Trace, gone, log_of, short_words};
+use crate::berth::{Log, Receipt, Trace, change_unseen, gone, log_of, short_words};
 use crate::copy::{Format, difference, invalidated};
 use crate::disk::{Disk, Request, check_probe};
 use crate::incoming::{Sealed, SessionId};
@@ -195,6 +195,12 @@ impl Target {
         self.chain.paths()
     }
 
+    /// Whether a receipt can speak for it: not where nobody can tell what it holds later without
+    /// reading it.
+    pub(super) fn can_have_receipt(&self) -> bool {
+        !change_unseen(self.files())
+    }
+
     /// Whether it says of itself that an earlier attempt has not completed it.
     pub(super) fn is_unfinished(&self) -> bool {
         let header = self.chain.top().as_qcow2().map(qcow2_file::Image::header);
@@ -207,6 +213,7 @@ impl Target {
             let size = self.chain.virtual_size();
             receipt.session == session && receipt.size == size && receipt.target == self.words()
         };
-        Ok(!self.is_unfinished() && Receipt::read(log)?.is_some_and(is_it))
+        let may_be = self.can_have_receipt() && !self.is_unfinished();
+        Ok(may_be && Receipt::read(log)?.is_some_and(is_it))
     }
 }
