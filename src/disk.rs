@@ -21,6 +21,8 @@ const QCOW2_ENDINGS: [&str; 2] = ["qcow2", "qcow"];
 pub(crate) struct Request<'a> {
     pub(crate) path: &'a Path,
     pub(crate) format: Option<Format>,
+    /// What the user says before the name of the format, for a hint.
+    pub(crate) format_option: &'static str,
     /// Whether files that the image names may be opened.
     pub(crate) allow_named: bool,
     pub(crate) backing: Backing,
@@ -39,6 +41,7 @@ impl<'a> Request<'a> {
         Self {
             path,
             format,
+            format_option: "-f ",
             allow_named: false,
             backing: Backing::Named,
             only_top: false,
@@ -110,7 +113,7 @@ impl Disk {
     /// Opens and locks an image. What the user should know goes to `observer`.
     pub(crate) fn open(request: &Request<'_>, observer: &dyn Observer) -> Result<Self> {
         let chain = opener(request).open(request.path)?;
-        check_probe(request.path, &chain, observer)?;
+        check_probe((request.path, request.format_option), &chain, observer)?;
         for (file, warning) in chain.warnings() {
             observer.warning(&format!("{file} {warning}"));
         }
@@ -118,10 +121,15 @@ impl Disk {
         Ok(Self { chain, bitmaps })
     }
 
-    /// The format that a file has by its content, if that is a safe guess.
-    pub(crate) fn guess(path: &Path, opener: &Opener, observer: &dyn Observer) -> Result<Format> {
+    /// The format that a file has by its content, if that is a safe guess. `option`: what the user
+    /// says before the name of a format.
+    pub(crate) fn guess(
+        (path, option): (&Path, &'static str),
+        opener: &Opener,
+        observer: &dyn Observer,
+    ) -> Result<Format> {
         let chain = opener.open(path)?;
-        check_probe(path, &chain, observer)?;
+        check_probe((path, option), &chain, observer)?;
         Ok(chain.top().format().into())
     }
 
@@ -176,7 +184,11 @@ fn opener(request: &Request<'_>) -> Opener {
 
 /// A guest can write a qcow2 header to the start of its raw disk: who has only looked at the
 /// content does not take it for qcow2 without a word.
-pub(crate) fn check_probe(path: &Path, chain: &Chain, observer: &dyn Observer) -> Result<()> {
+pub(crate) fn check_probe(
+    (path, option): (&Path, &str),
+    chain: &Chain,
+    observer: &dyn Observer,
+) -> Result<()> {
     if !chain.is_probed() || matches!(chain.top(), Layer::Raw(_)) {
         return Ok(());
     }
@@ -185,14 +197,14 @@ pub(crate) fn check_probe(path: &Path, chain: &Chain, observer: &dyn Observer) -
     if is_device || RAW_ENDINGS.contains(&ending(path).as_str()) {
         let reason = format!(
             "{name} holds a qcow2 header, which the guest of a raw disk could have written; \
-             say which it is: -f raw or -f qcow2"
+             say which it is: {option}raw or {option}qcow2"
         );
         return Err(Error::Usage { reason });
     }
     if !is_named_qcow2(path) {
         observer.warning(&format!(
             "{name} is taken for qcow2 because of its content, which the guest of a raw disk could \
-             have written; use -f qcow2 or -f raw to be sure"
+             have written; use {option}qcow2 or {option}raw to be sure"
         ));
     }
     Ok(())

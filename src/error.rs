@@ -252,6 +252,18 @@ impl Error {
             Self::Image(Image::NotAllowed { .. }) => {
                 "if you trust this image, use --allow-backing".into()
             }
+            Self::Image(Image::Condition { file, condition }) => condition.remedy(file),
+            Self::Image(Image::Foreign { .. }) => {
+                "`qemu-img convert` may be able to read it; if it is a raw disk all the same, say \
+                 so: -f raw, for a second image -F raw, behind --disk format=raw"
+                    .into()
+            }
+            Self::Image(Image::NotAPath { file, role: "backing file", .. }) => {
+                format!("`qemu-img rebase -u -b PATH -F FORMAT {file}` names it by its path")
+            }
+            Self::Image(Image::NotAPath { file, .. }) => {
+                format!("`qemu-img amend -o data_file=PATH {file}` names it by its path")
+            }
             Self::Image(Image::InUse { .. }) => {
                 "stop whoever uses the image, or copy it through that program".into()
             }

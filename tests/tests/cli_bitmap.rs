@@ -140,7 +140,7 @@ fn an_image_in_use_is_refused_saying_by_whom() {
     // What the dead process had open is not to be trusted; check says so, repair removes it on
     // demand.
     run("bitmap check a.qcow2", &scratch).expect_exit(Exit::Different);
-    run("bitmap dump a.qcow2 b", &scratch).expect_exit(Exit::Usage);
+    run("bitmap dump a.qcow2 b", &scratch).expect_exit(Exit::Device);
     run("bitmap repair a.qcow2", &scratch).expect_exit(Exit::Different);
     run("bitmap repair --remove-inconsistent a.qcow2", &scratch).expect_exit(Exit::Done);
     run("bitmap check a.qcow2", &scratch).expect_exit(Exit::Done);

@@ -49,7 +49,7 @@ pub(super) fn format(options: &CopyOptions, observer: &dyn Observer) -> Result<F
     let opener = Opener::new().without_named_files(true).accept_unfinished(true);
     match options.target_format {
         Some(format) => Ok(format),
-        None => Disk::guess(path, &opener, observer),
+        None => Disk::guess((path, "-O "), &opener, observer),
     }
 }
 

@@ -46,7 +46,7 @@ impl Target {
             .accept_unfinished(true)
             .lock(true)
             .open(path)?;
-        check_probe(path, &chain, observer)?;
+        check_probe((path, "format="), &chain, observer)?;
         let header = chain.top().as_qcow2().map(qcow2_file::Image::header);
         if header.is_none_or(|header| header.version < 3) {
             observer.warning(&format!(
