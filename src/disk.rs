@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use qcow2_file::bitmaps::{Bitmaps, stale_extension};
-use qcow2_file::chain::Backing;
+use qcow2_file::chain::{Backing, LayerFiles};
 use qcow2_file::storage::FileId;
 use qcow2_file::{Chain, HostFile, Image, Layer, Opener};
 
@@ -155,6 +155,29 @@ impl Disk {
         (count > 0).then(|| format!("backing chain of {count} layers: flattened into the copy"))
     }
 
+    /// The bitmaps of layers below the image, of which `layers` with it are read through: only the
+    /// image's own are carried.
+    pub(crate) fn bitmaps_below(&self, layers: usize) -> Vec<String> {
+        let below = self.chain.layers().iter().zip(self.chain.files()).take(layers).skip(1);
+        let phrase = |(layer, files): (&Layer, &LayerFiles)| {
+            let stored = Stored::of(layer.as_qcow2()?);
+            let names: Vec<_> = match stored.directory() {
+                Some(directory) => {
+                    directory.list().iter().map(|entry| format!("{:?}", entry.name())).collect()
+                }
+                None => {
+                    let unknown = stored.unlistable().map(|_| "that cannot be listed".to_owned());
+                    unknown.into_iter().collect()
+                }
+            };
+            let file = files.file.path().display();
+            (!names.is_empty()).then(|| {
+                format!("bitmaps {} of {file}, below the image: only its own are", names.join(", "))
+            })
+        };
+        below.filter_map(phrase).collect()
+    }
+
     /// Every file of every layer.
     pub(crate) fn files(&self) -> impl Iterator<Item = &Arc<HostFile>> {
         self.chain.files().iter().flat_map(|f| std::iter::once(&f.file).chain(f.data.as_ref()))
@@ -194,7 +217,7 @@ pub(crate) fn check_probe(
     }
     let name = path.display();
     let is_device = chain.files().first().is_some_and(|f| f.file.is_device());
-    if is_device || RAW_ENDINGS.contains(&ending(path).as_str()) {
+    if is_device || is_named_raw(path) {
         let reason = format!(
             "{name} holds a qcow2 header, which the guest of a raw disk could have written; \
              say which it is: {option}raw or {option}qcow2"
@@ -213,6 +236,11 @@ pub(crate) fn check_probe(
 /// Whether the name says qcow2.
 pub(crate) fn is_named_qcow2(path: &Path) -> bool {
     QCOW2_ENDINGS.contains(&ending(path).as_str())
+}
+
+/// Whether the name says raw.
+pub(crate) fn is_named_raw(path: &Path) -> bool {
+    RAW_ENDINGS.contains(&ending(path).as_str())
 }
 
 fn ending(path: &Path) -> String {

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use qcow2_file::bitmaps::{Bitmaps, Entry, State};
 use qcow2_file::chain::LayerFiles;
-use qcow2_file::{Chain, HostFile, Layer, Opener, Storage, lock};
+use qcow2_file::{Chain, HostFile, Image, Layer, Opener, Storage, lock};
 use serde::Serialize;
 
 use crate::Result;
@@ -36,6 +36,9 @@ pub struct LayerInfo {
     pub virtual_size: u64,
     /// Bytes that the file system allocated for it.
     pub disk_size: u64,
+    /// Names of its bitmaps, which no copy of the whole chain carries.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub bitmaps: Vec<String>,
 }
 
 /// One bitmap of an image.
@@ -156,8 +159,15 @@ fn layers_below(chain: &Chain) -> Vec<LayerInfo> {
         format: layer.format().into(),
         virtual_size: layer.virtual_size(),
         disk_size: allocated_bytes(&files.file),
+        bitmaps: layer.as_qcow2().map(names_of_bitmaps).unwrap_or_default(),
     };
     chain.layers().iter().zip(chain.files()).skip(1).map(layer).collect()
+}
+
+fn names_of_bitmaps(image: &Image) -> Vec<String> {
+    let stored = Stored::of(image);
+    let listed = stored.directory().map(Bitmaps::list).unwrap_or_default();
+    listed.iter().map(|entry| entry.name().to_owned()).collect()
 }
 
 /// Bytes that the file system allocated for a file.

@@ -162,6 +162,9 @@ pub enum Condition {
     /// The content of a bitmap was not saved.
     #[error("bitmap {0:?} was not saved (in use), so its content is not to be trusted")]
     InconsistentBitmap(String),
+    /// Nothing in it is qcow2.
+    #[error("holds no qcow2 image")]
+    NoImage,
     /// One file stands in two places of one disk.
     #[error("occurs twice among the files of one disk")]
     Circle,
@@ -171,7 +174,10 @@ impl Condition {
     /// Whose fault it is.
     pub fn blame(&self) -> Blame {
         match self {
-            Self::NotClosed | Self::UnfinishedCopy | Self::InconsistentBitmap(_) => Blame::Device,
+            Self::NotClosed
+            | Self::UnfinishedCopy
+            | Self::InconsistentBitmap(_)
+            | Self::NoImage => Blame::Device,
             Self::MarkedCorrupt | Self::Corrupt(_) | Self::Circle => Blame::Bytes,
         }
     }
@@ -188,6 +194,9 @@ impl Condition {
             ),
             Self::InconsistentBitmap(_) => {
                 format!("`bitferry bitmap repair --remove-inconsistent {file}` removes it")
+            }
+            Self::NoImage => {
+                format!("`qemu-img create -f qcow2 {file} SIZE` makes one of the source's size")
             }
             Self::Circle => format!(
                 "`qemu-img rebase -u -b BACKING -F FORMAT {file}` names another backing file"

@@ -51,7 +51,12 @@ fn text(info: &ImageInfo) -> String {
     for layer in info.backing_chain.iter().flatten() {
         let (name, format) = (table::name(&layer.filename), layer.format);
         let (size, on_disk) = (human(layer.virtual_size), human(layer.disk_size));
-        fields.push(("  below", format!("{name}, {format}, {size}, {on_disk} on disk")));
+        let mut text = format!("{name}, {format}, {size}, {on_disk} on disk");
+        if !layer.bitmaps.is_empty() {
+            let names: Vec<_> = layer.bitmaps.iter().map(|name| table::name(name)).collect();
+            text.push_str(&format!(", bitmaps {}", names.join(", ")));
+        }
+        fields.push(("  below", text));
     }
     if let Some(file) = &info.data_file {
         fields.push(("data file", format!("{}{opened}", table::name(file))));
