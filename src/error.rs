@@ -33,6 +33,14 @@ pub enum Error {
         /// The destination.
         path: PathBuf,
     },
+    /// A device stands where a new file is to be made.
+    #[error("{} is a device, in the place of which no file can be made", .path.display())]
+    IsDevice {
+        /// The device.
+        path: PathBuf,
+        /// What to do.
+        hint: String,
+    },
     /// There is not enough room for the destination.
     #[error("{} has {free} bytes free, the copy needs about {needed}", .path.display())]
     NoSpace {
@@ -185,7 +193,7 @@ impl Error {
     /// Whose fault it is.
     pub fn blame(&self) -> Blame {
         match self {
-            Self::Usage { .. } | Self::NeverProved { .. } => Blame::Caller,
+            Self::Usage { .. } | Self::NeverProved { .. } | Self::IsDevice { .. } => Blame::Caller,
             Self::WouldLose { .. } => Blame::WouldLose,
             Self::Exists { .. } | Self::NoSpace { .. } | Self::File { .. } => Blame::Device,
             Self::ProofMismatch { .. } | Self::Changed { .. } => Blame::Mismatch,
@@ -230,7 +238,7 @@ impl Error {
         use mig_core::stream::Error as Stream;
         use qcow2_file::Error as Image;
         let text = match self {
-            Self::WouldLose { hint, .. } => hint.clone(),
+            Self::WouldLose { hint, .. } | Self::IsDevice { hint, .. } => hint.clone(),
             Self::Exists { .. } => {
                 "use --force to replace it at the end, or --in-place to write into it".into()
             }
