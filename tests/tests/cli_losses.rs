@@ -94,3 +94,24 @@ fn a_raw_disk_is_not_written_over_an_image() {
     }
     assert!(std::fs::read(scratch.path("copy.img")).expect("read") == before);
 }
+
+#[test]
+fn a_raw_file_of_another_size_is_refused_whichever_is_longer() {
+    if !has_qemu() {
+        return;
+    }
+    let scratch = Scratch::new();
+    make(&scratch, "a.qcow2", 2 * MIB).write(7, 0, MIB).done();
+    for size in [MIB, 2 * MIB - 512, 2 * MIB + 512, 0] {
+        let old = vec![9; usize::try_from(size).expect("small")];
+        std::fs::write(scratch.path("to.raw"), &old).expect("write");
+        let output =
+            run(&scratch, "copy --in-place -O raw a.qcow2 to.raw").expect_exit(Exit::Usage);
+        assert!(output.complaint().contains("a disk of another size"), "{output}");
+        assert!(std::fs::read(scratch.path("to.raw")).expect("read") == old, "{size}");
+    }
+    // The last sector of a file that is no multiple of sectors is read as a whole one.
+    std::fs::write(scratch.path("to.raw"), vec![9; 2 * (1 << 20) - 100]).expect("write");
+    run(&scratch, "copy --in-place -O raw a.qcow2 to.raw").expect_exit(Exit::Done);
+    qemu::same_content((&scratch.path("a.qcow2"), "qcow2"), (&scratch.path("to.raw"), "raw"));
+}

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use block_mig::device::RawSink;
+use mig_core::block::SECTOR_BYTES;
 use qcow2_file::lock::{self, Mode};
 use qcow2_file::{Access, HostFile, Storage};
 
@@ -36,8 +37,8 @@ pub(super) fn copy(job: &Job<'_>, observer: &dyn Observer) -> Result<Done> {
     Ok(Done { moved, proof, invalidated: Vec::new(), is_resumed, repeated })
 }
 
-/// Makes the destination as long as the disk, where it can be, and answers the disk's size. Devices
-/// come in sizes of their own: one that is longer will do.
+/// The disk's size, which has to be that of the destination. Devices come in sizes of their own: one
+/// that is longer will do. A file whose last sector is not whole is made so, as it was read.
 fn fit(job: &Job<'_>, file: &HostFile, observer: &dyn Observer) -> Result<u64> {
     let size = job.source.disk.chain.virtual_size();
     let failed = |action| {
@@ -55,7 +56,7 @@ fn fit(job: &Job<'_>, file: &HostFile, observer: &dyn Observer) -> Result<u64> {
         ));
         return Ok(size);
     }
-    if file.is_device() || len > size {
+    if file.is_device() || len.checked_next_multiple_of(SECTOR_BYTES) != Some(size) {
         return Err(other_size(job.options, len, size));
     }
     file.set_len(size).map_err(failed("set the length of"))?;
