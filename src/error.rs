@@ -41,6 +41,12 @@ pub enum Error {
         /// What to do.
         hint: String,
     },
+    /// What was asked is about named bitmaps, and the image is not qcow2.
+    #[error("{} is no qcow2 image and has no place for bitmaps", .path.display())]
+    NotQcow2 {
+        /// The image.
+        path: PathBuf,
+    },
     /// There is not enough room for the destination.
     #[error("{} has {free} bytes free, the copy needs about {needed}", .path.display())]
     NoSpace {
@@ -123,6 +129,16 @@ pub enum Error {
     /// A migration from or to QEMU stopped.
     #[error(transparent)]
     Qemu(crate::qemu::Error),
+    /// A command to a running migration was refused, by whoever drives that.
+    #[error("{text}")]
+    Control {
+        /// The command.
+        command: String,
+        /// Whether there is no such command.
+        is_unknown: bool,
+        /// Its own words.
+        text: String,
+    },
     /// There is no connection, or none that could be used.
     #[cfg(feature = "net")]
     #[error(transparent)]
@@ -193,7 +209,10 @@ impl Error {
     /// Whose fault it is.
     pub fn blame(&self) -> Blame {
         match self {
-            Self::Usage { .. } | Self::NeverProved { .. } | Self::IsDevice { .. } => Blame::Caller,
+            Self::Usage { .. }
+            | Self::NeverProved { .. }
+            | Self::NotQcow2 { .. }
+            | Self::IsDevice { .. } => Blame::Caller,
             Self::WouldLose { .. } => Blame::WouldLose,
             Self::Exists { .. } | Self::NoSpace { .. } | Self::File { .. } => Blame::Device,
             Self::ProofMismatch { .. } | Self::Changed { .. } => Blame::Mismatch,
@@ -207,6 +226,7 @@ impl Error {
             Self::Stream(e) => self.transport().map_or(e.blame(), |found| found.1),
             Self::Qemu(e) => e.blame(),
             Self::Capture { .. } => Blame::Bytes,
+            Self::Control { .. } => Blame::PeerFeatures,
             #[cfg(feature = "net")]
             Self::Connect(e) => e.blame(),
         }
@@ -242,17 +262,20 @@ impl Error {
             Self::Exists { .. } => {
                 "use --force to replace it at the end, or --in-place to write into it".into()
             }
+            Self::NotQcow2 { .. } => "a raw disk has bitmaps in an overlay: copy it with -O qcow2 \
+                 -o data_file=FILE,data_file_raw=on"
+                .into(),
             Self::NoSpace { .. } => "free some room or choose another place".into(),
             Self::ProofMismatch { .. } => {
                 "storage or memory returned other bytes than were written; check the device".into()
             }
             Self::NeverProved { .. } => {
-                "with --no-verify it is complete; to have it proved send it anew with --fresh, to a \
-                 destination that replaces it (--force) or writes into it (--in-place)"
+                "with --no-verify it is complete; to have it proved send it anew with --fresh, to \
+                 a destination that replaces it (--force) or writes into it (--in-place)"
                     .into()
             }
             Self::Changed { .. } => {
-                "find out who writes there; the same commands send again what is not as it was".into()
+                "find out who writes there; the same commands send again what it changed".into()
             }
             Self::HalfPublished { source, .. } if matches!(**source, Self::Changed { .. }) => {
                 "begin all of them anew, with --fresh at both sides and --force".into()
@@ -287,6 +310,7 @@ impl Error {
                     .into()
             }
             Self::Stream(Stream::Peer { blame, .. }) => peer_hint(*blame).into(),
+            Self::Control { command, is_unknown, .. } => control_hint(command, *is_unknown).into(),
             _ if is_full(self) => "free some room or choose another place".into(),
             _ => return self.transport()?.0,
         };
@@ -331,6 +355,21 @@ fn peer_hint(blame: Blame) -> &'static str {
         Blame::Mismatch => {
             "storage or memory returned other bytes than were written; check the destination's"
         }
+    }
+}
+
+/// What to do when a command to a running migration was refused.
+fn control_hint(command: &str, is_unknown: bool) -> &'static str {
+    match command {
+        _ if is_unknown => "the command query-commands lists those that there are",
+        "migrate-set-parameters" => {
+            "query-migrate-parameters shows what can be set, as whole numbers: bytes per second, \
+             milliseconds; the source is who keeps to it"
+        }
+        "migrate-start-postcopy" | "migrate-pause" | "migrate-recover" | "migrate-continue" => {
+            "query-migrate shows how the migration stands"
+        }
+        _ => "`bitferry help control` shows how a command and its arguments are given",
     }
 }
 

@@ -9,7 +9,8 @@ use std::sync::Arc;
 
 use qcow2_file::{Access, HostFile};
 use rustix::fs::{
-    Gid, Mode, Timespec, Timestamps, Uid, XattrFlags, fchmod, fchown, fgetxattr, fsetxattr, futimens,
+    Gid, Mode, Timespec, Timestamps, Uid, XattrFlags, fchmod, fchown, fgetxattr, fsetxattr,
+    futimens,
 };
 
 use crate::publish::Draft;
@@ -53,7 +54,8 @@ impl Preserve {
     /// Every attribute.
     pub const ALL: Self = Self { mode: true, ownership: true, timestamps: true, context: true };
     /// No attribute.
-    pub const NONE: Self = Self { mode: false, ownership: false, timestamps: false, context: false };
+    pub const NONE: Self =
+        Self { mode: false, ownership: false, timestamps: false, context: false };
 
     /// What is in either set.
     #[must_use]
@@ -92,7 +94,9 @@ impl FromStr for Preserve {
                 "all" => Self::ALL,
                 _ => {
                     let known = "mode, ownership, timestamps, context or all";
-                    return Err(Error::Usage { reason: format!("unknown attribute {word:?}: {known}") });
+                    return Err(Error::Usage {
+                        reason: format!("unknown attribute {word:?}: {known}"),
+                    });
                 }
             }))
         })
@@ -146,7 +150,9 @@ fn like(model: &Arc<HostFile>, what: Preserve, draft: &Draft) -> Result<()> {
     // Owner first: changing it takes bits of the mode away. Not being allowed to is no error, as
     // with cp.
     let (owner, group) = (Uid::from_raw(metadata.uid()), Gid::from_raw(metadata.gid()));
-    if what.ownership && let Err(error) = fchown(file, Some(owner), Some(group)) {
+    if what.ownership
+        && let Err(error) = fchown(file, Some(owner), Some(group))
+    {
         tracing::debug!(%error, "the owner is not preserved");
     }
     if what.mode {

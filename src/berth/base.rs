@@ -73,8 +73,8 @@ impl Base {
 }
 
 /// Lets the base be seen wherever `known` knows nothing: whatever a crash left half written there,
-/// what the source does not send is to read as what is below. A cluster of which a part is not known
-/// is not known.
+/// what the source does not send is to read as what is below. A cluster of which a part is not
+/// known is not known.
 pub(super) fn uncover_unknown(image: &NewImage, known: &mut Ledger) -> Result<()> {
     let (size, all) = (image.virtual_size(), known.units());
     let per_cluster = image.geometry().cluster_size().div_ceil(UNIT_BYTES);

@@ -13,12 +13,13 @@ use super::outcome::Asked;
 use super::remote::{self, Route};
 use super::size::{human, human_time};
 use super::watch::{Summary, Watch};
-use super::{Outcome, Output, WOULD_LOSE, outcome, table, target_options};
+use super::{Outcome, Output, outcome, table, target_options};
 
 pub(crate) fn run(args: CopyArgs, output: &Output) -> Outcome {
     let start = Instant::now();
     let asked = Asked::copy(&args.destination);
-    let result = match remote::route(&args.source, &args.destination) {
+    let route = refuse_tls(&args).and_then(|()| remote::route(&args.source, &args.destination));
+    let result = match route {
         Ok(Route::To(_) | Route::From(_))
             if args.preserve.is_some() || args.no_preserve.is_some() =>
         {
@@ -34,10 +35,22 @@ pub(crate) fn run(args: CopyArgs, output: &Output) -> Outcome {
     result
 }
 
+/// Certificates are for sockets: there are none.
+fn refuse_tls(args: &CopyArgs) -> bitferry::Result<()> {
+    if args.tls_dir.is_none() && args.tls_peer.is_none() {
+        return Ok(());
+    }
+    let reason = "--tls-dir is for `send` and `receive`: what is copied to or from another host \
+                  goes through ssh, which encrypts it and knows who is there, and what is copied \
+                  on one host goes over no connection";
+    Err(Error::Usage { reason: reason.to_owned() })
+}
+
 fn here(args: CopyArgs, output: &Output) -> Outcome {
     let (is_dry_run, control) = (args.dry_run, args.control.clone());
     let options = options(args)?;
-    let watch = Watch::with_events(output, !options.no_verify)?.limited(&options.meter);
+    let watch = Watch::with_events(output, !options.no_verify, Asked::copy(&options.destination))?;
+    let watch = watch.limited(&options.meter);
     if is_dry_run {
         return dry_run(&options, &watch, output);
     }
@@ -45,7 +58,7 @@ fn here(args: CopyArgs, output: &Output) -> Outcome {
     let report = control.supervise(limits, &watch, |observer| copy::run(&options, observer))?;
     watch.finish();
     if output.is_json {
-        output.event(&Summary::new("summary", &report))?;
+        output.summary(&report)?;
     } else {
         output.text(report_text(&options, &report, output))?;
     }
@@ -120,7 +133,7 @@ fn dry_run(options: &CopyOptions, watch: &Watch<'_>, output: &Output) -> Outcome
     } else {
         output.text(plan_text(&plan, output))?;
     }
-    Ok(if plan.refusals.is_empty() { 0 } else { WOULD_LOSE })
+    Ok(plan.exit_status)
 }
 
 fn report_text(options: &CopyOptions, report: &Report, output: &Output) -> String {
@@ -163,6 +176,9 @@ fn plan_text(plan: &Plan, output: &Output) -> String {
         ),
     ];
     fields.extend(plan.not_carried.iter().map(|what| ("not carried", what.clone())));
+    if plan.already_complete {
+        fields.push(("already complete", "nothing would be done".to_owned()));
+    }
     for why in &plan.refusals {
         fields.push(("refused", output.bad(outcome::without_prefix(why))));
     }

@@ -10,7 +10,6 @@ use bitferry::{Blame, Error, Report, connect};
 use mig_core::stream;
 
 use super::size::{human, human_time};
-use super::watch::Summary;
 use super::{NOT_PRESERVED, Outcome, Output, UNKNOWN, table};
 
 /// Of a whole migration. `done` says what was done, in two or three words.
@@ -37,7 +36,7 @@ pub(crate) fn report_text(report: &Report, done: &str, output: &Output) -> Strin
 /// Tells the report, and the exit status that it stands for.
 pub(crate) fn finish(report: &Report, done: &str, output: &Output) -> Outcome {
     if output.is_json {
-        output.event(&Summary::new("summary", report))?;
+        output.summary(report)?;
     } else {
         output.text(report_text(report, done, output))?;
     }
@@ -91,7 +90,11 @@ pub(crate) fn finish_with(
     }
     let status = told(&mut report, peer, error.exit_code());
     report.error.get_or_insert_with(|| error_chain(&error));
-    finish(&report, done, output)?;
+    let own = finish(&report, done, output)?;
+    if status == NOT_PRESERVED && own != status {
+        let what = format!("not preserved at the other end: {}", error_chain(&error));
+        super::failure::print_lines(&what, "what it said itself, above, names it");
+    }
     Ok(status)
 }
 
@@ -150,14 +153,22 @@ pub(crate) fn failed(
     asked: &[Asked],
     output: &Output,
 ) -> bitferry::Result<()> {
-    if let (Err(error), true) = (result, output.is_json) {
-        let elapsed_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
-        let is_only = asked.len() == 1;
-        let disks = asked.iter().map(|disk| disk.report(error, is_only)).collect();
-        let report = Report { disks, ..Report::failure(error, elapsed_ms) };
-        output.event(&Summary::new("summary", &report))?;
+    match result {
+        Err(error) if output.is_json => output.summary(&failure(error, started, asked)),
+        _ => Ok(()),
     }
-    Ok(())
+}
+
+/// The summary of an operation that is not waited for any more.
+pub(crate) fn interrupted(started: Instant, asked: &[Asked]) -> Report {
+    failure(&Error::Interrupted, started, asked)
+}
+
+fn failure(error: &Error, started: Instant, asked: &[Asked]) -> Report {
+    let elapsed_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
+    let is_only = asked.len() == 1;
+    let disks = asked.iter().map(|disk| disk.report(error, is_only)).collect();
+    Report { disks, ..Report::failure(error, elapsed_ms) }
 }
 
 /// What became of one disk.

@@ -1,19 +1,21 @@
 //! What the destination is to be, and whether its place is free.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::io;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
+use qcow2_file::chain::has_protocol;
 use qcow2_file::lock::{self, Lock, Mode};
 use qcow2_file::{Access, HostFile, Storage};
 
 use super::in_place;
-use super::options::{CopyOptions, Existing, Format};
+use super::options::{CopyOptions, Existing, Format, TargetOptions};
 use super::resolve::Source;
 use super::shape::Shape;
 use crate::berth::Log;
-use crate::publish::directory;
+use crate::publish::{directory, followed, leads_elsewhere};
 use crate::{Error, Observer, Result};
 
 /// The file that holds the guest's data beside a qcow2 destination.
@@ -25,6 +27,43 @@ pub(crate) struct DataFileTarget {
     pub(crate) path: PathBuf,
     /// Whether it reads as a raw disk by itself.
     pub(crate) is_raw: bool,
+}
+
+impl DataFileTarget {
+    /// The data file that is asked for beside a new image. It stands where whoever opens that image
+    /// by this path will look for it.
+    pub(crate) fn of(destination: &Path, wish: &TargetOptions) -> Option<Self> {
+        let given = wish.data_file.as_deref()?;
+        // As QEMU does: it says that what follows is a path.
+        let given = given.strip_prefix("file:").unwrap_or(given);
+        let path = directory(destination).join(given);
+        let name = match has_protocol(OsStr::new(given)) {
+            true => format!("./{given}"),
+            false => given.to_owned(),
+        };
+        Some(Self { name, path, is_raw: wish.data_file_raw.unwrap_or(false) })
+    }
+
+    /// Refuses names by which nobody would find it.
+    pub(crate) fn check(destination: &Path, wish: &TargetOptions) -> Result<()> {
+        let Some(given) = wish.data_file.as_deref() else { return Ok(()) };
+        if given.starts_with("json:") || given.contains("://") {
+            return usage(format!(
+                "data_file={given} is no plain path: a data file is a file here, and one of that \
+                 name is ./{given}"
+            ));
+        }
+        let is_relative = !Path::new(given.strip_prefix("file:").unwrap_or(given)).is_absolute();
+        if is_relative && leads_elsewhere(destination) {
+            return usage(format!(
+                "{} is a symbolic link into another directory, and data_file={given} would be \
+                 looked for beside the one or the other: give the path that the link leads to, or \
+                 an absolute data_file",
+                destination.display()
+            ));
+        }
+        Ok(())
+    }
 }
 
 /// What the destination is to be.
@@ -143,20 +182,19 @@ fn is_device(metadata: &fs::Metadata) -> bool {
 }
 
 fn data_file(options: &CopyOptions) -> Result<Option<DataFileTarget>> {
-    let wish = &options.target;
-    let Some(name) = &wish.data_file else {
+    let (destination, wish) = (options.destination.as_path(), &options.target);
+    let Some(data) = DataFileTarget::of(destination, wish) else {
         return match wish.data_file_raw {
             Some(true) => usage("data_file_raw=on needs data_file=".into()),
             _ => Ok(None),
         };
     };
-    // As whoever opens the destination will find it.
-    let path = directory(&options.destination).join(name);
-    if Log::beside(&options.destination)?.is_named(&path) {
+    DataFileTarget::check(destination, wish)?;
+    if Log::beside(destination)?.is_named(&data.path) {
+        let name = &data.name;
         return usage(format!("{name:?} is the name of what is kept beside the destination"));
     }
-    let is_raw = wish.data_file_raw.unwrap_or(false);
-    Ok(Some(DataFileTarget { name: name.clone(), path, is_raw }))
+    Ok(Some(data))
 }
 
 /// What stands where files are to be made.
@@ -231,7 +269,10 @@ fn look_at(path: &Path, options: &CopyOptions, source: &Source) -> Result<Option
             Err(Error::IsDevice { path: path.to_owned(), hint: device_hint(path, options, source) })
         }
         Existing::Refuse => Err(Error::Exists { path: path.to_owned() }),
-        Existing::Replace => Ok(Some(lock::acquire(file.file(), &file.name(), Mode::Write)?)),
+        Existing::Replace => {
+            may_make(path)?;
+            Ok(Some(lock::acquire(file.file(), &file.name(), Mode::Write)?))
+        }
         // Whoever writes takes the lock.
         Existing::InPlace => Ok(None),
     }
@@ -272,6 +313,19 @@ fn missing(path: &Path, options: &CopyOptions) -> Result<()> {
         action: "look at",
         path: parent.to_owned(),
         source,
+    })?;
+    may_make(path)
+}
+
+/// Whether this user may make files beside `path`, where it will stand.
+fn may_make(path: &Path) -> Result<()> {
+    let place = followed(path)?;
+    let parent = directory(&place);
+    let asked = rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK;
+    rustix::fs::access(parent, asked).map_err(|errno| Error::File {
+        action: "make files in",
+        path: parent.to_owned(),
+        source: errno.into(),
     })
 }
 

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io::Write;
+use std::sync::atomic::Ordering::AcqRel;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
@@ -53,6 +54,8 @@ pub(super) struct Session {
     method: Option<Method>,
     progress: Mutex<Progress>,
     is_over: AtomicBool,
+    /// Whether somebody has said why the session fails.
+    has_reason: AtomicBool,
     linger: Duration,
 }
 
@@ -83,6 +86,7 @@ impl Session {
             method: Method::chosen(choice.features),
             progress: Mutex::new(Progress::Receiving),
             is_over: AtomicBool::new(false),
+            has_reason: AtomicBool::new(false),
             linger: options.timing.linger,
         }
     }
@@ -270,8 +274,10 @@ impl Session {
     /// reported, unless it came from there.
     fn note(&self, error: Error) -> Option<Answer<'static>> {
         let failed = failed(&error);
-        let is_news = !matches!(error, Error::Peer { .. } | Error::Ended);
-        let is_first = self.breaker.note(error);
+        // Who only ends because others do may come before who knows why.
+        let is_first = !matches!(error, Error::Ended) && !self.has_reason.swap(true, AcqRel);
+        let is_news = !matches!(error, Error::Peer { .. });
+        self.breaker.note(error);
         (is_first && is_news).then_some(failed)
     }
 

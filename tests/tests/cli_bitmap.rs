@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use bitferry_tests::image::make;
+use bitferry_tests::image::{Bytes, make};
 use bitferry_tests::process::PATIENCE;
 use bitferry_tests::{Exit, Output, Peer, Run, Scratch, bitferry, qemu, require_all};
 
@@ -105,12 +105,28 @@ fn wrong_wishes_change_nothing() {
         ("bitmap dump a.qcow2 nope", Exit::Usage),
         ("bitmap repair --strip --clear-unfinished a.qcow2", Exit::Usage),
         ("bitmap check raw.img", Exit::Usage),
-        ("bitmap add raw.img b", Exit::Malformed),
+        ("bitmap add raw.img b", Exit::Usage),
         ("bitmap check nowhere.qcow2", Exit::Device),
     ] {
         let output = run(line, &scratch).expect_exit(exit);
         assert!(output.complaint().starts_with("error: "), "{output}");
         assert_eq!(std::fs::read(&image).unwrap(), before, "{line}");
+    }
+}
+
+#[test]
+fn a_raw_disk_is_told_where_its_bitmaps_would_be() {
+    let scratch = Scratch::new();
+    for (name, bytes) in [("raw.img", 65536), ("short.img", 7), ("empty.img", 0)] {
+        std::fs::write(scratch.path(name), vec![0; bytes]).unwrap();
+        for verb in ["add", "remove", "clear", "check", "repair --strip", "repair"] {
+            let bitmap = if matches!(verb, "add" | "remove" | "clear") { "b" } else { "" };
+            let line = format!("bitmap {verb} {name} {bitmap}");
+            let complaint = run(&line, &scratch).expect_exit(Exit::Usage).complaint();
+            assert!(complaint.contains("is no qcow2 image"), "{line}: {complaint}");
+            assert!(complaint.contains("\nhint: a raw disk has bitmaps in an overlay"), "{line}");
+        }
+        assert_eq!(std::fs::read(scratch.path(name)).unwrap(), vec![0; bytes]);
     }
 }
 
@@ -161,6 +177,32 @@ fn an_image_by_its_content_alone_is_changed_with_a_warning() {
     }
     assert!(run("bitmap -q add disk.img d", &scratch).expect_exit(Exit::Done).stderr.is_empty());
     assert!(run("bitmap add a.qcow2 b", &scratch).expect_exit(Exit::Done).stderr.is_empty());
+}
+
+#[test]
+fn a_stale_bitmap_that_is_asked_for_by_name_would_be_lost() {
+    if !has_qemu() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let image = make(&scratch, "a.qcow2", 64 * MIB).bitmap("b", 65536).done();
+    // Somebody who does not know bitmaps has written to it.
+    Bytes::of(&image).put64(88, 0);
+    for line in [
+        "copy --bitmaps b a.qcow2 c.qcow2",
+        "copy --bitmaps b --rename-bitmap b=x a.qcow2 c.qcow2",
+        "send --bitmaps b --disk vda=a.qcow2 unix:nobody",
+        "send --bitmaps b --rename-bitmap vda/b=x --disk vda=a.qcow2 unix:nobody",
+        "send --dialect qemu:7.2 --bitmaps b --disk vda=a.qcow2 unix:nobody",
+    ] {
+        let output = run(line, &scratch).expect_exit(Exit::Refused);
+        assert!(output.complaint().contains("made invalid"), "{output}");
+    }
+    run("copy --bitmaps b --skip-broken-bitmaps a.qcow2 c.qcow2", &scratch)
+        .expect_exit(Exit::NotPreserved);
+    // Where all are listed, a name that is not there is a slip.
+    make(&scratch, "d.qcow2", 64 * MIB).bitmap("b", 65536).done();
+    run("copy --bitmaps x d.qcow2 e.qcow2", &scratch).expect_exit(Exit::Usage);
 }
 
 #[test]

@@ -303,17 +303,26 @@ impl Opening<'_> {
                 named: named.to_string_lossy().into_owned(),
             });
         }
-        if has_protocol(named) {
+        named_path(file.path(), named).map(Some).ok_or_else(|| {
             let named = named.to_string_lossy().into_owned();
-            return Err(Error::NotAPath { file: file.name(), role, named });
-        }
-        Ok(Some(file.path().parent().unwrap_or(Path::new("")).join(named)))
+            Error::NotAPath { file: file.name(), role, named }
+        })
     }
+}
+
+/// Where a file is that `image` names; `None` where the name is no plain path. `file:` says that
+/// one follows: QEMU looks for a relative one where it was started, which is nowhere in particular.
+pub fn named_path(image: &Path, named: &OsStr) -> Option<PathBuf> {
+    if let Some(path) = named.as_bytes().strip_prefix(b"file:") {
+        let path = Path::new(OsStr::from_bytes(path));
+        return path.is_absolute().then(|| path.to_owned());
+    }
+    (!has_protocol(named)).then(|| image.parent().unwrap_or(Path::new("")).join(named))
 }
 
 /// Whether a name starts with `word:`, as QEMU tells a protocol from a path: by a colon before the
 /// first slash.
-fn has_protocol(named: &OsStr) -> bool {
+pub fn has_protocol(named: &OsStr) -> bool {
     let first = named.as_bytes().split(|b| *b == b'/').next();
     first.is_some_and(|first| first.contains(&b':'))
 }

@@ -130,6 +130,16 @@ fn inspect_qcow2(options: &CopyOptions, source: &Source) -> Result<Found> {
     })
 }
 
+/// Looks whether the destination can be opened for writing now, and fits: what [`copy`] does before
+/// it writes. Nothing is kept open.
+pub(super) fn check(job: &Job<'_>) -> Result<()> {
+    match job.target {
+        Target::RawInPlace => raw::open(job).map(drop),
+        Target::Qcow2InPlace => qcow2::open(job).map(drop),
+        Target::Raw | Target::Qcow2 { .. } => Ok(()),
+    }
+}
+
 fn other_size(options: &CopyOptions, found: u64, wanted: u64) -> Error {
     Error::Usage {
         reason: format!(

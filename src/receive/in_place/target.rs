@@ -187,6 +187,13 @@ impl Target {
         }
     }
 
+    /// The file that takes the guest's data.
+    pub(super) fn data_path(&self) -> &Path {
+        let own = self.chain.files().first();
+        let data = own.and_then(|files| files.data.as_deref());
+        data.map_or(&self.path, |data| data.path())
+    }
+
     /// Its files, from top to bottom.
     pub(super) fn files(&self) -> impl Iterator<Item = &Path> {
         self.chain.paths()
