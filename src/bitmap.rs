@@ -13,6 +13,7 @@ use qcow2_file::chain::{PROBE_BYTES, probe};
 use qcow2_file::lock::{self, Lock, Mode};
 use qcow2_file::{Access, Chain, Format, HostFile, Opener, Storage};
 
+use crate::disk::is_named_qcow2;
 use crate::{Error, Result};
 
 /// One change. Several are made in one step, in their order.
@@ -148,6 +149,18 @@ pub fn repair(image: &Path, repair: Repair) -> Result<Repaired> {
             Ok(Repaired::default())
         }
     }
+}
+
+/// Why it is not certain that an image is one, if so: only its content says it, which the guest of
+/// a raw disk can have written. A sentence for whoever has just changed it.
+pub fn doubt(image: &Path) -> Option<String> {
+    (!is_named_qcow2(image)).then(|| {
+        format!(
+            "{} is taken for qcow2 because of its content, which the guest of a raw disk could have \
+             written; a raw disk has been changed for its guest now",
+            image.display()
+        )
+    })
 }
 
 fn open_for_writing(image: &Path) -> Result<(Arc<dyn Storage>, Lock)> {

@@ -33,6 +33,14 @@ pub enum Error {
         /// The destination.
         path: PathBuf,
     },
+    /// A device stands where a new file is to be made.
+    #[error("{} is a device, in the place of which no file can be made", .path.display())]
+    IsDevice {
+        /// The device.
+        path: PathBuf,
+        /// What to do.
+        hint: String,
+    },
     /// What was asked is about named bitmaps, and the image is not qcow2.
     #[error("{} is no qcow2 image and has no place for bitmaps", .path.display())]
     NotQcow2 {
@@ -201,7 +209,10 @@ impl Error {
     /// Whose fault it is.
     pub fn blame(&self) -> Blame {
         match self {
-            Self::Usage { .. } | Self::NeverProved { .. } | Self::NotQcow2 { .. } => Blame::Caller,
+            Self::Usage { .. }
+            | Self::NeverProved { .. }
+            | Self::NotQcow2 { .. }
+            | Self::IsDevice { .. } => Blame::Caller,
             Self::WouldLose { .. } => Blame::WouldLose,
             Self::Exists { .. } | Self::NoSpace { .. } | Self::File { .. } => Blame::Device,
             Self::ProofMismatch { .. } | Self::Changed { .. } => Blame::Mismatch,
@@ -247,7 +258,7 @@ impl Error {
         use mig_core::stream::Error as Stream;
         use qcow2_file::Error as Image;
         let text = match self {
-            Self::WouldLose { hint, .. } => hint.clone(),
+            Self::WouldLose { hint, .. } | Self::IsDevice { hint, .. } => hint.clone(),
             Self::Exists { .. } => {
                 "use --force to replace it at the end, or --in-place to write into it".into()
             }
@@ -271,6 +282,18 @@ impl Error {
             }
             Self::Image(Image::NotAllowed { .. }) => {
                 "if you trust this image, use --allow-backing".into()
+            }
+            Self::Image(Image::Condition { file, condition }) => condition.remedy(file),
+            Self::Image(Image::Foreign { .. }) => {
+                "`qemu-img convert` may be able to read it; if it is a raw disk all the same, say \
+                 so: -f raw, for a second image -F raw, behind --disk format=raw"
+                    .into()
+            }
+            Self::Image(Image::NotAPath { file, role: "backing file", .. }) => {
+                format!("`qemu-img rebase -u -b PATH -F FORMAT {file}` names it by its path")
+            }
+            Self::Image(Image::NotAPath { file, .. }) => {
+                format!("`qemu-img amend -o data_file=PATH {file}` names it by its path")
             }
             Self::Image(Image::InUse { .. }) => {
                 "stop whoever uses the image, or copy it through that program".into()

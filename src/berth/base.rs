@@ -44,7 +44,7 @@ impl Base {
         }
         let opener = Opener::new().format(format.map(Into::into)).allow_named_files(allow_named);
         let chain = opener.lock(true).open(path)?;
-        check_probe(path, &chain, observer)?;
+        check_probe((path, "format="), &chain, observer)?;
         let format: Format = chain.top().format().into();
         let files = chain.paths().map(Path::to_owned).collect();
         let backing = Backing {

@@ -137,14 +137,24 @@ fn dry_run(options: &CopyOptions, watch: &Watch<'_>, output: &Output) -> Outcome
 }
 
 fn report_text(options: &CopyOptions, report: &Report, output: &Output) -> String {
-    let verb = if report.status == Status::AlreadyComplete { "already complete" } else { "copied" };
+    let verb = match report.status {
+        Status::AlreadyComplete => output.strong("already complete"),
+        Status::Failed => output.bad("NOT COPIED"),
+        _ => output.strong("copied"),
+    };
     let mut text = format!(
-        "{} {} -> {} in {}\n",
-        output.strong(verb),
+        "{verb} {} -> {} in {}\n",
         options.source.display(),
         options.destination.display(),
         human_time(Duration::from_millis(report.total_time_ms)),
     );
+    if let Some(error) = &report.error {
+        let left = match options.existing {
+            Existing::InPlace => "the destination, written in place, holds what cannot be used",
+            _ => "nothing was published",
+        };
+        text.push_str(&format!("  {error}; {left}\n"));
+    }
     for disk in &report.disks {
         text.push_str(&outcome::disk_text(disk, output));
     }
@@ -176,4 +186,25 @@ fn plan_text(plan: &Plan, output: &Output) -> String {
     text.push_str(&outcome::planned_bitmaps(&plan.bitmaps));
     text.push_str(&output.strong("nothing was written\n"));
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_copy_that_is_not_what_was_sent_is_not_said_to_be_made() {
+        let mut report = Report::failure(&Error::Interrupted, 7);
+        report.error = Some("the copy does not read back as what was sent: …".to_owned());
+        let output = Output::json(false);
+        let text = |existing| {
+            let (source, destination) = ("a".into(), "b".into());
+            let options = CopyOptions { source, destination, existing, ..CopyOptions::default() };
+            report_text(&options, &report, &output)
+        };
+        let new = text(Existing::Refuse);
+        assert!(new.starts_with("NOT COPIED a -> b in 7 ms\n  the copy does not"), "{new}");
+        assert!(new.contains("nothing was published"), "{new}");
+        assert!(text(Existing::InPlace).contains("cannot be used"));
+    }
 }

@@ -17,6 +17,7 @@ pub(crate) fn report_text(report: &Report, done: &str, output: &Output) -> Strin
     let verdict = match report.status {
         Status::AlreadyComplete => output.strong("already complete"),
         Status::Unknown => output.bad("outcome unknown"),
+        Status::Failed => output.bad(&format!("NOT {done}")),
         _ => output.strong(done),
     };
     let took = human_time(Duration::from_millis(report.total_time_ms));
@@ -232,6 +233,16 @@ pub(crate) fn without_prefix(why: &str) -> &str {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_failed_is_not_said_to_be_done() {
+        let report = Report::failure(&Error::Interrupted, 7);
+        let output = Output::json(false);
+        let text = report_text(&report, "copied a -> h:b", &output);
+        assert!(text.starts_with("NOT copied a -> h:b in 7 ms"), "{text}");
+        let done = Report { status: Status::Completed, ..report };
+        assert!(report_text(&done, "copied a -> h:b", &output).starts_with("copied a -> h:b"));
+    }
 
     #[test]
     fn what_the_other_end_says_comes_on_top() {

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use serde::Serialize;
 
 use super::args::{Common, When};
-use super::failure::Failure;
+use super::failure::{Failure, one_line};
 use super::interrupt;
 use super::watch::Summary;
 
@@ -69,6 +69,14 @@ impl Output {
             uses_stderr,
             is_closed: AtomicBool::new(false),
             has_spoken: AtomicBool::new(false),
+        }
+    }
+
+    /// A line on stderr about what is shown. Not printed with `-q`.
+    pub(crate) fn warn(&self, message: &str) {
+        if !self.is_quiet {
+            // Not `eprintln`, which panics where nobody reads.
+            let _ = writeln!(io::stderr(), "warning: {}", one_line(message));
         }
     }
 

@@ -269,6 +269,8 @@ fn not_carried(
     if !matches!(options.backing, BackingChoice::Keep(_)) {
         phrases.extend(source.disk.flattened());
     }
+    let layers = source.kept.as_ref().map_or(usize::MAX, |kept| kept.layers);
+    phrases.extend(source.disk.bitmaps_below(layers));
     if survey.compressed > 0 && !passes_compressed(source, target) {
         phrases.push(format!("compression of {} bytes: stored plain", survey.compressed));
     }

@@ -117,7 +117,10 @@ impl Source {
         }
         let format = match depth.and_then(|depth| disk.chain.layers().get(depth)) {
             Some(layer) => layer.format().into(),
-            None => Disk::guess(path, &Opener::new().without_named_files(true), observer)?,
+            None => {
+                let opener = Opener::new().without_named_files(true);
+                Disk::guess((path, "-f "), &opener, observer)?
+            }
         };
         let name = recorded_name(path, &options.destination)?;
         Self::new(disk, Some(Kept { path: path.to_owned(), name, format, layers }))

@@ -138,7 +138,10 @@ impl Target {
 
     fn in_place(options: &CopyOptions, source: &Source, observer: &dyn Observer) -> Result<Self> {
         if options.target != super::TargetOptions::default() {
-            return usage("-o options shape new images; --in-place writes into what exists".into());
+            let reason = "-o options shape new images, and --in-place writes into what exists, with \
+                          the shape and the data file that it has: leave -o out, or make the image \
+                          with `qemu-img create -o` first";
+            return usage(reason.into());
         }
         if source.kept.is_some() {
             return usage("--backing is for new images; --in-place writes into what exists".into());
@@ -225,10 +228,15 @@ pub(super) fn places(options: &CopyOptions, source: &Source, target: &Target) ->
     found
 }
 
-/// Whether two paths are one place, where there may be nothing yet.
+/// Whether two paths lead to one file, or to one place where a file is to be made.
 fn is_same_place(a: &Path, b: &Path) -> bool {
-    let real = |path| fs::canonicalize(directory(path)).ok().zip(path.file_name());
-    a == b || real(a).is_some_and(|a| Some(a) == real(b))
+    use std::os::unix::fs::MetadataExt;
+    let file = |path: &Path| fs::metadata(path).map(|found| (found.dev(), found.ino())).ok();
+    if let (Some(a), Some(b)) = (file(a), file(b)) {
+        return a == b;
+    }
+    let place = |path: &Path| Some(fs::canonicalize(directory(path)).ok()?.join(path.file_name()?));
+    a == b || place(a).is_some_and(|a| Some(a) == place(b))
 }
 
 /// Looks at one place; what is to be replaced is locked.
@@ -257,16 +265,36 @@ fn look_at(path: &Path, options: &CopyOptions, source: &Source) -> Result<Option
         ));
     }
     match options.existing {
-        Existing::Refuse => Err(Error::Exists { path: path.to_owned() }),
-        Existing::Replace if !found.is_file() => {
-            usage(format!("{} is a device: only --in-place writes to it", path.display()))
+        Existing::Refuse | Existing::Replace if !found.is_file() => {
+            Err(Error::IsDevice { path: path.to_owned(), hint: device_hint(path, options, source) })
         }
+        Existing::Refuse => Err(Error::Exists { path: path.to_owned() }),
         Existing::Replace => {
             may_make(path)?;
             Ok(Some(lock::acquire(file.file(), &file.name(), Mode::Write)?))
         }
         // Whoever writes takes the lock.
         Existing::InPlace => Ok(None),
+    }
+}
+
+/// What leads to a copy on a device.
+fn device_hint(path: &Path, options: &CopyOptions, source: &Source) -> String {
+    let (device, size) = (path.display(), source.disk.chain.virtual_size());
+    let image = options.destination.display();
+    if path != options.destination {
+        let raw = if options.target.data_file_raw == Some(true) { ",data_file_raw=on" } else { "" };
+        return format!(
+            "`qemu-img create -f qcow2 -o data_file={device}{raw} {image} {size}` makes an image \
+             whose data is there; then copy into it with --in-place --allow-backing and without -o"
+        );
+    }
+    match options.target_format.unwrap_or(source.disk.format()) {
+        Format::Raw => "--in-place writes to it".to_owned(),
+        Format::Qcow2 => format!(
+            "--in-place -O raw writes the disk to it as it is; for an image on it, first \
+             `qemu-img create -f qcow2 {device} {size}`, then --in-place -O qcow2"
+        ),
     }
 }
 

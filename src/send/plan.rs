@@ -267,8 +267,11 @@ impl Planned {
     pub(super) fn not_carried(&self) -> Vec<String> {
         let below = match self.reach {
             Reach::Nothing => return vec![ONLY_BITMAPS.to_owned()],
-            Reach::Whole => self.disk.flattened(),
-            Reach::Above => Some(BELOW.to_owned()),
+            Reach::Whole => {
+                let bitmaps = self.disk.bitmaps_below(usize::MAX);
+                self.disk.flattened().into_iter().chain(bitmaps).collect()
+            }
+            Reach::Above => vec![BELOW.to_owned()],
         };
         let mut phrases: Vec<String> = self.disk.snapshots().into_iter().chain(below).collect();
         if self.survey.compressed > 0 {

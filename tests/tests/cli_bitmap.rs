@@ -156,11 +156,27 @@ fn an_image_in_use_is_refused_saying_by_whom() {
     // What the dead process had open is not to be trusted; check says so, repair removes it on
     // demand.
     run("bitmap check a.qcow2", &scratch).expect_exit(Exit::Different);
-    run("bitmap dump a.qcow2 b", &scratch).expect_exit(Exit::Usage);
+    run("bitmap dump a.qcow2 b", &scratch).expect_exit(Exit::Device);
     run("bitmap repair a.qcow2", &scratch).expect_exit(Exit::Different);
     run("bitmap repair --remove-inconsistent a.qcow2", &scratch).expect_exit(Exit::Done);
     run("bitmap check a.qcow2", &scratch).expect_exit(Exit::Done);
     qemu::check_is_clean(&image);
+}
+
+#[test]
+fn an_image_by_its_content_alone_is_changed_with_a_warning() {
+    if !has_qemu() {
+        return;
+    }
+    let scratch = Scratch::new();
+    make(&scratch, "a.qcow2", MIB).done();
+    std::fs::copy(scratch.path("a.qcow2"), scratch.path("disk.img")).unwrap();
+    for line in ["bitmap add disk.img b", "bitmap repair disk.img"] {
+        let output = run(line, &scratch).expect_exit(Exit::Done);
+        assert!(output.complaint().contains("the guest of a raw disk"), "{output}");
+    }
+    assert!(run("bitmap -q add disk.img d", &scratch).expect_exit(Exit::Done).stderr.is_empty());
+    assert!(run("bitmap add a.qcow2 b", &scratch).expect_exit(Exit::Done).stderr.is_empty());
 }
 
 #[test]

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use super::format::PROBE_BYTES;
 use super::{Chain, Format, Layer, LayerFiles, RawLayer, foreign_format, probe};
-use crate::error::{Error, Result};
+use crate::error::{Condition, Error, Result};
 use crate::image::{Image, ImageOptions, Shared};
 use crate::layout::header::Header;
 use crate::limits;
@@ -214,8 +214,13 @@ impl Opening<'_> {
         let access = if self.is_top() { self.opener.access } else { Access::Read };
         let file = HostFile::open(path, access)?;
         if !self.seen.insert(file.id()) {
-            let reason = "occurs twice among the files of one disk".to_owned();
-            return Err(refused(&file, reason));
+            // What the caller named is no fault of the image.
+            let is_given =
+                self.chain.layers.len() == 1 && matches!(self.opener.backing, Backing::File(..));
+            return Err(match is_given {
+                true => refused(&file, Condition::Circle.to_string()),
+                false => Error::condition(file.name(), Condition::Circle),
+            });
         }
         if self.opener.lock {
             let mode = match access {
@@ -232,11 +237,7 @@ impl Opening<'_> {
         file.read(&mut first, 0)?;
         let format = probe(&first);
         if let (Format::Raw, Some(foreign)) = (format, foreign_format(&first)) {
-            let reason = format!(
-                "looks like {foreign}, which is not supported; if it is a raw disk all the same, \
-                 give its format (-f raw)"
-            );
-            return Err(refused(&**file, reason));
+            return Err(Error::Foreign { file: file.name(), format: foreign });
         }
         if let (Format::Qcow2, Some(overlay)) = (format, self.chain.layers.last()) {
             let warning = Warning::ProbedBacking { backing: file.name().to_string() };
@@ -303,11 +304,8 @@ impl Opening<'_> {
             });
         }
         named_path(file.path(), named).map(Some).ok_or_else(|| {
-            let reason = format!(
-                "names the {role} {named:?}, which is not a plain path beside it or an absolute \
-                 one; `qemu-img rebase -u` or `qemu-img amend -o data_file=PATH` record one"
-            );
-            refused(file, reason)
+            let named = named.to_string_lossy().into_owned();
+            Error::NotAPath { file: file.name(), role, named }
         })
     }
 }

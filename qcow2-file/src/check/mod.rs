@@ -23,6 +23,7 @@ use std::sync::Arc;
 
 use format_spec::{Malformed, Problem};
 
+use crate::bitmaps::header::refuse_marked;
 use crate::edit::Refcounts;
 use crate::error::{Error, Result};
 use crate::layout::geometry::Geometry;
@@ -188,17 +189,7 @@ pub fn check(file: &Arc<dyn Storage>, header: &Header) -> Result<CheckReport> {
 /// Refuses an image that must not be written to, naming the first mistake: a corrupt one, and one
 /// whose refcounts are known to be out of date. Leaks are no reason.
 pub(crate) fn refuse_unless_writable(file: &Arc<dyn Storage>, header: &Header) -> Result<()> {
-    use crate::layout::header::incompatible::{CORRUPT, DIRTY};
-    let refused = |reason: &str| Error::Refused { file: file.name(), reason: reason.into() };
-    if header.incompatible_features & CORRUPT != 0 {
-        return Err(refused("is marked corrupt; repair it with \"qemu-img check -r all\" first"));
-    }
-    if header.incompatible_features & DIRTY != 0 {
-        return Err(refused(
-            "was not closed, so its refcounts may be out of date; repair it with \
-             \"qemu-img check -r all\" first",
-        ));
-    }
+    refuse_marked(&**file, header)?;
     match check(file, header)?.unsafe_finding {
         Some((_, what)) => Err(file.malformed(what)),
         None => Ok(()),

@@ -109,7 +109,7 @@ fn disk_text(source: &Path, took: Duration) -> bitferry::Result<String> {
         human(info.disk_size),
         human_time(took),
     ));
-    Ok(text + &super::info::bitmap_table(&info.bitmaps))
+    Ok(text + &super::info::bitmap_table(&info))
 }
 
 fn move_text(moved: &Moved, pid: u32, took: Duration) -> String {

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use block_mig::device::RawSink;
+use mig_core::block::SECTOR_BYTES;
 use qcow2_file::lock::{self, Lock, Mode};
 use qcow2_file::{Access, HostFile, Storage};
 
@@ -43,12 +44,15 @@ pub(super) fn open(job: &Job<'_>) -> Result<(Arc<HostFile>, Lock, u64)> {
     let size = job.source.disk.chain.virtual_size();
     let failed = |source| Error::File { action: "find the size of", path: path.clone(), source };
     let len = file.len().map_err(failed)?;
-    let will_do = if file.is_device() { len >= size } else { len <= size };
+    let will_do = match file.is_device() {
+        true => len >= size,
+        false => len.checked_next_multiple_of(SECTOR_BYTES) == Some(size),
+    };
     if will_do { Ok((file, lock, len)) } else { Err(other_size(job.options, len, size)) }
 }
 
-/// Makes the destination as long as the disk, where it can be, and answers the disk's size. Devices
-/// come in sizes of their own: one that is longer will do.
+/// Answers the disk's size. Devices come in sizes of their own: one that is longer will do. A file
+/// whose last sector is not whole is made so, as it is read.
 fn fit(job: &Job<'_>, (file, len): (&HostFile, u64), observer: &dyn Observer) -> Result<u64> {
     let size = job.source.disk.chain.virtual_size();
     if len > size {
