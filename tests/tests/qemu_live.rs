@@ -16,11 +16,14 @@ use bitferry::status::Migration;
 use bitferry::{Error, exit_status};
 use bitferry_tests::destination::{Destination, connection};
 use bitferry_tests::image::make;
+use bitferry_tests::outgoing::pong;
 use bitferry_tests::qmp::Qemu;
 use bitferry_tests::random::{Random, seed};
 use bitferry_tests::{Peer, Scratch, qemu, require_all};
+use mig_core::bitmap::BitmapInfo;
 use mig_core::guest::{Guest, GuestError};
 use mig_core::transport::Connection;
+use serde_json::json;
 
 const MIB: u64 = 1 << 20;
 /// Not whole chunks of QEMU's, so that the last one overlaps.
@@ -207,6 +210,82 @@ fn a_disk_that_is_written_to_arrives_whole_at_a_qemu() {
     }
 }
 
+/// A guest whose backup jobs are busy with the bitmaps to the last moment.
+struct Busy<'a>(&'a LiveImage, Told);
+
+impl Guest for Busy<'_> {
+    fn pause(&mut self) -> Result<(), GuestError> {
+        let bitmaps = self.0.bitmaps();
+        let again = |name: &str, granularity| BitmapInfo {
+            name: name.to_owned(),
+            granularity,
+            is_enabled: true,
+            is_persistent: true,
+            is_inconsistent: false,
+        };
+        bitmaps.remove("nightly").unwrap();
+        bitmaps.add(&again("nightly", 1 << 20)).unwrap();
+        bitmaps.set_enabled("hourly", false).unwrap();
+        bitmaps.remove("old").unwrap();
+        bitmaps.add(&again("new", 512)).unwrap();
+        bitmaps.add(&again("taken", 65536)).unwrap();
+        self.0.disk().write(&[9; 512], MIB + 512).unwrap();
+        self.1.pause()
+    }
+
+    fn resume(&mut self) -> Result<(), GuestError> {
+        self.1.resume()
+    }
+}
+
+#[test]
+fn bitmaps_that_jobs_change_on_the_way_arrive_as_they_are_at_the_pause() {
+    if !peers() {
+        return;
+    }
+    for (peer, blocks) in [(Peer::Qemu72, true), (Peer::Qemu10, false)] {
+        let scratch = Scratch::new();
+        let source = source(&scratch);
+        let copy = make(&scratch, "copy", SIZE).done();
+        let image = LiveImage::open(&source).unwrap();
+        let mut destination = if blocks {
+            Destination::of_disks(peer, &[("d", &copy)])
+        } else {
+            Destination::of_bitmaps(peer, &[("d", &copy)])
+        };
+        let taken = json!({ "node": "d", "name": "taken", "granularity": 512 });
+        destination.qemu.ok("block-dirty-bitmap-add", taken);
+        let to = target(blocks, Some(destination.monitor()));
+        let connection = destination.connect();
+        let outgoing = Outgoing::builder()
+            .disk("d", image.disk().clone(), image.bitmaps().clone())
+            .build()
+            .unwrap();
+        let mut guest = Busy(&image, Told::default());
+        let report = outgoing.run_to_qemu(|| Ok(connection), &to, &mut guest).unwrap();
+        assert_eq!((guest.1.pauses, guest.1.resumes), (1, 0));
+        destination.completes();
+        let outcomes: Vec<_> =
+            report.disks[0].bitmaps.iter().map(|b| (b.name.as_str(), b.outcome)).collect();
+        let (preserved, dropped) = (BitmapOutcome::Preserved, BitmapOutcome::Dropped);
+        let expected =
+            [("hourly", preserved), ("nightly", preserved), ("new", preserved), ("taken", dropped)];
+        assert_eq!(outcomes, expected, "{report:?}");
+        assert_eq!((report.status, exit_status(&report)), (Status::Completed, 6));
+        let node = destination.qemu.ok("query-block", json!({}))[0]["inserted"].clone();
+        let found = node["dirty-bitmaps"].as_array().unwrap();
+        let of = |name: &str| {
+            let found = found.iter().find(|b| b["name"] == name)?;
+            let number = |key: &str| found[key].as_u64().unwrap();
+            Some((number("granularity"), number("count"), found["recording"] == true))
+        };
+        assert_eq!(of("nightly"), Some((1 << 20, 1 << 20, true)), "{found:?}");
+        assert_eq!(of("new"), Some((512, 512, true)));
+        assert_eq!(of("hourly").map(|b| b.2), Some(false));
+        assert_eq!((of("old"), of("taken").map(|b| b.0)), (None, Some(512)));
+    }
+}
+
 #[test]
 fn above_a_shared_base_what_is_held_and_written_goes_to_a_qemu() {
     if !peers() {
@@ -305,6 +384,7 @@ fn answering(answer: &'static [u8]) -> Connection {
         while !tail.ends_with(b"\x06\0\0\0\x02{}") {
             let Ok(len @ 1..) = theirs.read(&mut bytes) else { return };
             tail.extend_from_slice(&bytes[..len]);
+            pong(&tail, &mut theirs);
             tail.drain(..tail.len().saturating_sub(16));
         }
         theirs.write_all(answer).unwrap();

@@ -12,7 +12,7 @@ use bitferry::report::{BitmapOutcome, Status};
 use bitferry::{Observer, Silent, exit_status};
 use bitferry_tests::destination::{Destination, connection_with};
 use bitferry_tests::image::make;
-use bitferry_tests::outgoing::bitmaps_of;
+use bitferry_tests::outgoing::{bitmaps_of, pong};
 use bitferry_tests::{Peer, Scratch, require_all};
 use mig_core::transport::Connection;
 use serde_json::{Value, json};
@@ -35,6 +35,7 @@ fn answering(answer: Option<&'static [u8]>, patience: Duration) -> Connection {
                 Ok(len @ 1..) => seen.extend_from_slice(&bytes[..len]),
                 _ => return,
             }
+            pong(&seen, &mut theirs);
         }
         match answer {
             Some(answer) => theirs.write_all(answer).unwrap(),
@@ -77,16 +78,20 @@ fn every_answer_has_its_meaning() {
     assert_eq!((report.status, exit_status(&report)), (Status::Unknown, 8));
 }
 
-/// Kills the destination once it has said how the migration ended.
+/// Kills the destination once it has said how the migration ended, which is what it says after
+/// that it has got so far.
 struct LastWord<F> {
     reader: Box<dyn Read + Send>,
+    has_pong: bool,
     then: Option<F>,
 }
 
 impl<F: FnOnce()> Read for LastWord<F> {
     fn read(&mut self, bytes: &mut [u8]) -> std::io::Result<usize> {
         let len = self.reader.read(bytes)?;
-        if let Some(then) = self.then.take() {
+        if std::mem::replace(&mut self.has_pong, true)
+            && let Some(then) = self.then.take()
+        {
             then();
         }
         Ok(len)
@@ -107,7 +112,7 @@ fn a_monitor_that_is_gone_leaves_the_outcome_unknown() {
     let connection = destination.connect();
     let prepared = outgoing::prepare(&options, &Silent).unwrap();
     let then = Some(move || drop(destination.qemu.kill()));
-    let reader = Box::new(LastWord { reader: connection.reader, then });
+    let reader = Box::new(LastWord { reader: connection.reader, has_pong: false, then });
     let report = prepared.send(Connection { reader, ..connection }, &Silent).unwrap();
     assert_eq!((report.status, exit_status(&report)), (Status::Unknown, 8));
     assert_eq!(report.disks[0].bitmaps[0].outcome, BitmapOutcome::Sent);
@@ -133,7 +138,7 @@ fn monitor(scratch: &Scratch, status: &'static str) -> PathBuf {
                     let image = json!({ "virtual-size": 2 * MIB });
                     json!([{ "node-name": "d", "image": image, "ro": false }])
                 }
-                "query-block" => json!([]),
+                "query-block" | "query-migrate-capabilities" => json!([]),
                 _ => json!({}),
             };
             writeln!(stream, "{}", json!({ "return": answer, "id": request["id"] })).unwrap();
@@ -179,12 +184,15 @@ fn where_the_line_says_nothing_the_monitor_decides() {
     }
 }
 
-/// A connection whose other direction breaks once something has come.
-struct Broken(Box<dyn Read + Send>);
+/// A connection whose other direction breaks once the destination has said that it got to the end.
+struct Broken(Box<dyn Read + Send>, bool);
 
 impl Read for Broken {
     fn read(&mut self, bytes: &mut [u8]) -> std::io::Result<usize> {
-        let _ = self.0.read(bytes)?;
+        let len = self.0.read(bytes)?;
+        if !std::mem::replace(&mut self.1, true) {
+            return Ok(len);
+        }
         Err(std::io::ErrorKind::ConnectionReset.into())
     }
 }
@@ -204,7 +212,7 @@ fn a_qemu_that_took_over_is_no_failure_because_its_answer_was_lost() {
             options.peer_qmp = is_asked.then(|| destination.monitor());
             let prepared = outgoing::prepare(&options, &Silent).unwrap();
             let connection = destination.connect();
-            let reader = Box::new(Broken(connection.reader));
+            let reader = Box::new(Broken(connection.reader, false));
             let report = prepared.send(Connection { reader, ..connection }, &Silent).unwrap();
             let expected = if is_asked {
                 (Status::Completed, 0, BitmapOutcome::Preserved)
