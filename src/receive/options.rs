@@ -8,8 +8,9 @@ use format_spec::native::hello::MAX_CHANNELS;
 
 use super::Dialect;
 use crate::berth::has_traces;
-use crate::copy::{BitmapSelection, Existing, Format, Rename, TargetOptions};
+use crate::copy::{BitmapSelection, DataFileTarget, Existing, Format, Rename, TargetOptions};
 use crate::options::{BackingOption, DiskOption};
+use crate::renames::Renames;
 use crate::send::check_ids;
 use crate::{Error, Result};
 
@@ -73,6 +74,7 @@ impl ReceiveOptions {
     /// What makes no sense is refused before anybody connects.
     pub fn check(&self) -> Result<()> {
         check_ids(&self.disks)?;
+        Renames::check(&self.renames)?;
         self.dialect.map_or(Ok(()), |dialect| self.check_for(dialect))?;
         let usage = |reason| Err(Error::Usage { reason });
         let has_shape = self.target != TargetOptions::default();
@@ -90,6 +92,7 @@ impl ReceiveOptions {
             if has_shape && disk.format == Some(Format::Raw) {
                 return usage(format!("disk {:?} is raw and takes no -o options", disk.id));
             }
+            DataFileTarget::check(&disk.path, &self.target)?;
             self.check_place(disk)?;
         }
         let nodes = self.renames.iter().filter_map(|rename| rename.node.as_ref());

@@ -12,7 +12,7 @@ use bitferry::live::{Builder, LiveImage, Outgoing, QemuTarget};
 use bitferry::policy::Limits;
 use bitferry::qemu::Version;
 use bitferry::report::{BitmapOutcome, Report, Status, Verified};
-use bitferry::status::Migration;
+use bitferry::status::{Migration, Parameters};
 use bitferry::{Error, exit_status};
 use bitferry_tests::destination::{Destination, connection};
 use bitferry_tests::image::make;
@@ -408,6 +408,74 @@ fn only_the_destinations_word_lets_the_guest_go_on_after_the_end() {
     let report = result.unwrap();
     assert_eq!((report.status, exit_status(&report)), (Status::Unknown, 8));
     assert_eq!((guest.pauses, guest.resumes), (1, 0));
+}
+
+#[test]
+fn a_migration_to_a_silent_qemu_is_called_off_at_once() {
+    if !require_all(&[Peer::QemuImg, Peer::QemuIo]) {
+        return;
+    }
+    let scratch = Scratch::new();
+    let source = source(&scratch);
+    let image = LiveImage::open(&source).unwrap();
+    // It does not read; it reads and says nothing while the guest is paused.
+    for blocks in [true, false] {
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        let migration = Arc::new(Migration::new(0, Duration::from_millis(150)));
+        let cancel = migration.clone();
+        std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(500));
+            cancel.cancel();
+        });
+        let begun = Instant::now();
+        let (result, guest) =
+            migrate_as(&image, connection(ours), &target(blocks, None), |b| b.migration(migration));
+        assert_eq!(result.unwrap_err().exit_status(), 130);
+        assert!(begun.elapsed() < Duration::from_secs(20), "{:?}", begun.elapsed());
+        assert_eq!(guest.pauses, guest.resumes);
+    }
+}
+
+#[test]
+fn bandwidth_and_downtime_can_be_changed_on_the_way_to_a_qemu() {
+    if !peers() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let source = source(&scratch);
+    let copy = make(&scratch, "copy", SIZE).done();
+    let image = LiveImage::open(&source).unwrap();
+    let mut destination = Destination::of_disks(Peer::Qemu72, &[("d", &copy)]);
+    let connection = destination.connect();
+    // It would take minutes, and then never fit into no pause at all.
+    let migration = Arc::new(Migration::new(64 << 10, Duration::ZERO));
+    let steered = migration.clone();
+    let operator = std::thread::spawn(move || hurry(&steered));
+    let begun = Instant::now();
+    let (report, _) =
+        migrate_as(&image, connection, &target(true, None), |builder| builder.migration(migration));
+    assert_eq!(report.unwrap().status, Status::Completed);
+    assert!(operator.join().unwrap(), "it was over before it was hurried");
+    assert!(begun.elapsed() < Duration::from_secs(50), "{:?}", begun.elapsed());
+    destination.completes();
+}
+
+/// Waits for some bytes at a low rate, allows all bandwidth, waits for some passes, and allows a
+/// pause. Whether each had to be done.
+fn hurry(migration: &Migration) -> bool {
+    let until = |is_so: &dyn Fn() -> bool| {
+        let begun = Instant::now();
+        while !is_so() && begun.elapsed() < Duration::from_secs(40) {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        migration.info().status == bitferry::status::Status::Active && is_so()
+    };
+    let disk = || migration.info().disk.unwrap_or_default();
+    let is_slow = until(&|| disk().normal_bytes > 0);
+    migration.set_parameters(Parameters { max_bandwidth: 0, ..migration.parameters() });
+    let goes_on = until(&|| disk().dirty_sync_count > 3);
+    migration.set_parameters(Parameters { downtime_limit: 2000, ..migration.parameters() });
+    is_slow && goes_on
 }
 
 #[test]

@@ -21,6 +21,7 @@ use crate::disk::{Disk, Request};
 use crate::qemu::Version;
 use crate::qemu::peer::Peer;
 use crate::qemu::qmp::{self, Hurry};
+use crate::renames::Renames;
 use crate::{Error, Observer, Phase, Result};
 
 /// A migration to QEMU that is decided: nothing stands in its way that can be known from here.
@@ -63,6 +64,7 @@ impl<'a> Prepared<'a> {
     ) -> Result<Self> {
         observer.phase(Phase::Plan);
         check_ids(&options.disks)?;
+        Renames::check(&options.renames)?;
         let peer_qmp = options.peer_qmp.as_deref();
         let mut peer = peer((peer_qmp, hurry), options.blocks.then_some(options.version))?;
         let mut refusals = Vec::new();
@@ -225,8 +227,10 @@ impl PlannedDisk {
         Chunks::new(Units::new(source, scope, UNIT_BYTES), source.size())
     }
 
-    fn bitmap_names(&self) -> Vec<&str> {
-        self.decision.choices.iter().map(|choice| choice.bitmap.name.as_str()).collect()
+    /// `None` where they cannot be listed.
+    fn bitmap_names(&self) -> Option<Vec<&str>> {
+        let names = self.decision.choices.iter().map(|choice| choice.bitmap.name.as_str());
+        self.unlistable.is_none().then(|| names.collect())
     }
 
     fn bitmaps(&self, index: usize) -> impl Iterator<Item = PlannedBitmap> + '_ {
