@@ -262,6 +262,23 @@ mod tests {
     }
 
     #[test]
+    fn what_a_qemu_was_sent_is_not_called_stored() {
+        let row = |reason: Option<&str>| {
+            let bitmap = BitmapReport {
+                name: "b".to_owned(),
+                outcome: BitmapOutcome::Sent,
+                changed: Vec::new(),
+                reason: reason.map(str::to_owned),
+                is_wanted: true,
+            };
+            let [_, outcome, _] = bitmap_row(&bitmap, Verified::No);
+            outcome
+        };
+        assert_eq!(row(None), "stored, not verified");
+        assert_eq!(row(Some("its monitor was not asked")), "sent, not confirmed");
+    }
+
+    #[test]
     fn what_the_other_end_says_comes_on_top() {
         use Peer::{Destination, Source};
         let told = |status, peer, theirs| {

@@ -2,10 +2,10 @@
 //!
 //! It knows names, chunks and bits, and no images: whoever drives it decides what is sent when.
 //! [`run`](super::run) drives it for disks at rest. For a running guest the order is the same:
-//! [`start_blocks`](Session::start_blocks), [`start_bitmaps`](Session::start_bitmaps), then
-//! [`blocks`](Session::blocks) as often as there is something new (a chunk may be sent again, the
-//! last one counts), then, *with the guest paused*, what is left, the bits of
-//! each bitmap ([`end_bitmaps`](Session::end_bitmaps)), and [`finish`](Session::finish).
+//! [`start_blocks`](Session::start_blocks), then [`blocks`](Session::blocks) as often as there is
+//! something new (a chunk may be sent again, the last one counts), then, *with the guest paused*,
+//! what is left, the bitmaps as they are by then ([`start_bitmaps`](Session::start_bitmaps),
+//! [`end_bitmaps`](Session::end_bitmaps)), and [`finish`](Session::finish).
 
 use std::io::{Read, Write};
 use std::sync::Arc;
