@@ -64,6 +64,9 @@ pub struct Options {
     pub connect: Duration,
     /// Longest time an accepted connection may take to introduce itself.
     pub introduction: Duration,
+    /// Whether a peer that has said so much, without TLS, has introduced itself. It is asked of the
+    /// first [`limits::MAX_INTRODUCTION`] bytes at most.
+    pub introduced: fn(&[u8]) -> bool,
     /// Who is told of connections that a listener turned away.
     pub refused: Refused,
 }
@@ -78,6 +81,7 @@ impl Default for Options {
             idle: limits::IDLE,
             connect: limits::CONNECT,
             introduction: limits::INTRODUCTION,
+            introduced: |said| !said.is_empty(),
             refused: Refused::default(),
         }
     }
@@ -302,8 +306,8 @@ impl Listener {
         &self.uri
     }
 
-    /// From now on a connection that has said nothing yet is handed out too: QEMU's preempt channel
-    /// begins in silence.
+    /// From now on a connection that has not introduced itself is handed out too: QEMU's preempt
+    /// channel begins in silence.
     pub fn expect_silence(&self) {
         if let Inner::Sockets(listener) = &self.inner {
             listener.expect_silence();
