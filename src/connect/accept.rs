@@ -42,7 +42,8 @@ pub(super) struct SocketListener {
 
 /// What a connection goes through before it is handed out.
 struct Introduction {
-    tls: Option<Arc<ServerConfig>>,
+    /// Encrypts; and the name that the peer has to prove.
+    tls: Option<(Arc<ServerConfig>, Option<String>)>,
     /// Whether the first words are waited for where there is no TLS.
     wants_words: AtomicBool,
     /// Whether these are enough.
@@ -70,7 +71,10 @@ impl SocketListener {
     pub(super) fn new(bound: Bound, options: &Options) -> Result<Self> {
         let uri = bound.uri.clone();
         let failed = |source| Error::Listen { uri: uri.to_string(), source };
-        let tls = options.tls.as_ref().map(tls::Tls::server).transpose()?;
+        let tls = match &options.tls {
+            Some(tls) => Some((tls.server()?, tls.peer().map(str::to_owned))),
+            None => None,
+        };
         let socket = bound.socket.try_clone().map_err(failed)?;
         let runtime = control::runtime()?;
         let listener = {
@@ -213,8 +217,9 @@ impl Introduction {
             socket::tune(&socket, self.idle)?;
         }
         let made = match &self.tls {
-            Some(config) => {
-                let made = tls::accept(Arc::clone(config), socket, &peer, self.limit).await;
+            Some((config, name)) => {
+                let who = (peer.as_str(), name.as_deref());
+                let made = tls::accept(Arc::clone(config), socket, who, self.limit).await;
                 made.map(|(socket, session)| (socket, Some(session)))?
             }
             None if self.wants_words.load(Ordering::Relaxed) => {

@@ -78,7 +78,7 @@ impl Descriptor {
                 Some(tls) => {
                     let (limit, config) = (options.connect, tls.server()?);
                     let late = || Error::NoIntroduction { peer: peer.clone(), what: "was slow" };
-                    let made = tls::accept(config, self.fd, &peer, limit);
+                    let made = tls::accept(config, self.fd, (&peer, tls.peer()), limit);
                     let (socket, session) = control::run(made, limit, late)?;
                     Ok(control::connection((socket, Some(session)), peer.clone(), options.idle))
                 }
