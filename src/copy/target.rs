@@ -12,9 +12,8 @@ use super::in_place;
 use super::options::{CopyOptions, Existing, Format};
 use super::resolve::Source;
 use super::shape::Shape;
-use crate::berth::Log;
 use crate::publish::directory;
-use crate::{Error, Observer, Result};
+use crate::{Error, Observer, Result, destinations};
 
 /// The file that holds the guest's data beside a qcow2 destination.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -52,6 +51,7 @@ impl Target {
         source: &Source,
         observer: &dyn Observer,
     ) -> Result<Self> {
+        destinations::check(&[&options.destination])?;
         if options.existing == Existing::InPlace {
             return Self::in_place(options, source, observer);
         }
@@ -149,9 +149,7 @@ fn data_file(options: &CopyOptions) -> Result<Option<DataFileTarget>> {
     };
     // As whoever opens the destination will find it.
     let path = directory(&options.destination).join(name);
-    if Log::beside(&options.destination)?.is_named(&path) {
-        return usage(format!("{name:?} is the name of what is kept beside the destination"));
-    }
+    destinations::check(&[&options.destination, &path])?;
     let is_raw = wish.data_file_raw.unwrap_or(false);
     Ok(Some(DataFileTarget { name: name.clone(), path, is_raw }))
 }
@@ -171,11 +169,6 @@ pub(super) fn places(options: &CopyOptions, source: &Source, target: &Target) ->
     let mut found = Places::default();
     let mut places = vec![options.destination.as_path()];
     if let Target::Qcow2 { data_file: Some(data), .. } = target {
-        if data.path == options.destination {
-            let reason = "the data file and the image are the same file".to_owned();
-            found.refusals.push(Error::Usage { reason });
-            return found;
-        }
         places.push(&data.path);
     }
     for path in places {

@@ -10,8 +10,9 @@ use super::Dialect;
 use crate::berth::has_traces;
 use crate::copy::{BitmapSelection, Existing, Format, Rename, TargetOptions};
 use crate::options::{BackingOption, DiskOption};
+use crate::publish::directory;
 use crate::send::check_ids;
-use crate::{Error, Result};
+use crate::{Error, Result, destinations};
 
 /// What to receive, and where.
 #[derive(Debug, Clone)]
@@ -83,6 +84,7 @@ impl ReceiveOptions {
             return usage("-o data_file= names one file, and there are several disks".into());
         }
         self.check_backing()?;
+        self.check_places()?;
         for disk in &self.disks {
             if disk.is_readonly {
                 return usage(format!("disk {:?} is read-only: nothing can arrive in it", disk.id));
@@ -153,6 +155,15 @@ impl ReceiveOptions {
     /// What the image of a disk is to stand on.
     pub(super) fn backing_of(&self, disk: &DiskOption) -> Option<&BackingOption> {
         self.backing.iter().find(|backing| backing.id.as_ref().is_none_or(|id| *id == disk.id))
+    }
+
+    /// No place is another's, nor what is kept beside one.
+    fn check_places(&self) -> Result<()> {
+        let data = self.target.data_file.iter().zip(self.disks.first());
+        let data: Vec<_> = data.map(|(name, disk)| directory(&disk.path).join(name)).collect();
+        let places = self.disks.iter().map(|disk| disk.path.as_path());
+        let places: Vec<_> = places.chain(data.iter().map(PathBuf::as_path)).collect();
+        destinations::check(&places)
     }
 
     fn check_place(&self, disk: &DiskOption) -> Result<()> {

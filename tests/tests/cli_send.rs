@@ -494,3 +494,8 @@ fn what_cannot_be_done_is_wrong_usage() {
         usage("receive", words);
     }
 }
+        "--disk vda=y --disk vdb=./y unix:s",
+        "--disk vda=y --disk vdb=.y.bitferry-receipt unix:s",
+        "--disk vda=.y.bitferry-part unix:s",
+        "--disk vda=y -o data_file=y unix:s",
+        "--disk vda=y -o data_file=.z.bitferry-journal unix:s",
