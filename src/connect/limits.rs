@@ -33,6 +33,9 @@ pub const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(20), Duration::
 /// that it was refused with, and how many bytes.
 pub const FAREWELL: (Duration, usize) = (Duration::from_secs(1), 256 << 10);
 
+/// What a command at another host may print where it is asked for a document, at most.
+pub const MAX_ANSWER: u64 = 8 << 20;
+
 /// How long an orderly end of a TLS stream may take.
 pub const GOODBYE: Duration = Duration::from_secs(5);
 

@@ -6,6 +6,7 @@
 //! knows what is in the stream.
 
 mod accept;
+mod answer;
 mod bind;
 mod child;
 mod control;
@@ -26,12 +27,13 @@ mod uri;
 
 use std::ffi::OsString;
 use std::io;
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
 pub use mig_core::transport::{Connection, Dial, HangUp, Listen, Nature};
 
+pub use self::answer::run_ssh;
 pub use self::error::{End, Error, Result};
 pub use self::location::{Location, LocationError, LocationFault, Remote};
 pub use self::meeting::meet;
@@ -229,19 +231,6 @@ pub fn listen_ssh(
     let ssh = Ssh::new(destination, (args, channels), (&running, options.idle));
     let inner = Inner::Other(Box::new(ssh));
     Listener { inner, uri: Uri::Exec(ssh::name(destination)), running, idle: options.idle }
-}
-
-/// Runs `bitferry` with `args` at another host, over ssh, and answers what it prints and its exit
-/// status, which has to be 0 or one of `accepted`.
-pub fn run_ssh(destination: &str, args: &[OsString], accepted: &[u8]) -> Result<(Vec<u8>, u8)> {
-    let command = ssh::name(destination);
-    let run =
-        ssh::command(destination, args).stdin(Stdio::null()).stderr(Stdio::inherit()).output();
-    let output = run.map_err(|source| Error::Run { command: command.clone(), source })?;
-    match output.status.code().and_then(|code| u8::try_from(code).ok()) {
-        Some(code) if code == 0 || accepted.contains(&code) => Ok((output.stdout, code)),
-        _ => Err(Error::Ended { command, end: End::Status(output.status) }),
-    }
 }
 
 fn once(

@@ -36,6 +36,9 @@ impl std::fmt::Display for Dialect {
     }
 }
 
+/// How the reason ends where somebody speaks that is no source at all.
+pub const NO_MIGRATION: &str = "as no migration does";
+
 /// Bytes of a magic.
 const MAGIC_BYTES: usize = 4;
 /// Bytes of magic and version, the same in both dialects.
@@ -75,7 +78,7 @@ fn look(said: &[u8]) -> Result<Look, Stream> {
     if magic == container::MAGIC {
         return qemu(said).map_err(malformed);
     }
-    let reason = format!("it begins with {magic:02x?}, as no migration does");
+    let reason = format!("it begins with {magic:02x?}, {NO_MIGRATION}");
     Err(Stream::protocol(0, 0, reason))
 }
 

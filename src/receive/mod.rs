@@ -23,7 +23,7 @@ use self::again::receive_all;
 pub use self::arrivals::Arrivals;
 use self::arriving::Arriving;
 use self::dialect::Stranger;
-pub use self::dialect::{Dialect, is_introduced};
+pub use self::dialect::{Dialect, NO_MIGRATION, is_introduced};
 use self::farewell::Farewells;
 pub use self::image::{new_image, receive_image};
 use self::in_place::InPlace;
