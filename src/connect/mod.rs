@@ -3,7 +3,7 @@
 //! [`Uri`] and [`Location`] say where, in QEMU's and in scp's words; [`dial`] and [`listen`] make
 //! of it what the engine knows as [`Dial`] and [`Listen`]. Once connected, a stream is blocking,
 //! with an idle limit and a way to hang up; asynchronous code runs only until then. Nothing here
-//! knows what is in the stream.
+//! knows what is in the stream, but for the magic that tells a stream at rest from other files.
 
 mod accept;
 mod answer;

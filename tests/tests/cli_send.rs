@@ -299,6 +299,14 @@ fn a_stream_does_not_overwrite_what_it_is_made_of() {
 }
 
 #[test]
+    // Nor anything else that is not a stream itself.
+    std::fs::write(scratch.path("notes"), "irreplaceable").expect("write");
+    let output = send(&scratch, "--disk vda=a.qcow2 file:notes").output().expect_exit(Exit::Device);
+    assert!(output.complaint().contains("\nhint: remove it"), "{output}");
+    assert_eq!(std::fs::read(scratch.path("notes")).expect("read"), b"irreplaceable");
+    for _ in 0..2 {
+        send(&scratch, "--disk vda=a.qcow2 file:stream").output().expect_exit(Exit::Done);
+    }
 fn a_place_without_a_disk_publishes_nothing_and_loses_nothing() {
     let scratch = Scratch::new();
     if !has_peers() {
