@@ -15,6 +15,7 @@ use super::log::Log;
 use super::place::{FilePlace, Known, bitmaps_of};
 use super::receipt::Receipt;
 use super::recover::{Half, give_up, recover};
+use super::size;
 use super::trace::{Trace, state};
 use super::unfinished::{NewDisk, NewKind, publish_together};
 use crate::copy::{DataFileTarget, Format, Shape, TargetOptions};
@@ -189,6 +190,7 @@ impl Files {
         }
         let data = disk.data_file();
         let mut new = disk.new_disk(wanted.size, data.as_ref())?;
+        size::check(name, &new)?;
         new.session = (!self.options.keeps_nothing).then_some(state.session);
         (new.resumes, new.is_fresh) = (self.options.resumes(), state.is_fresh);
         let (found, options) = (state.found, self.options);

@@ -26,6 +26,7 @@ mod prover;
 mod receipt;
 mod recover;
 mod sink;
+mod size;
 #[cfg(test)]
 mod tests;
 mod trace;
