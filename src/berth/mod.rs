@@ -8,6 +8,7 @@
 //! base         what a new disk stands on
 //! device       what the journal of a block device is named after
 //! receipt      what is left when it was published
+//! room         whether what is to come fits
 //! recover      a publication that a crash interrupted is finished
 //! trace        what is answered to a source because of what lies there
 //! proved       whether what was proved is still as it was
@@ -25,7 +26,9 @@ mod proved;
 mod prover;
 mod receipt;
 mod recover;
+pub(crate) mod room;
 mod sink;
+mod size;
 #[cfg(test)]
 mod tests;
 mod trace;

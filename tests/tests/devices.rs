@@ -7,7 +7,7 @@ use bitferry_tests::faults::with_fault;
 use bitferry_tests::image::make;
 use bitferry_tests::migration::{command, done};
 use bitferry_tests::peer::cannot;
-use bitferry_tests::{Exit, Peer, Run, Scratch, bitferry, json, qemu, require_all};
+use bitferry_tests::{Exit, Output, Peer, Run, Scratch, bitferry, json, qemu, require_all};
 use rustix::fs::{XattrFlags, getxattr, setxattr};
 
 const MIB: u64 = 1 << 20;
@@ -56,6 +56,76 @@ fn a_shorter_device_is_refused() {
     run.output().expect_exit(Exit::Usage);
     drop(device);
     assert!(std::fs::read(&file).expect("read").iter().all(|b| *b == 0xaa));
+}
+
+/// The command in the hint, which is run as it stands there.
+#[track_caller]
+fn do_as_told(output: &Output, scratch: &Scratch) {
+    let complaint = output.complaint();
+    let hint = complaint.split("\nhint: ").nth(1).expect("a hint");
+    let command = hint.split('`').nth(1).expect("a command");
+    assert!(command.starts_with("qemu-img create "), "{output}");
+    let command = command.replace("SIZE", &(8 * MIB).to_string());
+    qemu::qemu_img("create")
+        .words(command.trim_start_matches("qemu-img create "))
+        .dir(scratch.dir())
+        .ok();
+}
+
+#[test]
+fn hints_lead_to_an_image_whose_data_is_on_a_device() {
+    if !require_all(&[Peer::QemuImg, Peer::QemuIo]) {
+        return;
+    }
+    let scratch = Scratch::new();
+    let source = make(&scratch, "s.qcow2", 8 * MIB).bitmap("b", 65536).write(7, MIB, MIB).done();
+    let file = scratch.path("device");
+    std::fs::write(&file, vec![0; 8 << 20]).expect("write");
+    let Some(device) = Loop::over(&file) else { return };
+    let copy = |words: &str| bitferry().words(words).dir(scratch.dir()).output().expect_no_crash();
+    for how in ["", "--force "] {
+        let data = device.0.display();
+        let line = format!("copy {how}-o data_file={data},data_file_raw=on s.qcow2 over.qcow2");
+        let output = copy(&line).expect_exit(Exit::Usage);
+        assert!(output.complaint().contains("--in-place --allow-backing"), "{output}");
+        if !how.is_empty() {
+            do_as_told(&output, &scratch);
+        }
+    }
+    copy("copy -q --in-place --allow-backing s.qcow2 over.qcow2").expect_exit(Exit::Done);
+    let over = scratch.path("over.qcow2");
+    qemu::check_is_clean(&over);
+    qemu::same_content((&source, "qcow2"), (&over, "qcow2"));
+    let ranges = qemu::dirty_ranges(&over, "b").expect("ranges");
+    assert_eq!(ranges, [MIB..2 * MIB]);
+    drop(device);
+    qemu::same_content((&source, "qcow2"), (&file, "raw"));
+}
+
+#[test]
+fn an_image_on_a_device_is_made_first_and_not_written_over_unasked() {
+    if !require_all(&[Peer::QemuImg, Peer::QemuIo]) {
+        return;
+    }
+    let scratch = Scratch::new();
+    make(&scratch, "s.qcow2", 8 * MIB).bitmap("b", 65536).write(7, MIB, MIB).done();
+    let file = scratch.path("device");
+    std::fs::write(&file, vec![0; 16 << 20]).expect("write");
+    let Some(device) = Loop::over(&file) else { return };
+    let name = device.0.display();
+    let copy = |words: &str| {
+        let line = format!("copy -q {words} s.qcow2 {name}");
+        bitferry().words(&line).dir(scratch.dir()).output().expect_no_crash()
+    };
+    assert!(copy("--force").expect_exit(Exit::Usage).complaint().contains("--in-place"));
+    let output = copy("--in-place -O qcow2").expect_exit(Exit::Device);
+    assert!(output.complaint().contains("holds no qcow2 image"), "{output}");
+    do_as_told(&output, &scratch);
+    let output = copy("--in-place").expect_exit(Exit::Usage);
+    assert!(output.complaint().contains("-O raw or -O qcow2"), "{output}");
+    copy("--in-place -O qcow2").expect_exit(Exit::Done);
+    qemu::check_is_clean(&device.0);
+    assert!(qemu::dirty_ranges(&device.0, "b").is_ok());
 }
 
 #[test]
