@@ -33,13 +33,9 @@ pub(crate) fn report_text(report: &Report, done: &str, output: &Output) -> Strin
     text
 }
 
-/// Tells the report, and the exit status that it stands for.
-pub(crate) fn finish(report: &Report, done: &str, output: &Output) -> Outcome {
-    finish_saying(report, (done, ASK_AGAIN), output)
-}
-
-/// [`finish`], with what to do where the outcome is unknown.
-fn finish_saying(report: &Report, (done, ask): (&str, &str), output: &Output) -> Outcome {
+/// Tells the report, and the exit status that it stands for; `ask` is what to do where the outcome
+/// is unknown.
+fn finish(report: &Report, (done, ask): (&str, &str), output: &Output) -> Outcome {
     if output.is_json {
         output.summary(report)?;
     } else {
@@ -96,7 +92,7 @@ pub(crate) fn finish_with(
     output: &Output,
 ) -> Outcome {
     let words = (done, if peer == Peer::Qemu { ASK_QEMU } else { ASK_AGAIN });
-    let Err(error) = end else { return finish_saying(&report, words, output) };
+    let Err(error) = end else { return finish(&report, words, output) };
     if report.disks.iter().any(|disk| disk.verified == Verified::Unconfirmed)
         && report.status == Status::Completed
     {
@@ -104,7 +100,7 @@ pub(crate) fn finish_with(
     }
     let status = told(&mut report, peer, error.exit_code());
     report.error.get_or_insert_with(|| error_chain(&error));
-    let own = finish_saying(&report, words, output)?;
+    let own = finish(&report, words, output)?;
     if status == NOT_PRESERVED && own != status {
         let what = format!("not preserved at the other end: {}", error_chain(&error));
         super::failure::print_lines(&what, "what it said itself, above, names it");
