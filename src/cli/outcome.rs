@@ -201,19 +201,15 @@ pub(crate) fn disk_text(disk: &DiskReport, output: &Output) -> String {
     if disk.bitmaps.is_empty() {
         text.push_str("  bitmaps: none\n");
     } else {
-        let rows: Vec<_> = disk.bitmaps.iter().map(|b| bitmap_row(b, disk.verified)).collect();
+        let rows: Vec<_> = disk.bitmaps.iter().map(bitmap_row).collect();
         text.push_str(&table::columns(["BITMAP", "OUTCOME", ""], &rows));
     }
     text
 }
 
-fn bitmap_row(bitmap: &BitmapReport, disk: Verified) -> [String; 3] {
+fn bitmap_row(bitmap: &BitmapReport) -> [String; 3] {
     let outcome = match bitmap.outcome {
         BitmapOutcome::Preserved => "preserved",
-        // Where it is not only the proof that is missing, the reason says what is.
-        BitmapOutcome::Sent if disk == Verified::No && bitmap.reason.is_none() => {
-            "stored, not verified"
-        }
         BitmapOutcome::Sent => "sent, not confirmed",
         BitmapOutcome::Dropped => "dropped",
         BitmapOutcome::Invalidated => "invalidated",
@@ -255,23 +251,6 @@ mod tests {
         assert!(text.starts_with("NOT copied a -> h:b in 7 ms"), "{text}");
         let done = Report { status: Status::Completed, ..report };
         assert!(report_text(&done, "copied a -> h:b", &output).starts_with("copied a -> h:b"));
-    }
-
-    #[test]
-    fn what_a_qemu_was_sent_is_not_called_stored() {
-        let row = |reason: Option<&str>| {
-            let bitmap = BitmapReport {
-                name: "b".to_owned(),
-                outcome: BitmapOutcome::Sent,
-                changed: Vec::new(),
-                reason: reason.map(str::to_owned),
-                is_wanted: true,
-            };
-            let [_, outcome, _] = bitmap_row(&bitmap, Verified::No);
-            outcome
-        };
-        assert_eq!(row(None), "stored, not verified");
-        assert_eq!(row(Some("its monitor was not asked")), "sent, not confirmed");
     }
 
     #[test]
