@@ -575,6 +575,69 @@ fn a_disk_that_qemu_cuts_short_is_refused_and_the_source_goes_on() {
     qemu.migration_reaches(&["failed"]);
 }
 
+/// The same where the user has said that what is not sent is there already: nothing else tells a
+/// stream that was cut short from one of a disk with little in it.
+#[test]
+fn a_disk_above_a_base_that_qemu_cuts_short_is_refused() {
+    if !have(Peer::Qemu72) {
+        return;
+    }
+    for how in ["inc", "blk"] {
+        let scratch = Scratch::new();
+        let base = make(&scratch, "base", 64 * MIB).done();
+        let backed = |name: &str| {
+            make(&scratch, name, 64 * MIB).backing(base.display().to_string(), "qcow2")
+        };
+        let from = backed("from").write(0x41, 0, 60 * MIB).done();
+        let to = backed("to").bitmap("own", 64 * KIB).done();
+        let mut qemu = source(Peer::Qemu72, &[("disk0", "n0", &from, "qcow2")]);
+        qemu.capabilities(&["return-path"]);
+        qemu.ok("migrate-set-parameters", json!({ "max-bandwidth": 8 * MIB }));
+        let options = || IncomingOptions {
+            allow_backing: true,
+            shared_base: true,
+            ..places(&[("disk0", &to)])
+        };
+        let received = migrate(&mut qemu, Receiver::listen(options()), json!({ how: true }));
+        let (status, text) = received.error();
+        assert_eq!(status, 4, "{how}: {text}");
+        assert!(text.contains("of 64 MiB did not come"), "{how}: {text}");
+        assert!(text.contains("downtime-limit") && text.contains("looked through"), "{text}");
+        qemu.migration_reaches(&["failed"]);
+        qemu.quit();
+        // What the message asks for helps.
+        let mut qemu = source(Peer::Qemu72, &[("disk0", "n0", &from, "qcow2")]);
+        qemu.ok("migrate-set-parameters", json!({ "downtime-limit": 0 }));
+        let receiver = Receiver::listen(options());
+        qemu.ok("migrate", json!({ "uri": receiver.uri(), how: true }));
+        end_when_sent(&mut qemu);
+        is_complete(&receiver.wait());
+        qemu.quit();
+        qemu::same_content((&from, "qcow2"), (&to, "qcow2"));
+    }
+}
+
+/// A base of which nothing is allocated above, and a guest whose memory comes: nothing of the disk
+/// is sent, and that is all of it.
+#[test]
+fn a_disk_with_nothing_above_its_base_is_complete() {
+    if !have(Peer::Qemu72) {
+        return;
+    }
+    let scratch = Scratch::new();
+    let base = make(&scratch, "base", 8 * MIB).write(5, 0, MIB).done();
+    let backed =
+        |name: &str| make(&scratch, name, 8 * MIB).backing(base.display().to_string(), "qcow2");
+    let [from, to] = ["from", "to"].map(|name| backed(name).done());
+    let mut qemu = source(Peer::Qemu72, &[("disk0", "n0", &from, "qcow2")]);
+    let options =
+        IncomingOptions { allow_backing: true, shared_base: true, ..places(&[("disk0", &to)]) };
+    let received = migrate(&mut qemu, Receiver::listen(options), json!({ "inc": true }));
+    is_complete(&received);
+    qemu.migration_reaches(&["completed"]);
+    qemu.quit();
+}
+
 /// A capture of `exec:cat`, replayed.
 #[test]
 fn a_stream_in_a_file_is_received() {

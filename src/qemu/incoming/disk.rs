@@ -118,14 +118,14 @@ impl<'o> Disk<'o> {
     }
 
     /// Writes a chunk that stands at byte `at` of the stream; `None` stands for zeroes. What of it
-    /// lies beyond the end of the disk is padding.
+    /// lies beyond the end of the disk is padding. Returns whether it had come before.
     pub(super) fn write(
         &mut self,
         offset: u64,
         content: Option<&[u8; CHUNK_BYTES]>,
         (at, allow_backing): (u64, bool),
         observer: &dyn Observer,
-    ) -> Result<()> {
+    ) -> Result<bool> {
         let len = chunk_len(offset, self.size).map_err(|problem| Error::Misfit {
             subject: Subject { disk: self.place.id.clone(), bitmap: None },
             offset: at,
@@ -144,8 +144,12 @@ impl<'o> Disk<'o> {
             Body::Raw(sink) => put(sink, offset, len, content)?,
             Body::Qcow2(editor) => put(&EditorSink::new(editor), offset, len, content)?,
         }
-        self.count(offset, len as u64, content.is_some());
-        Ok(())
+        Ok(self.count(offset, len as u64, content.is_some()))
+    }
+
+    /// Whether the chunk at `offset` is the last of the disk.
+    pub(super) fn is_last(&self, offset: u64) -> bool {
+        offset.saturating_add(CHUNK_BYTES as u64) >= self.size
     }
 
     /// Gets the image ready to be written: enabled bitmaps of its own are marked, and follow.
@@ -185,7 +189,8 @@ impl<'o> Disk<'o> {
         }
     }
 
-    fn count(&mut self, offset: u64, len: u64, has_content: bool) {
+    /// Returns whether the chunk had come before.
+    fn count(&mut self, offset: u64, len: u64, has_content: bool) -> bool {
         let chunk = CHUNK_BYTES as u64;
         // A chunk that was moved to end with the disk stands for the last one.
         let last = offset.saturating_add(len).saturating_sub(1) / chunk;
@@ -200,6 +205,7 @@ impl<'o> Disk<'o> {
         if let Some(seen) = &mut self.seen {
             seen.set_range(index..index.saturating_add(1));
         }
+        is_again
     }
 
     /// How many chunks of how many have not come, as far as that is known.

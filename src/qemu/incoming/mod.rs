@@ -10,11 +10,13 @@
 //! |---|---|
 //! | `course` | which commands may come now, what they ask for (pure) |
 //! | `bitmaps`, `loading` | the rules between records of `dirty-bitmap` (pure) |
+//! | `bulk` | whether the source has looked through all of its disks (pure) |
 //! | `disk` | one image, and the content that goes into it |
 //! | `session` | takes the stream apart and hands each item to one of these |
 //! | `store` | what happens when the stream has ended well |
 
 mod bitmaps;
+mod bulk;
 mod course;
 mod disk;
 mod limits;

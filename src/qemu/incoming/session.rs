@@ -14,6 +14,7 @@ use format_spec::{Blame, Malformed};
 use super::super::buffer::Buffer;
 use super::super::error::{Error, Result, Subject};
 use super::bitmaps::{Bitmaps, Fate};
+use super::bulk::Bulk;
 use super::course::{Course, Reaction};
 use super::disk::{Body, Disk};
 use super::limits::{MAX_DEVICES, MAX_LISTED};
@@ -42,6 +43,7 @@ struct State<'w, 'o> {
     course: Course,
     disks: Vec<Disk<'o>>,
     bitmaps: Bitmaps<'o>,
+    bulk: Bulk,
     dropped: Dropped,
     has_content: bool,
     has_ended: bool,
@@ -77,6 +79,7 @@ impl<'w, 'o, R: Read> Session<'w, 'o, R> {
             course,
             disks,
             bitmaps,
+            bulk: Bulk::default(),
             dropped,
             has_content: false,
             has_ended: false,
@@ -157,6 +160,10 @@ impl State<'_, '_> {
                 self.dropped.memory = self.dropped.memory.max(*bytes);
                 Ok(())
             }
+            Item::Ram(ram::Record::Page { .. }) => {
+                self.bulk.page();
+                Ok(())
+            }
             Item::NativeStart | Item::Native(_) => Err(Error::Unsupported {
                 offset: at,
                 reason: "this is our own dialect and not QEMU's; leave --dialect out".to_owned(),
@@ -202,6 +209,7 @@ impl State<'_, '_> {
             }
             Element::Section(section) => {
                 self.has_content |= section.name.is_some_and(|s| s.name == block::SECTION);
+                self.bulk.section(section.kind);
                 self.dropped.section(section.name, at);
             }
             Element::Eof => self.has_ended = true,
@@ -229,11 +237,17 @@ impl State<'_, '_> {
         let (device, content): (&str, Option<&[u8; CHUNK_BYTES]>) = match record.body {
             block::Body::Data { device, content } => (device, Some(content)),
             block::Body::Zeroes { device } => (device, None),
-            block::Body::Progress | block::Body::None => return Ok(()),
+            block::Body::Progress => {
+                self.bulk.progress(record.percent());
+                return Ok(());
+            }
+            block::Body::None => return Ok(()),
         };
         let disk = self.disks.iter_mut().find(|disk| disk.place.id == device);
         let Some(disk) = disk else { return Err(self.no_place(device, at)) };
-        disk.write(record.offset(), content, (at, self.options.allow_backing), observer)?;
+        let is_again =
+            disk.write(record.offset(), content, (at, self.options.allow_backing), observer)?;
+        self.bulk.chunk(is_again, disk.is_last(record.offset()));
         let sum = |bytes: &dyn Fn(&Disk<'_>) -> u64| {
             self.disks.iter().fold(0u64, |sum, disk| sum.saturating_add(bytes(disk)))
         };
@@ -246,20 +260,28 @@ impl State<'_, '_> {
     /// QEMU 7.2 goes over to its end when little is left to send, and does not count what it has
     /// not read yet: it may leave out most of a disk and call that completed.
     fn check_content(&self, at: u64) -> Result<()> {
-        if !self.has_content || self.options.shared_base {
+        let is_all_seen = self.bulk.is_over(self.disks.len());
+        if !self.has_content || (self.options.shared_base && is_all_seen) {
             return Ok(());
         }
-        let missing = |disk: &&Disk<'_>| disk.missing_chunks().is_some_and(|(n, _)| n > 0);
+        let missing = |disk: &&Disk<'_>| match disk.missing_chunks() {
+            Some((missing, _)) => missing > 0,
+            None => !is_all_seen,
+        };
         let Some(disk) = self.disks.iter().find(missing) else { return Ok(()) };
-        let (missing, all) = disk.missing_chunks().unwrap_or_default();
+        let (missing, all) = disk.missing_chunks().unwrap_or((0, disk.size.div_ceil(1 << 20)));
+        let why = if self.options.shared_base {
+            "and nothing shows that QEMU had looked through all of its disks by then"
+        } else {
+            "with `migrate -i` say --shared-base: that what is not allocated is there already"
+        };
         Err(Error::Misfit {
             subject: Subject { disk: disk.place.id.clone(), bitmap: None },
             offset: at,
             reason: format!(
                 "the stream ends, and {missing} of {all} MiB did not come. QEMU 7.2 ends too early \
                  where its bandwidth times downtime-limit is more than 1 MiB: set downtime-limit \
-                 to 0 until `info migrate` shows at most 1 MiB of each disk as remaining. With \
-                 `migrate -i` say --shared-base: that the rest is there already"
+                 to 0 until `info migrate` shows at most 1 MiB of each disk as remaining; {why}"
             ),
             blame: Blame::PeerBehaviour,
         })

@@ -1,0 +1,83 @@
+//! Whether a QEMU has looked through all of its disks once: its bulk phase. Pure.
+//!
+//! With `migrate -i` it sends what is allocated and says nothing of the rest, so that what is
+//! missing does not tell a stream that was cut short from a whole one. QEMU never says that the
+//! phase is over; it does things that it does only then.
+
+use format_spec::qemu::container::SectionKind;
+
+/// What a stream has shown so far.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Bulk {
+    /// Whether this is a section that QEMU writes before it stops its guest. In an END section
+    /// comes what the guest has changed, and a progress of 100, whether the phase was over or not.
+    is_part: bool,
+    /// Disks whose last chunk came in such a section.
+    ended: usize,
+    is_over: bool,
+}
+
+impl Bulk {
+    /// A section begins.
+    pub(super) fn section(&mut self, kind: SectionKind) {
+        self.is_part = kind == SectionKind::Part;
+    }
+
+    /// The source says how far it is. It counts a chunk only when it has come to what follows, so
+    /// that 100 comes early only where the end of the last disk is not allocated.
+    pub(super) fn progress(&mut self, percent: u8) {
+        self.is_over |= self.is_part && percent == 100;
+    }
+
+    /// A page of guest memory came, of which a QEMU sends none before the phase is over.
+    pub(super) fn page(&mut self) {
+        self.is_over |= self.is_part;
+    }
+
+    /// A chunk came. In the phase each comes once, in their order but for those that are read at
+    /// the same time.
+    pub(super) fn chunk(&mut self, is_again: bool, is_last_of_disk: bool) {
+        self.is_over |= self.is_part && is_again;
+        if self.is_part && is_last_of_disk && !is_again {
+            self.ended = self.ended.saturating_add(1);
+        }
+    }
+
+    /// Whether the phase was over before the guest was stopped, for so many disks.
+    pub(super) fn is_over(&self, disks: usize) -> bool {
+        self.is_over || self.ended >= disks
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn in_section(kind: SectionKind, act: impl Fn(&mut Bulk)) -> bool {
+        let mut bulk = Bulk::default();
+        bulk.section(SectionKind::Start);
+        bulk.section(kind);
+        act(&mut bulk);
+        bulk.section(SectionKind::End);
+        bulk.progress(100);
+        bulk.is_over(2)
+    }
+
+    #[test]
+    fn only_what_comes_before_the_end_counts() {
+        let acts: [fn(&mut Bulk); 4] = [
+            |bulk| bulk.progress(100),
+            Bulk::page,
+            |bulk| bulk.chunk(true, false),
+            |bulk| (0..2).for_each(|_| bulk.chunk(false, true)),
+        ];
+        for act in acts {
+            assert!(in_section(SectionKind::Part, act));
+            assert!(!in_section(SectionKind::End, act));
+        }
+        assert!(!in_section(SectionKind::Part, |bulk| bulk.progress(99)));
+        // One of two disks, and its last chunk again.
+        assert!(!in_section(SectionKind::Part, |bulk| bulk.chunk(false, true)));
+        assert!(!in_section(SectionKind::Part, |bulk| bulk.chunk(false, false)));
+    }
+}
