@@ -1,6 +1,7 @@
 //! Why a migration from or to QEMU stopped.
 
 use std::io;
+use std::path::PathBuf;
 
 use format_spec::{Blame, Malformed};
 
@@ -20,6 +21,28 @@ pub enum Error {
         offset: u64,
         /// The system's answer.
         source: io::Error,
+    },
+    /// A source went away before it had heard that everything is stored: it goes on with its guest.
+    #[error(
+        "the source went away before it heard that everything is stored, and goes on with its \
+         guest; none of its bitmaps is kept"
+    )]
+    Left {
+        /// How that showed.
+        source: io::Error,
+    },
+    /// The same, and what was stored could not be taken out again.
+    #[error(
+        "the source does not rely on what is stored, and bitmap {bitmap:?} could not be taken out \
+         of {} again: it is stale, remove it before the image is used", .path.display()
+    )]
+    Stale {
+        /// Its name in the image.
+        bitmap: String,
+        /// The image.
+        path: PathBuf,
+        /// Why it is still there.
+        source: Box<crate::Error>,
     },
     /// What the peer sent is not well formed.
     #[error("the peer's stream is malformed")]
@@ -97,7 +120,8 @@ impl Error {
     /// Whose fault it is.
     pub fn blame(&self) -> Blame {
         match self {
-            Self::Connection { .. } => Blame::Transport,
+            Self::Connection { .. } | Self::Left { .. } => Blame::Transport,
+            Self::Stale { .. } => Blame::Device,
             Self::Malformed(_) => Blame::Bytes,
             Self::Protocol { .. } | Self::Peer(_) => Blame::PeerBehaviour,
             Self::Unsupported { .. } | Self::Unfit { .. } => Blame::PeerFeatures,

@@ -4,12 +4,12 @@ use std::io::{Cursor, Read as _};
 
 use format_spec::native::hello;
 use format_spec::qemu::container;
-use mig_core::heart::within;
 use mig_core::limits::HELLO_LIMIT;
 use mig_core::stream::Error as Stream;
 use mig_core::transport::Connection;
 
-use crate::Result;
+use crate::observe::interruptible;
+use crate::{Error, Observer, Result};
 
 /// What a source speaks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,10 +30,16 @@ impl std::fmt::Display for Dialect {
 }
 
 /// Reads the first four bytes, in bounded time, and puts them back.
-pub(super) fn recognise(connection: Connection) -> Result<(Dialect, Connection)> {
+pub(super) fn recognise(
+    connection: Connection,
+    observer: &dyn Observer,
+) -> Result<(Dialect, Connection)> {
     let Connection { mut reader, writer, line, peer } = connection;
     let mut magic = [0; 4];
-    let read = within(HELLO_LIMIT, &*line, || reader.read_exact(&mut magic));
+    let read = interruptible(observer, &*line, Some(HELLO_LIMIT), || reader.read_exact(&mut magic));
+    if read.is_err() && observer.is_cancelled() {
+        return Err(Error::Interrupted);
+    }
     let failed = |source| Stream::Connection { action: "read from", channel: 0, offset: 0, source };
     read.map_err(failed)?;
     let dialect = match magic {

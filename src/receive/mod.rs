@@ -112,8 +112,9 @@ fn first(
             false => stream::Error::Connect(error).into(),
         })?;
         let peer = connection.peer.clone();
-        match dialect::recognise(connection) {
+        match dialect::recognise(connection, observer) {
             Ok(recognised) => return Ok(recognised),
+            Err(Error::Interrupted) => return Err(Error::Interrupted),
             // There is nobody else to wait for.
             Err(error) if !arrivals.has_strangers() => return Err(error),
             Err(error) => {

@@ -2,18 +2,24 @@
 //! in the images.
 #![allow(clippy::unwrap_used)]
 
-use std::io::Write as _;
+use std::io::{Read as _, Write as _};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use bitferry::report::{BitmapOutcome, Status};
+use bitferry_tests::bitferry::bitferry as command;
 use bitferry_tests::image::make;
 use bitferry_tests::incoming::{Receiver, drain, places, replay};
-use bitferry_tests::{Peer, Scratch, qemu, require_all};
+use bitferry_tests::{Exit, Peer, Scratch, qemu, require_all};
 use format_spec::Writer;
 use format_spec::qemu::block::{self, CHUNK_BYTES};
 use format_spec::qemu::command::Command;
 use format_spec::qemu::container::{self, Element, Section, SectionKind, SectionName};
 use format_spec::qemu::dirty_bitmap::{self, Body, Record};
+use rustix::net::{RecvFlags, recv};
+use rustix::process::Signal;
 
 const MIB: u64 = 1 << 20;
 const SIZE: u64 = 4 * MIB;
@@ -390,6 +396,28 @@ fn disks_that_break_the_rules_are_refused() {
     assert_eq!(own.outcome, BitmapOutcome::Invalidated);
 }
 
+/// A source with a return path that has one good bitmap, and waits for a PONG.
+fn waiting(body: &[u8]) -> Vec<u8> {
+    let opened = Stream::new().command(Command::OpenReturnPath).command(Command::Ping(7));
+    opened.section(SectionKind::Start, "dirty-bitmap", body).end()
+}
+
+const PONG: [u8; 8] = [0, 2, 0, 4, 0, 0, 0, 7];
+
+fn shut(status: u8) -> [u8; 8] {
+    [0, 1, 0, 4, 0, 0, 0, status]
+}
+
+fn good_body() -> Vec<u8> {
+    records(&[start("b"), bits(0, 8192, None), complete()])
+}
+
+fn names(image: &Path) -> Vec<String> {
+    let info = qemu::info(image, "qcow2");
+    let list = info["format-specific"]["data"]["bitmaps"].as_array().cloned().unwrap_or_default();
+    list.iter().map(|bitmap| bitmap["name"].as_str().unwrap().to_owned()).collect()
+}
+
 #[test]
 fn a_source_with_a_return_path_is_answered() {
     if !tools() {
@@ -397,20 +425,96 @@ fn a_source_with_a_return_path_is_answered() {
     }
     let scratch = Scratch::new();
     let to = image(&scratch);
-    let opened = || Stream::new().command(Command::OpenReturnPath).command(Command::Ping(7));
-    let pong = [0, 2, 0, 4, 0, 0, 0, 7];
-    for (body, status) in [
-        (records(&[start("bad"), complete()]), 1),
-        (records(&[start("b"), bits(0, 8192, None), complete()]), 0),
-    ] {
-        let stream = opened().section(SectionKind::Start, "dirty-bitmap", &body).end();
+    for (body, status) in [(records(&[start("bad"), complete()]), 1), (good_body(), 0)] {
         let receiver = Receiver::listen(places(&[("disk0", &to)]));
         let mut peer = receiver.connect();
-        peer.write_all(&stream).unwrap();
+        peer.write_all(&waiting(&body)).unwrap();
         // The source stays; the destination must know by itself that this is the end.
+        let mut answers = [0; 16];
+        peer.read_exact(&mut answers).unwrap();
+        assert_eq!(answers[..], [PONG, shut(status)].concat());
+        drop(peer);
         let received = receiver.wait();
         assert_eq!(received.result.is_ok(), status == 0);
-        let shut = [0, 1, 0, 4, 0, 0, 0, status];
-        assert_eq!(drain(&mut peer), [pong, shut].concat());
     }
+    assert_eq!(names(&to), ["own", "b"]);
+}
+
+/// A QEMU that was cancelled goes on with its guest, and its bitmap with it.
+#[test]
+fn bitmaps_of_a_source_that_leaves_before_it_was_told_are_not_kept() {
+    if !tools() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let to = image(&scratch);
+    let in_time = |peer: &UnixStream, len: usize| {
+        let mut peeked = vec![0; len];
+        let end = Instant::now() + Duration::from_secs(30);
+        while recv(peer, peeked.as_mut_slice(), RecvFlags::PEEK).unwrap().0 < len {
+            assert!(Instant::now() < end, "it does not answer");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    };
+    let ways: [(&str, &dyn Fn(UnixStream)); 4] = [
+        ("closes at once", &drop),
+        ("shuts both directions down", &|peer| peer.shutdown(Shutdown::Both).unwrap()),
+        ("closes and leaves SHUT unread", &|peer| in_time(&peer, 16)),
+        ("shuts down and leaves SHUT unread", &|peer| {
+            in_time(&peer, 16);
+            peer.shutdown(Shutdown::Both).unwrap();
+            std::thread::sleep(Duration::from_millis(20));
+        }),
+    ];
+    for (name, leave) in ways {
+        let receiver = Receiver::listen(places(&[("disk0", &to)]));
+        let mut peer = receiver.connect();
+        peer.write_all(&waiting(&good_body())).unwrap();
+        leave(peer);
+        let (status, text) = receiver.wait().error();
+        assert_eq!(status, 4, "{name}: {text}");
+        assert_eq!(names(&to), ["own"], "{name}");
+        qemu::check_is_clean(&to);
+    }
+    // Nobody knows about one that was told and does not end the connection.
+    let receiver = Receiver::listen(places(&[("disk0", &to)]));
+    let mut peer = receiver.connect();
+    peer.write_all(&waiting(&good_body())).unwrap();
+    let received = receiver.wait();
+    assert_eq!(received.report().status, Status::Unknown);
+    assert_eq!(bitferry::exit_status(received.report()), 8);
+    assert_eq!(received.report().disks[0].bitmaps[0].outcome, BitmapOutcome::Dropped);
+    assert_eq!(drain(&mut peer), [PONG, shut(0)].concat());
+    assert_eq!(names(&to), ["own"]);
+}
+
+/// Ctrl-C ends the waiting for a source that says nothing: of its first bytes, and of more.
+#[test]
+fn a_silent_source_can_be_given_up() {
+    if !tools() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let to = image(&scratch);
+    let header = Stream::new().command(Command::OpenReturnPath).0.into_bytes();
+    for said in [&header[..2], &header] {
+        let socket = scratch.path("silent");
+        let _ = std::fs::remove_file(&socket);
+        let (disk, uri) = (format!("disk0={}", to.display()), format!("unix:{}", socket.display()));
+        let receive = command().args(["receive", "--in-place", "--disk", &disk, &uri]).spawn();
+        let end = Instant::now() + Duration::from_secs(30);
+        let mut peer = loop {
+            match UnixStream::connect(&socket) {
+                Ok(peer) => break peer,
+                Err(error) => assert!(Instant::now() < end, "{error}"),
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        };
+        peer.write_all(said).unwrap();
+        std::thread::sleep(Duration::from_millis(300));
+        receive.signal(Signal::TERM);
+        assert!(receive.ends_within(Duration::from_secs(3)), "after {} bytes", said.len());
+        receive.wait().expect_exit(Exit::Interrupted);
+    }
+    assert_eq!(names(&to), ["own"]);
 }

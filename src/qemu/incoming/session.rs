@@ -127,16 +127,23 @@ impl<'w, 'o, R: Read> Session<'w, 'o, R> {
         self.state.check_content(self.decoder.offset())
     }
 
+    /// Whether the source listens.
+    pub(super) fn has_return_path(&self) -> bool {
+        self.state.course.has_return_path()
+    }
+
     /// Whether the source waits to be told how it went.
     pub(super) fn awaits_outcome(&self) -> bool {
         self.state.course.has_return_path() && !self.state.options.is_one_way
     }
 
-    /// All that came, which is complete if [`receive`](Self::receive) has ended well.
-    pub(super) fn into_received(self) -> Received<'o> {
+    /// All that came, which is complete if [`receive`](Self::receive) has ended well, and what it
+    /// came from.
+    pub(super) fn into_received(self) -> (Received<'o>, R) {
         let State { disks, bitmaps, .. } = self.state;
         let wire_bytes = self.decoder.offset();
-        Received { disks, bitmaps: bitmaps.into_fates(), wire_bytes }
+        let received = Received { disks, bitmaps: bitmaps.into_fates(), wire_bytes };
+        (received, self.buffer.into_reader())
     }
 
     fn lost(&self, source: io::Error) -> Error {
