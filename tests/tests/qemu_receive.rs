@@ -663,6 +663,37 @@ fn a_stream_in_a_file_is_received() {
     assert!(received.warnings.iter().any(|w| w.contains("devices")), "{:?}", received.warnings);
 }
 
+/// Somebody forgot to switch the capability on: the source keeps its guest.
+#[test]
+fn a_disk_for_which_nothing_comes_fails_and_the_source_goes_on() {
+    if !have(Peer::Qemu10) {
+        return;
+    }
+    let scratch = Scratch::new();
+    let [a, b, to_a, to_b] =
+        ["a", "b", "to-a", "to-b"].map(|name| make(&scratch, name, 8 * MIB).done());
+    let mut qemu =
+        source(Peer::Qemu10, &[("disk0", "n0", &a, "qcow2"), ("disk1", "n1", &b, "qcow2")]);
+    add_bitmap(&mut qemu, "n0", "b", 64 * KIB, (true, false));
+    qemu.capabilities(&["return-path"]);
+    let both = || places(&[("disk0", &to_a), ("disk1", &to_b)]);
+    for (capabilities, words) in [
+        (&[][..], ["\"disk0\"", "switch on the capability dirty-bitmaps"]),
+        (&["dirty-bitmaps"], ["\"disk1\"", "no bitmap of a disk of this name"]),
+    ] {
+        qemu.capabilities(capabilities);
+        let (status, text) = migrate(&mut qemu, Receiver::listen(both()), json!({})).error();
+        assert_eq!(status, 4, "{text}");
+        assert!(words.iter().all(|word| text.contains(word)), "{text}");
+        qemu.migration_reaches(&["failed"]);
+        assert!(stored(&to_a).is_empty());
+    }
+    let one = places(&[("disk0", &to_a)]);
+    is_complete(&migrate(&mut qemu, Receiver::listen(one), json!({})));
+    qemu.migration_reaches(&["completed"]);
+    qemu.quit();
+}
+
 /// The whole command: a QEMU connects, the bitmap is there, and the report says so.
 #[test]
 fn the_verb_receives_from_qemu() {

@@ -16,7 +16,7 @@ use super::super::error::{Error, Result, Subject};
 use super::bitmaps::{Bitmaps, Fate};
 use super::bulk::Bulk;
 use super::course::{Course, Reaction};
-use super::disk::{Body, Disk};
+use super::disk::{Body, Counts, Disk};
 use super::limits::{MAX_DEVICES, MAX_LISTED};
 use super::options::IncomingOptions;
 use crate::Observer;
@@ -124,7 +124,8 @@ impl<'w, 'o, R: Read> Session<'w, 'o, R> {
             }
         }
         self.state.dropped.tell(observer, self.state.options.devices.is_some());
-        self.state.check_content(self.decoder.offset())
+        let at = self.decoder.offset();
+        self.state.check_content(at).and_then(|()| self.state.check_arrived(at))
     }
 
     /// Whether the source listens.
@@ -216,6 +217,8 @@ impl State<'_, '_> {
             }
             Element::Section(section) => {
                 self.has_content |= section.name.is_some_and(|s| s.name == block::SECTION);
+                self.bitmaps.has_section |=
+                    section.name.is_some_and(|s| s.name == dirty_bitmap::SECTION);
                 self.bulk.section(section.kind);
                 self.dropped.section(section.name, at);
             }
@@ -290,6 +293,28 @@ impl State<'_, '_> {
                  where its bandwidth times downtime-limit is more than 1 MiB: set downtime-limit \
                  to 0 until `info migrate` shows at most 1 MiB of each disk as remaining; {why}"
             ),
+            blame: Blame::PeerBehaviour,
+        })
+    }
+
+    /// A disk that was named gets something: its content, its bitmaps, or, above a base, the word
+    /// that nothing is missing.
+    fn check_arrived(&self, at: u64) -> Result<()> {
+        let is_named_only = |disk: &&Disk<'_>| {
+            disk.counts == Counts::default() && !self.bitmaps.has_any(&disk.place.id)
+        };
+        let disk = self.disks.iter().find(is_named_only);
+        let Some(disk) = disk.filter(|_| !self.has_content) else { return Ok(()) };
+        let hint = if self.bitmaps.has_section {
+            "the source has no bitmap of a disk of this name, and sends no contents"
+        } else {
+            "switch on the capability dirty-bitmaps at the source for its bitmaps; QEMU up to 9.0 \
+             sends its content with `migrate -b`"
+        };
+        Err(Error::Misfit {
+            subject: Subject { disk: disk.place.id.clone(), bitmap: None },
+            offset: at,
+            reason: format!("the stream ends, and nothing came for this disk: {hint}"),
             blame: Blame::PeerBehaviour,
         })
     }
