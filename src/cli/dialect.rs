@@ -42,6 +42,14 @@ impl DialectArg {
         }
     }
 
+    /// The version, where it is said.
+    pub(crate) fn version(self) -> Option<Version> {
+        match self {
+            Self::Native | Self::Qemu(None) => None,
+            Self::Qemu(version) => version,
+        }
+    }
+
     /// Refuses to receive what a source of that version cannot send. The bytes do not tell that
     /// somebody migrates with `-i`; whether a version can, is known.
     pub(crate) fn check_source(self, shared_base: bool) -> Result<()> {

@@ -130,6 +130,7 @@ fn go(args: ReceiveArgs, watch: &Watch<'_>, output: &Output) -> Outcome {
         renames: args.rename_bitmap,
         no_verify: args.no_verify,
         dialect: args.dialect.map(DialectArg::dialect),
+        qemu_version: args.dialect.and_then(DialectArg::version),
         shared_base: args.shared_base,
         max_channels: args.channels.unwrap_or(MAX_CHANNELS),
         reconnect: args.transport.reconnect()?,

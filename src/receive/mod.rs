@@ -149,6 +149,7 @@ fn qemu(
         renames: options.renames.clone(),
         allow_backing: options.allow_backing,
         shared_base: options.shared_base,
+        version: options.qemu_version,
         device_journals: options.device_journals.clone(),
         is_one_way: arrivals.nature().is_one_way,
         devices: None,

@@ -10,6 +10,7 @@ use super::Dialect;
 use crate::berth::has_traces;
 use crate::copy::{BitmapSelection, Existing, Format, Rename, TargetOptions};
 use crate::options::{BackingOption, DiskOption};
+use crate::qemu::Version;
 use crate::send::check_ids;
 use crate::{Error, Result};
 
@@ -40,6 +41,8 @@ pub struct ReceiveOptions {
     pub device_journals: Option<PathBuf>,
     /// What the source has to speak; whatever it does where `None`.
     pub dialect: Option<Dialect>,
+    /// From a QEMU: the older of its version and its machine type's.
+    pub qemu_version: Option<Version>,
     /// From a QEMU that migrates with `-i`: what is not sent is there already.
     pub shared_base: bool,
     /// Data connections that are granted, at most.
@@ -62,6 +65,7 @@ impl Default for ReceiveOptions {
             fresh: false,
             device_journals: None,
             dialect: None,
+            qemu_version: None,
             shared_base: false,
             max_channels: MAX_CHANNELS,
             reconnect: Duration::ZERO,

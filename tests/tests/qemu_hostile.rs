@@ -8,6 +8,8 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use bitferry::qemu::Version;
+use bitferry::qemu::incoming::IncomingOptions;
 use bitferry::report::{BitmapOutcome, Status};
 use bitferry_tests::bitferry::bitferry as command;
 use bitferry_tests::image::make;
@@ -438,6 +440,38 @@ fn a_source_with_a_return_path_is_answered() {
         assert_eq!(received.result.is_ok(), status == 0);
     }
     assert_eq!(names(&to), ["own", "b"]);
+}
+
+/// Leave to stop the guest is given to those QEMUs that know it: an older one fails of it.
+#[test]
+fn leave_to_switch_over_goes_to_who_knows_it() {
+    if !tools() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let to = image(&scratch);
+    let ack = [0, 7, 0, 0].to_vec();
+    for (machine, version, answer) in [
+        ("pc-q35-8.1", None, &ack[..]),
+        ("pc-q35-8.0", None, &[]),
+        ("none", None, &[]),
+        ("none", Some(Version::new(9, 0)), &ack),
+        ("none", Some(Version::new(7, 2)), &[]),
+    ] {
+        let mut out = Writer::new();
+        container::encode_start(&mut out);
+        out.u8(container::CONFIGURATION).be32(u32::try_from(machine.len()).unwrap());
+        out.bytes(machine.as_bytes());
+        let stream = Stream(out).command(Command::OpenReturnPath).command(Command::Ping(7));
+        let body = records(&[start("bad"), complete()]);
+        let stream = stream.section(SectionKind::Start, "dirty-bitmap", &body).end();
+        let options = IncomingOptions { version, ..places(&[("disk0", &to)]) };
+        let receiver = Receiver::listen(options);
+        let mut peer = receiver.connect();
+        peer.write_all(&stream).unwrap();
+        receiver.wait().error();
+        assert_eq!(drain(&mut peer), [answer, &PONG, &shut(1)].concat(), "{machine} {version:?}");
+    }
 }
 
 /// A QEMU that was cancelled goes on with its guest, and its bitmap with it.

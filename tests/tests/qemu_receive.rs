@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use bitferry::copy::Rename;
+use bitferry::qemu::Version;
 use bitferry::qemu::incoming::IncomingOptions;
 use bitferry::report::{BitmapOutcome, BitmapReport, Status};
 use bitferry_tests::bitferry::bitferry as command;
@@ -690,6 +691,25 @@ fn a_disk_for_which_nothing_comes_fails_and_the_source_goes_on() {
     }
     let one = places(&[("disk0", &to_a)]);
     is_complete(&migrate(&mut qemu, Receiver::listen(one), json!({})));
+    qemu.migration_reaches(&["completed"]);
+    qemu.quit();
+}
+
+/// A guest that runs is stopped only when the destination has said that it may be.
+#[test]
+fn a_source_that_waits_for_leave_to_stop_its_guest_gets_it() {
+    if !have(Peer::Qemu10) {
+        return;
+    }
+    let scratch = Scratch::new();
+    let [a, to] = ["a", "to"].map(|name| make(&scratch, name, 8 * MIB).done());
+    let mut qemu = source(Peer::Qemu10, &[("disk0", "n0", &a, "qcow2")]);
+    add_bitmap(&mut qemu, "n0", "b", 64 * KIB, (true, false));
+    qemu.capabilities(&["dirty-bitmaps", "return-path", "switchover-ack"]);
+    qemu.ok("cont", json!({}));
+    let options =
+        IncomingOptions { version: Some(Version::new(8, 1)), ..places(&[("disk0", &to)]) };
+    is_complete(&migrate(&mut qemu, Receiver::listen(options), json!({})));
     qemu.migration_reaches(&["completed"]);
     qemu.quit();
 }

@@ -5,6 +5,7 @@ use std::io::{self, Read, Write};
 
 use format_spec::Writer;
 use format_spec::qemu::block::{self, CHUNK_BYTES};
+use format_spec::qemu::configuration::Configuration;
 use format_spec::qemu::container::{Element, SectionName};
 use format_spec::qemu::reply::Reply;
 use format_spec::qemu::stream::{Decoder, Item};
@@ -13,6 +14,7 @@ use format_spec::{Blame, Malformed};
 
 use super::super::buffer::Buffer;
 use super::super::error::{Error, Result, Subject};
+use super::super::version::Version;
 use super::bitmaps::{Bitmaps, Fate};
 use super::bulk::Bulk;
 use super::course::{Course, Reaction};
@@ -210,11 +212,11 @@ impl State<'_, '_> {
 
     fn element(&mut self, element: &Element<'_>, at: u64) -> Result<()> {
         match element {
-            Element::Command(command) => {
-                if let Reaction::Pong(value) = self.course.command(command, at)? {
-                    self.answer(&Reply::Pong(value))?;
-                }
-            }
+            Element::Command(command) => match self.course.command(command, at)? {
+                Reaction::None => {}
+                Reaction::Pong(value) => self.answer(&Reply::Pong(value))?,
+                Reaction::SwitchoverAck => self.answer(&Reply::SwitchoverAck)?,
+            },
             Element::Section(section) => {
                 self.has_content |= section.name.is_some_and(|s| s.name == block::SECTION);
                 self.bitmaps.has_section |=
@@ -223,9 +225,17 @@ impl State<'_, '_> {
                 self.dropped.section(section.name, at);
             }
             Element::Eof => self.has_ended = true,
-            Element::Configuration(_) | Element::VmDescription(_) => {}
+            Element::Configuration(configuration) => self.configuration(configuration),
+            Element::VmDescription(_) => {}
         }
         Ok(())
+    }
+
+    /// What the source says of its machine.
+    fn configuration(&mut self, configuration: &Configuration<'_>) {
+        // Neither is newer than the source's QEMU.
+        let version = Version::of_machine(configuration.machine).max(self.options.version);
+        self.course.takes_switchover_ack = version.is_some_and(Version::has_switchover_ack);
     }
 
     fn answer(&mut self, reply: &Reply<'_>) -> Result<()> {
