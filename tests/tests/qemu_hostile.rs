@@ -375,6 +375,12 @@ fn disks_that_break_the_rules_are_refused() {
     assert!(status == 4 && text.contains("3 of 4 MiB did not come"), "{text}");
     let output = qemu::qemu_img("info").arg(&to).output();
     assert!(output.complaint().contains("unfinished"), "{output}");
+    // Chunks that lie across others are none of them.
+    let across = [chunk(0, "disk0", 1), chunk(512, "disk0", 1), chunk(2 * MIB + 512, "disk0", 1)];
+    let stream = Stream::new().section(SectionKind::Start, "block", &ends(across.concat()));
+    let other = make(&scratch, "other", SIZE).done();
+    let (status, text) = replay(&stream.end(), &places(&[("disk0", &other)])).error();
+    assert!(status == 4 && text.contains("3 of 4 MiB did not come"), "{text}");
     // Bitmaps alone do not finish it.
     let (status, text) = replay(&good(), &places(&[("disk0", &to)])).error();
     assert!(status == 7 && text.contains("not finished"), "{text}");

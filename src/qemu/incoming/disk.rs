@@ -191,18 +191,16 @@ impl<'o> Disk<'o> {
 
     /// Returns whether the chunk had come before.
     fn count(&mut self, offset: u64, len: u64, has_content: bool) -> bool {
-        let chunk = CHUNK_BYTES as u64;
-        // A chunk that was moved to end with the disk stands for the last one.
-        let last = offset.saturating_add(len).saturating_sub(1) / chunk;
-        let index = if offset.is_multiple_of(chunk) { offset / chunk } else { last };
-        let is_again = self.seen.as_ref().is_some_and(|seen| seen.get(index));
+        let index = whole_chunk(offset, len, self.size);
+        let has_come = |index| self.seen.as_ref().is_some_and(|seen| seen.get(index));
+        let is_again = index.is_some_and(has_come);
         let counter = match (is_again, has_content) {
             (true, _) => &mut self.counts.repeated,
             (false, true) => &mut self.counts.data,
             (false, false) => &mut self.counts.zero,
         };
         *counter = counter.saturating_add(len);
-        if let Some(seen) = &mut self.seen {
+        if let (Some(seen), Some(index)) = (&mut self.seen, index) {
             seen.set_range(index..index.saturating_add(1));
         }
         is_again
@@ -213,6 +211,15 @@ impl<'o> Disk<'o> {
         let seen = self.seen.as_ref()?;
         Some((seen.len().saturating_sub(seen.count()), seen.len()))
     }
+}
+
+/// The chunk of which all comes with the `len` bytes at `offset`: that which begins there, or the
+/// last one, where it was moved down to end with the disk. Of any other only a part comes.
+fn whole_chunk(offset: u64, len: u64, size: u64) -> Option<u64> {
+    let (chunk, end) = (CHUNK_BYTES as u64, offset.saturating_add(len));
+    let index = offset.div_ceil(chunk);
+    let next = index.saturating_add(1).saturating_mul(chunk);
+    (end >= next.min(size) && index.saturating_mul(chunk) < end).then_some(index)
 }
 
 /// Writes the first `len` bytes of a chunk. Runs of zeroes are made to read as zero without taking
@@ -267,6 +274,23 @@ fn run(unit: u64, offset: u64, bytes: &[u8]) -> (usize, bool) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_chunk_counts_when_all_of_it_has_come() {
+        let chunk = CHUNK_BYTES as u64;
+        for (offset, len, size, whole) in [
+            (0, chunk, 2 * chunk, Some(0)),
+            (chunk, chunk, 2 * chunk, Some(1)),
+            (512, chunk, 2 * chunk, None),
+            (512, chunk, 2 * chunk + 512, None),
+            // The last one, short, in its place and moved down.
+            (2 * chunk, 512, 2 * chunk + 512, Some(2)),
+            (chunk + 512, chunk, 2 * chunk + 512, Some(2)),
+            (0, 512, 512, Some(0)),
+        ] {
+            assert_eq!(whole_chunk(offset, len, size), whole, "{offset} {len} {size}");
+        }
+    }
 
     #[test]
     fn runs_end_where_zero_begins_or_ends() {
