@@ -267,6 +267,7 @@ impl Error {
                     .into()
             }
             Self::Stream(Stream::Peer { blame, .. }) => peer_hint(*blame).into(),
+            Self::Qemu(error) if error.hint().is_some() => error.hint()?.into(),
             _ if is_full(self) => "free some room or choose another place".into(),
             _ => return self.transport()?.0,
         };

@@ -117,6 +117,28 @@ impl std::fmt::Display for Subject {
 }
 
 impl Error {
+    /// What to do about it, where that is not what its blame suggests.
+    pub fn hint(&self) -> Option<&'static str> {
+        Some(match self {
+            Self::Misfit { blame: Blame::WouldLose, .. } => {
+                "nothing was written; change what the message names, then migrate again"
+            }
+            Self::Misfit { blame: Blame::Bytes, .. } => {
+                "the image must be as large as the source's disk: compare `bitferry info` here with \
+                 `info block -v` there; if they are, the stream is damaged"
+            }
+            Self::Misfit { blame: Blame::PeerBehaviour, .. } | Self::Unsupported { .. } => {
+                "change at the source what the message names, then migrate again"
+            }
+            Self::Unfit { .. } => {
+                "change at the destination what the message names, then send again"
+            }
+            Self::Left { .. } => "look at `info migrate` at the source, then migrate again",
+            Self::Stale { .. } => "`bitferry bitmap remove` takes it out",
+            _ => return None,
+        })
+    }
+
     /// Whose fault it is.
     pub fn blame(&self) -> Blame {
         match self {

@@ -3,13 +3,16 @@
 use std::io::{Cursor, Read as _};
 
 use format_spec::native::hello;
-use format_spec::qemu::container;
+use format_spec::qemu::{container, multifd};
 use mig_core::limits::HELLO_LIMIT;
 use mig_core::stream::Error as Stream;
 use mig_core::transport::Connection;
 
 use crate::observe::interruptible;
 use crate::{Error, Observer, Result};
+
+/// How a data connection of a QEMU begins.
+const MULTIFD: [u8; 4] = multifd::MAGIC.to_be_bytes();
 
 /// What a source speaks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,6 +48,11 @@ pub(super) fn recognise(
     let dialect = match magic {
         magic if magic == *hello::MAGIC => Dialect::Native,
         magic if magic == *container::MAGIC => Dialect::Qemu,
+        MULTIFD => {
+            let reason = "it is a data connection of a QEMU with the capability multifd, which \
+                          must be off at the source: everything comes on one connection here";
+            return Err(Stream::protocol(0, 0, reason.to_owned()).into());
+        }
         other => {
             let reason = format!("it begins with {other:02x?}, as no migration does");
             return Err(Stream::protocol(0, 0, reason).into());

@@ -480,6 +480,68 @@ fn leave_to_switch_over_goes_to_who_knows_it() {
     }
 }
 
+/// New names for bitmaps that do not come are a wish that is not fulfilled.
+#[test]
+fn bitmaps_that_do_not_come_are_told() {
+    if !tools() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let to = image(&scratch);
+    let renames = vec!["typo=c".parse().unwrap(), "b=new".parse().unwrap()];
+    let received = replay(&good(), &IncomingOptions { renames, ..places(&[("disk0", &to)]) });
+    assert_eq!(bitferry::exit_status(received.report()), 6);
+    let bitmaps = &received.report().disks[0].bitmaps;
+    let outcomes: Vec<_> = bitmaps.iter().map(|b| (b.name.as_str(), b.outcome)).collect();
+    let (kept, lost) = (BitmapOutcome::Preserved, BitmapOutcome::Dropped);
+    assert_eq!(outcomes, [("b", kept), ("typo", lost)]);
+    assert_eq!(names(&to), ["own", "new"]);
+}
+
+/// Both tell what to change at the source.
+#[test]
+fn a_source_with_multifd_is_told_what_is_wrong() {
+    if !tools() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let to = image(&scratch);
+    let flush = [0, 0, 0, 0, 0, 0, 2, 0];
+    let stream = Stream::new().bytes(&[1, 0, 0, 0, 8, 3]).bytes(b"ram");
+    let stream = stream.bytes(&[0, 0, 0, 0, 0, 0, 0, 4]).bytes(&flush).0.into_bytes();
+    is_refused("flush", &stream, &to, &[4], &["multifd off"]);
+    let disk = format!("disk0={}", to.display());
+    let hello = [&[0x11, 0x22, 0x33, 0x44, 0, 0, 0, 1][..], &[0; 56]].concat();
+    let path = scratch.path("hello");
+    std::fs::write(&path, hello).unwrap();
+    let uri = format!("file:{}", path.display());
+    let output = command().args(["receive", "--in-place", "--disk", &disk, &uri]).output();
+    let output = output.expect_exit(Exit::Transport);
+    assert!(output.complaint().contains("multifd"), "{output}");
+}
+
+/// A source with a return path that is not to describe its machine waits for the outcome, and this
+/// side for the description: neither for ever.
+#[test]
+fn a_source_without_a_description_is_not_waited_for_for_ever() {
+    if !tools() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let to = image(&scratch);
+    let mut stream = waiting(&good_body());
+    // The end, and no more.
+    stream.truncate(stream.len() - 7);
+    let receiver = Receiver::listen(places(&[("disk0", &to)]));
+    let mut peer = receiver.connect();
+    peer.write_all(&stream).unwrap();
+    let begun = Instant::now();
+    let (status, text) = receiver.wait().error();
+    assert!(status == 4 && text.contains("suppress-vmdesc"), "{text}");
+    assert!(begun.elapsed() < Duration::from_secs(20));
+    assert_eq!(names(&to), ["own"]);
+}
+
 /// A QEMU that was cancelled goes on with its guest, and its bitmap with it.
 #[test]
 fn bitmaps_of_a_source_that_leaves_before_it_was_told_are_not_kept() {

@@ -17,3 +17,5 @@ pub(super) const LINGER: Duration = Duration::from_secs(10);
 pub(super) const SETTLE: Duration = Duration::from_millis(100);
 /// How often it is looked whether the user wants to stop, while the source is waited for.
 pub(super) const LOOK_INTERVAL: Duration = Duration::from_millis(100);
+/// How long the description of the machine is waited for, which a QEMU sends together with the end.
+pub(super) const TAIL_LIMIT: Duration = Duration::from_secs(10);

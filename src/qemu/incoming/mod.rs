@@ -109,7 +109,7 @@ fn receive(
     let disks = disks.collect::<crate::Result<Vec<_>>>()?;
     observer.phase(Phase::Transfer);
     let mut session = Session::new(reader, &mut *writer, options, disks);
-    let result = session.receive(observer);
+    let result = session.receive(line, observer);
     let (awaits, has_return_path) = (session.awaits_outcome(), session.has_return_path());
     let (Received { mut disks, bitmaps, wire_bytes }, reader) = session.into_received();
     with_leave(reader, (writer, line), awaits, |leave| {

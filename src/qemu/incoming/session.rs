@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Read, Write};
+use std::time::Instant;
 
 use format_spec::Writer;
 use format_spec::qemu::block::{self, CHUNK_BYTES};
@@ -11,6 +12,7 @@ use format_spec::qemu::reply::Reply;
 use format_spec::qemu::stream::{Decoder, Item};
 use format_spec::qemu::{Step, dirty_bitmap, ram};
 use format_spec::{Blame, Malformed};
+use mig_core::transport::HangUp;
 
 use super::super::buffer::Buffer;
 use super::super::error::{Error, Result, Subject};
@@ -19,9 +21,10 @@ use super::bitmaps::{Bitmaps, Fate};
 use super::bulk::Bulk;
 use super::course::{Course, Reaction};
 use super::disk::{Body, Counts, Disk};
-use super::limits::{MAX_DEVICES, MAX_LISTED};
+use super::limits::{MAX_DEVICES, MAX_LISTED, TAIL_LIMIT};
 use super::options::IncomingOptions;
 use crate::Observer;
+use crate::observe::interruptible;
 
 /// What a stream brought.
 pub(super) struct Received<'o> {
@@ -92,7 +95,7 @@ impl<'w, 'o, R: Read> Session<'w, 'o, R> {
     }
 
     /// Receives everything.
-    pub(super) fn receive(&mut self, observer: &dyn Observer) -> Result<()> {
+    pub(super) fn receive(&mut self, line: &dyn HangUp, observer: &dyn Observer) -> Result<()> {
         loop {
             let at = self.decoder.offset();
             let step = self.decoder.next(self.buffer.bytes(), self.buffer.is_whole());
@@ -115,9 +118,7 @@ impl<'w, 'o, R: Read> Session<'w, 'o, R> {
                     )));
                 }
                 Step::Need(needed) => {
-                    if let Err(error) = self.buffer.fill(needed) {
-                        return Err(self.lost(error));
-                    }
+                    self.fill(needed, line, observer)?;
                 }
             }
             if self.decoder.has_ended() || (self.state.has_ended && self.state.course.is_postcopy())
@@ -128,6 +129,24 @@ impl<'w, 'o, R: Read> Session<'w, 'o, R> {
         self.state.dropped.tell(observer, self.state.options.devices.is_some());
         let at = self.decoder.offset();
         self.state.check_content(at).and_then(|()| self.state.check_arrived(at))
+    }
+
+    /// Waits for more. A source that waits for the outcome, and is not to send the description of
+    /// its machine, says nothing more: the end could be in doubt, since a device's is not told.
+    fn fill(&mut self, needed: usize, line: &dyn HangUp, observer: &dyn Observer) -> Result<()> {
+        let is_last = self.state.has_ended && self.awaits_outcome();
+        if !is_last {
+            return self.buffer.fill(needed).map_err(|error| self.lost(error));
+        }
+        let (buffer, begun) = (&mut self.buffer, Instant::now());
+        let filled = interruptible(observer, line, Some(TAIL_LIMIT), || buffer.fill(needed));
+        let is_over = begun.elapsed() >= TAIL_LIMIT;
+        if is_over && (filled.is_err() || self.buffer.is_whole()) {
+            let reason = "no description of the machine follows the end of the stream; without \
+                          suppress-vmdesc=on at the source, or without return-path, it ends";
+            return Err(self.lost(io::Error::new(io::ErrorKind::TimedOut, reason)));
+        }
+        filled.map_err(|error| self.lost(error))
     }
 
     /// Whether the source listens.
@@ -174,6 +193,12 @@ impl State<'_, '_> {
                 self.bulk.page();
                 Ok(())
             }
+            Item::Ram(ram::Record::MultifdFlush) => Err(Error::Unsupported {
+                offset: at,
+                reason: "the source sends its memory over other connections, and nothing is taken \
+                         from those here: switch the capability multifd off at the source"
+                    .to_owned(),
+            }),
             Item::NativeStart | Item::Native(_) => Err(Error::Unsupported {
                 offset: at,
                 reason: "this is our own dialect and not QEMU's; leave --dialect out".to_owned(),

@@ -84,10 +84,8 @@ pub(super) fn store(
             return Err(error);
         }
     };
-    if let Some(first) = reports.first_mut() {
-        first.bitmaps.extend(missing(options, &first.bitmaps));
-    }
     reports.extend(fates.into_iter().map(|(id, fates)| homeless(id, fates)));
+    add_missing(options, &mut reports);
     Ok(Stored { reports, added })
 }
 
@@ -268,18 +266,28 @@ fn not_carried(disk: &Disk<'_>, has_content: bool, has_bitmaps: bool) -> Vec<Str
     phrases
 }
 
-/// Bitmaps that were asked for by name and did not come.
-fn missing(options: &IncomingOptions, arrived: &[BitmapReport]) -> Vec<BitmapReport> {
-    let BitmapSelection::Named(names) = &options.bitmaps else { return Vec::new() };
-    let is_missing = |name: &&String| arrived.iter().all(|b| b.name != **name);
-    let report = |name: &String| BitmapReport {
-        name: name.clone(),
-        outcome: BitmapOutcome::Dropped,
-        changed: Vec::new(),
-        reason: Some("the source sent no bitmap of this name".to_owned()),
-        is_wanted: true,
+/// Adds bitmaps that were asked for by name, or were to get another one, and did not come.
+fn add_missing(options: &IncomingOptions, reports: &mut [DiskReport]) {
+    let named: &[String] = match &options.bitmaps {
+        BitmapSelection::Named(names) => names,
+        BitmapSelection::All | BitmapSelection::None => &[],
     };
-    names.iter().filter(is_missing).map(report).collect()
+    let renamed = options.renames.iter().map(|rename| (rename.node.as_deref(), &rename.old));
+    for (disk, name) in named.iter().map(|name| (None, name)).chain(renamed) {
+        let is_meant = |report: &DiskReport| disk.is_none_or(|disk| disk == report.id);
+        let has_it = |report: &DiskReport| report.bitmaps.iter().any(|b| b.name == *name);
+        if reports.iter().any(|report| is_meant(report) && has_it(report)) {
+            continue;
+        }
+        let Some(report) = reports.iter_mut().find(|report| is_meant(report)) else { continue };
+        report.bitmaps.push(BitmapReport {
+            name: name.clone(),
+            outcome: BitmapOutcome::Dropped,
+            changed: Vec::new(),
+            reason: Some("the source sent no bitmap of this name".to_owned()),
+            is_wanted: true,
+        });
+    }
 }
 
 /// What is said of a disk of the stream for which there is no image, and whose bitmaps nobody
