@@ -102,7 +102,7 @@ pub(crate) struct QemuArgs {
 pub(crate) struct Uuid(pub(crate) [u8; 16]);
 
 /// Hexadecimal digits with dashes or without.
-fn uuid(text: &str) -> Result<Uuid, String> {
+pub(crate) fn uuid(text: &str) -> Result<Uuid, String> {
     let digits: String = text.chars().filter(|c| *c != '-').collect();
     let number = u128::from_str_radix(&digits, 16).ok();
     let is_plain = digits.len() == 32 && digits.bytes().all(|b| b.is_ascii_hexdigit());

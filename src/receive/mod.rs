@@ -150,6 +150,8 @@ fn qemu(
         allow_backing: options.allow_backing,
         shared_base: options.shared_base,
         version: options.qemu_version,
+        machine: options.machine.clone(),
+        uuid: options.uuid,
         device_journals: options.device_journals.clone(),
         is_one_way: arrivals.nature().is_one_way,
         devices: None,

@@ -480,6 +480,42 @@ fn leave_to_switch_over_goes_to_who_knows_it() {
     }
 }
 
+/// What the user knows of the source is held against what it says.
+#[test]
+fn another_machine_than_was_asked_for_is_refused() {
+    if !tools() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let to = image(&scratch);
+    let said = |uuid: bool| {
+        let mut out = Writer::new();
+        container::encode_start(&mut out);
+        out.u8(container::CONFIGURATION).be32(4).bytes(b"none");
+        if uuid {
+            out.u8(5).text8("configuration/uuid").be32(1).bytes(&[7; 16]);
+        }
+        let body = records(&[start("b"), bits(0, 8192, None), complete()]);
+        Stream(out).section(SectionKind::Start, "dirty-bitmap", &body).end()
+    };
+    let options = |machine: &str, uuid: Option<[u8; 16]>| IncomingOptions {
+        machine: Some(machine.to_owned()),
+        uuid,
+        ..places(&[("disk0", &to)])
+    };
+    for (stream, options, word) in [
+        (said(true), options("pc-q35-8.0", None), "\"none\""),
+        (said(false), options("none", Some([7; 16])), "validate-uuid"),
+        (said(true), options("none", Some([8; 16])), "UUID"),
+    ] {
+        let (status, text) = replay(&stream, &options).error();
+        assert!(status == 4 && text.contains(word), "{status} {text}");
+    }
+    assert_eq!(names(&to), ["own"]);
+    replay(&said(true), &options("none", Some([7; 16]))).report();
+    assert_eq!(names(&to), ["own", "b"]);
+}
+
 /// New names for bitmaps that do not come are a wish that is not fulfilled.
 #[test]
 fn bitmaps_that_do_not_come_are_told() {

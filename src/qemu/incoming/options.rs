@@ -29,6 +29,10 @@ pub struct IncomingOptions {
     /// The version that the source's stream follows, where its machine type does not tell. Without
     /// either a source with `switchover-ack` waits for as long as its guest runs.
     pub version: Option<Version>,
+    /// The machine type that the source must have.
+    pub machine: Option<String>,
+    /// The UUID that the source's machine must have, which it says with `validate-uuid` only.
+    pub uuid: Option<[u8; 16]>,
     /// Where a bitferry keeps the journals of block devices. What it noted of a disk that is
     /// written here is removed.
     pub device_journals: Option<PathBuf>,

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use format_spec::Writer;
 use format_spec::qemu::block::{self, CHUNK_BYTES};
-use format_spec::qemu::configuration::Configuration;
+use format_spec::qemu::configuration::{Configuration, Subsection};
 use format_spec::qemu::container::{Element, SectionName};
 use format_spec::qemu::reply::Reply;
 use format_spec::qemu::stream::{Decoder, Item};
@@ -250,17 +250,37 @@ impl State<'_, '_> {
                 self.dropped.section(section.name, at);
             }
             Element::Eof => self.has_ended = true,
-            Element::Configuration(configuration) => self.configuration(configuration),
+            Element::Configuration(configuration) => self.configuration(configuration, at)?,
             Element::VmDescription(_) => {}
         }
         Ok(())
     }
 
     /// What the source says of its machine.
-    fn configuration(&mut self, configuration: &Configuration<'_>) {
+    fn configuration(&mut self, configuration: &Configuration<'_>, at: u64) -> Result<()> {
         // Neither is newer than the source's QEMU.
         let version = Version::of_machine(configuration.machine).max(self.options.version);
         self.course.takes_switchover_ack = version.is_some_and(Version::has_switchover_ack);
+        let uuid = configuration.subsections.iter().find_map(|subsection| match subsection {
+            Subsection::Uuid(uuid) => Some(*uuid),
+            _ => None,
+        });
+        let differs = |reason| Err(Error::Unsupported { offset: at, reason });
+        match (&self.options.machine, self.options.uuid) {
+            (Some(wanted), _) if wanted != configuration.machine => differs(format!(
+                "the source's machine is {:?}, and {wanted:?} was asked for",
+                configuration.machine
+            )),
+            (_, Some(_)) if uuid.is_none() => differs(
+                "the source does not say the UUID of its machine: it needs -uuid and the \
+                 capability validate-uuid"
+                    .to_owned(),
+            ),
+            (_, Some(wanted)) if uuid != Some(wanted) => {
+                differs("the UUID of the source's machine is another one than --uuid".to_owned())
+            }
+            _ => Ok(()),
+        }
     }
 
     fn answer(&mut self, reply: &Reply<'_>) -> Result<()> {
