@@ -404,6 +404,24 @@ fn disks_that_break_the_rules_are_refused() {
     assert_eq!(own.outcome, BitmapOutcome::Invalidated);
 }
 
+/// Where QEMU's buffer ends and a larger disk begins cannot be seen, and is said.
+#[test]
+fn what_lies_beyond_the_end_of_the_image_is_told() {
+    if !tools() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let to = make(&scratch, "odd", MIB + 512).done();
+    for (fill, is_told) in [(5, true), (0, false)] {
+        let body = [chunk(0, "disk0", 1), chunk(MIB, "disk0", fill), vec![0, 0, 0, 0, 0, 0, 0, 2]];
+        let stream = Stream::new().section(SectionKind::Start, "block", &body.concat()).end();
+        let received = replay(&stream, &places(&[("disk0", &to)]));
+        let phrases = &received.report().disks[0].not_carried;
+        let is_it = |phrase: &String| phrase.contains("1048064 bytes beyond the end");
+        assert_eq!(phrases.iter().any(is_it), is_told, "{phrases:?}");
+    }
+}
+
 /// A source with a return path that has one good bitmap, and waits for a PONG.
 fn waiting(body: &[u8]) -> Vec<u8> {
     let opened = Stream::new().command(Command::OpenReturnPath).command(Command::Ping(7));

@@ -639,6 +639,27 @@ fn a_disk_with_nothing_above_its_base_is_complete() {
     qemu.quit();
 }
 
+/// The stream says no sizes, and its chunks are as many as those of a smaller image.
+#[test]
+fn a_disk_that_is_larger_than_the_image_is_refused() {
+    if !have(Peer::Qemu72) {
+        return;
+    }
+    let scratch = Scratch::new();
+    let from = make(&scratch, "from", 3 * MIB).write(7, 0, 3 * MIB).done();
+    let to = make(&scratch, "to", 2 * MIB + MIB / 2).done();
+    let mut qemu = source(Peer::Qemu72, &[("disk0", "n0", &from, "qcow2")]);
+    qemu.capabilities(&["return-path"]);
+    qemu.ok("migrate-set-parameters", json!({ "downtime-limit": 0 }));
+    let receiver = Receiver::listen(places(&[("disk0", &to)]));
+    qemu.ok("migrate", json!({ "uri": receiver.uri(), "blk": true }));
+    end_when_sent(&mut qemu);
+    let (status, text) = receiver.wait().error();
+    assert!(status == 5 && text.contains("2621440"), "{status} {text}");
+    qemu.migration_reaches(&["failed"]);
+    qemu.quit();
+}
+
 /// A capture of `exec:cat`, replayed.
 #[test]
 fn a_stream_in_a_file_is_received() {

@@ -4,6 +4,7 @@
 //! missing does not tell a stream that was cut short from a whole one. QEMU never says that the
 //! phase is over; it does things that it does only then.
 
+use format_spec::qemu::block::CHUNK_BYTES;
 use format_spec::qemu::container::SectionKind;
 
 /// What a stream has shown so far.
@@ -15,7 +16,12 @@ pub(super) struct Bulk {
     /// Disks whose last chunk came in such a section.
     ended: usize,
     is_over: bool,
+    /// Percentages that came in such sections, as bits.
+    percents: u128,
 }
+
+/// Chunks from which on each percentage is one that a disk of any size shows.
+const MANY: u64 = 128;
 
 impl Bulk {
     /// A section begins.
@@ -27,6 +33,9 @@ impl Bulk {
     /// that 100 comes early only where the end of the last disk is not allocated.
     pub(super) fn progress(&mut self, percent: u8) {
         self.is_over |= self.is_part && percent == 100;
+        if self.is_part && percent < 100 {
+            self.percents |= 1 << percent;
+        }
     }
 
     /// A page of guest memory came, of which a QEMU sends none before the phase is over.
@@ -41,6 +50,20 @@ impl Bulk {
         if self.is_part && is_last_of_disk && !is_again {
             self.ended = self.ended.saturating_add(1);
         }
+    }
+
+    /// Whether the source has but one disk, of `size` bytes, as far as its percentages show that: it
+    /// tells how much of all is behind it when it begins a chunk. Its stream has no sizes, and the
+    /// last chunk of a disk that is larger by less than a chunk looks like any.
+    pub(super) fn fits(&self, size: u64) -> bool {
+        let chunk = CHUNK_BYTES as u64;
+        let chunks = size.div_ceil(chunk);
+        if chunks >= MANY || size == 0 {
+            return true;
+        }
+        let at = |index: u64| u128::from(index) * u128::from(chunk) * 100 / u128::from(size);
+        let expected = (0..chunks).fold(0u128, |bits, index| bits | 1 << at(index).min(100));
+        self.percents & !expected == 0
     }
 
     /// Whether the phase was over before the guest was stopped, for so many disks.
@@ -79,5 +102,18 @@ mod tests {
         // One of two disks, and its last chunk again.
         assert!(!in_section(SectionKind::Part, |bulk| bulk.chunk(false, true)));
         assert!(!in_section(SectionKind::Part, |bulk| bulk.chunk(false, false)));
+    }
+
+    #[test]
+    fn percentages_show_the_size_of_a_small_disk() {
+        let mut bulk = Bulk::default();
+        bulk.section(SectionKind::Part);
+        [0, 33, 66].into_iter().for_each(|percent| bulk.progress(percent));
+        bulk.section(SectionKind::End);
+        bulk.progress(100);
+        let chunk = CHUNK_BYTES as u64;
+        assert!(bulk.fits(3 * chunk) && bulk.fits(3 * chunk - 512));
+        assert!(!bulk.fits(2 * chunk + chunk / 2) && !bulk.fits(4 * chunk));
+        assert!(bulk.fits(0) && bulk.fits(MANY * chunk) && Bulk::default().fits(chunk));
     }
 }

@@ -38,6 +38,8 @@ pub(super) struct Disk<'o> {
     pub(super) is_unfinished: bool,
     pub(super) body: Body,
     pub(super) counts: Counts,
+    /// Bytes of the last chunk that lie beyond the end and are not all zero.
+    pub(super) padding: u64,
     /// Which chunks have come; `None` for a disk with too many.
     seen: Option<Bits>,
 }
@@ -91,7 +93,8 @@ impl<'o> Disk<'o> {
         let seen = (chunks <= MAX_SEEN).then(|| Bits::new(chunks));
         let (body, counts) = (Body::Untouched, Counts::default());
         let journals = options.device_journals.as_deref();
-        Ok(Self { place, journals, chain, size, is_unfinished, body, counts, seen })
+        let padding = 0;
+        Ok(Self { place, journals, chain, size, is_unfinished, body, counts, padding, seen })
     }
 
     /// What it can hold in the way of bitmaps.
@@ -143,6 +146,10 @@ impl<'o> Disk<'o> {
             Body::Untouched => {}
             Body::Raw(sink) => put(sink, offset, len, content)?,
             Body::Qcow2(editor) => put(&EditorSink::new(editor), offset, len, content)?,
+        }
+        let padding = content.and_then(|content| content.get(len..)).unwrap_or_default();
+        if len < CHUNK_BYTES {
+            self.padding = if is_zero(padding) { 0 } else { padding.len() as u64 };
         }
         Ok(self.count(offset, len as u64, content.is_some()))
     }

@@ -333,7 +333,7 @@ impl State<'_, '_> {
             Some((missing, _)) => missing > 0,
             None => !is_all_seen,
         };
-        let Some(disk) = self.disks.iter().find(missing) else { return Ok(()) };
+        let Some(disk) = self.disks.iter().find(missing) else { return self.check_size(at) };
         let (missing, all) = disk.missing_chunks().unwrap_or((0, disk.size.div_ceil(1 << 20)));
         let why = if self.options.shared_base {
             "and nothing shows that QEMU had looked through all of its disks by then"
@@ -349,6 +349,24 @@ impl State<'_, '_> {
                  to 0 until `info migrate` shows at most 1 MiB of each disk as remaining; {why}"
             ),
             blame: Blame::PeerBehaviour,
+        })
+    }
+
+    /// All chunks came, of which the last may have been cut.
+    fn check_size(&self, at: u64) -> Result<()> {
+        let [disk] = self.disks.as_slice() else { return Ok(()) };
+        if self.bulk.fits(disk.size) {
+            return Ok(());
+        }
+        Err(Error::Misfit {
+            subject: Subject { disk: disk.place.id.clone(), bitmap: None },
+            offset: at,
+            reason: format!(
+                "the image has {} bytes, and the source's disk another size, as what it told of \
+                 its progress shows (unless it migrates with -i: then say --shared-base)",
+                disk.size
+            ),
+            blame: Blame::Bytes,
         })
     }
 

@@ -254,6 +254,14 @@ fn not_carried(disk: &Disk<'_>, has_content: bool, has_bitmaps: bool) -> Vec<Str
         )),
         _ => {}
     }
+    if disk.padding > 0 {
+        // QEMU sends what its buffer held before.
+        phrases.push(format!(
+            "{} bytes beyond the end of the image: memory of QEMU's without meaning if the \
+             source's disk has {} bytes, too, else part of the disk",
+            disk.padding, disk.size
+        ));
+    }
     if !has_content && has_bitmaps {
         phrases.push(ONLY_BITMAPS.to_owned());
     }
