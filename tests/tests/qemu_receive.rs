@@ -735,6 +735,78 @@ fn a_source_that_waits_for_leave_to_stop_its_guest_gets_it() {
     qemu.quit();
 }
 
+fn job(qemu: &mut Qemu, arguments: Value) {
+    qemu.ok("blockdev-backup", arguments);
+    let event = qemu.event("BLOCK_JOB_COMPLETED");
+    assert!(event["data"]["error"].is_null(), "{event}");
+}
+
+/// A full backup before the migration, an incremental one behind it: both together are the disk.
+fn the_next_incremental_backup_is_whole(peer: Peer, is_sent: bool) {
+    if !have(peer) || !have(Peer::Qemu10) {
+        return;
+    }
+    let scratch = Scratch::new();
+    let size = 24 * MIB + 512;
+    let from = make(&scratch, "from", size).write(1, 0, 9 * MIB).write(2, 12 * MIB, MIB).done();
+    let full = scratch.path("full");
+    qemu::qemu_img("convert").words("-O qcow2").arg(&from).arg(&full).ok();
+    let to = make(&scratch, "to", size).done();
+    let mut qemu = source(peer, &[("disk0", "n0", &from, "qcow2")]);
+    add_bitmap(&mut qemu, "n0", "b", 64 * KIB, (true, false));
+    for command in ["write -P 3 3m 100k", "write -P 4 24m 512", "write -z 12m 64k"] {
+        qemu.io("disk0", command);
+    }
+    if !is_sent {
+        qemu.open("copy", &to, true).unwrap();
+        let arguments = json!({ "job-id": "j", "device": "n0", "target": "copy", "sync": "full" });
+        job(&mut qemu, arguments);
+        qemu.close("copy");
+    }
+    qemu.capabilities(&["dirty-bitmaps", "return-path"]);
+    let receiver = Receiver::listen(places(&[("disk0", &to)]));
+    let mut arguments = json!({ "uri": receiver.uri() });
+    if is_sent {
+        qemu.ok("migrate-set-parameters", json!({ "downtime-limit": 0 }));
+        arguments["blk"] = true.into();
+    }
+    qemu.ok("migrate", arguments);
+    if is_sent {
+        end_when_sent(&mut qemu);
+    }
+    is_complete(&receiver.wait());
+    qemu.quit();
+    let mut qemu = Qemu::block_only(Peer::Qemu10);
+    qemu.open("n", &to, true).unwrap();
+    qemu.io("n", "write -P 5 20m 64k");
+    let increment = make(&scratch, "inc", size).backing(full.display().to_string(), "qcow2").done();
+    qemu.open("inc", &increment, true).unwrap();
+    job(
+        &mut qemu,
+        json!({
+            "job-id": "j", "device": "n", "target": "inc", "sync": "incremental", "bitmap": "b",
+        }),
+    );
+    qemu.close("inc");
+    qemu.close("n");
+    qemu.quit();
+    qemu::same_content((&increment, "qcow2"), (&to, "qcow2"));
+    // It is an increment: what was there before is not in it.
+    let own = qemu::map(&increment, "qcow2");
+    let first = own.iter().find(|part| part["start"] == 0).unwrap();
+    assert_eq!(first["depth"], 1, "{first}");
+}
+
+#[test]
+fn the_next_incremental_backup_of_a_copied_disk_is_whole() {
+    the_next_incremental_backup_is_whole(Peer::Qemu10, false);
+}
+
+#[test]
+fn the_next_incremental_backup_of_a_disk_that_was_sent_is_whole() {
+    the_next_incremental_backup_is_whole(Peer::Qemu72, true);
+}
+
 /// The whole command: a QEMU connects, the bitmap is there, and the report says so.
 #[test]
 fn the_verb_receives_from_qemu() {
