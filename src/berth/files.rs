@@ -15,11 +15,13 @@ use super::log::Log;
 use super::place::{FilePlace, Known, bitmaps_of};
 use super::receipt::Receipt;
 use super::recover::{Half, give_up, recover};
+use super::room::{self, Need};
+use super::size;
 use super::trace::{Trace, state};
 use super::unfinished::{NewDisk, NewKind, publish_together};
 use crate::copy::{DataFileTarget, Format, Shape, TargetOptions};
-use crate::incoming::{Destination, Place, SessionId, Wanted};
-use crate::publish::{directory, hold};
+use crate::incoming::{Destination, Introduced, Place, SessionId, Wanted};
+use crate::publish::hold;
 use crate::{Error, Observer, Renames, Result, Silent};
 
 /// Where one disk goes, as the user configured it.
@@ -42,9 +44,7 @@ pub struct DiskPlace {
 impl DiskPlace {
     /// The file that takes its data, where that is another.
     pub(super) fn data_file(&self) -> Option<DataFileTarget> {
-        let name = self.target.data_file.clone()?;
-        let path = directory(&self.path).join(&name);
-        Some(DataFileTarget { name, path, is_raw: self.target.data_file_raw.unwrap_or(false) })
+        DataFileTarget::of(&self.path, &self.target)
     }
 
     /// All files that it reads from, once it is published: what its receipt is of.
@@ -180,15 +180,16 @@ impl Files {
             _ => None,
         };
         if let Some(reason) = refusal {
-            return Err(Error::Usage { reason });
+            return Err(Error::Unfit { reason });
         }
         let state = self.lock();
         if state.places.iter().any(|place| place.name() == wanted.name) {
             let reason = format!("disk {:?} is sent twice", wanted.name);
-            return Err(Error::Usage { reason });
+            return Err(Error::Unfit { reason });
         }
         let data = disk.data_file();
         let mut new = disk.new_disk(wanted.size, data.as_ref())?;
+        size::check(name, &new)?;
         new.session = (!self.options.keeps_nothing).then_some(state.session);
         (new.resumes, new.is_fresh) = (self.options.resumes(), state.is_fresh);
         let (found, options) = (state.found, self.options);
@@ -222,6 +223,24 @@ impl Files {
             held.extend(hold(path)?);
         }
         Ok(held)
+    }
+
+    /// All disks have come that will.
+    fn judge(&self, disks: &[Introduced]) -> Result<()> {
+        let came = disks.iter().map(|disk| disk.name.as_str());
+        all_came(self.disks.iter().map(|disk| disk.name.as_str()), came)?;
+        let place = |disk: &Introduced| self.disks.iter().find(|place| place.name == disk.name);
+        let placed = disks.iter().filter_map(|disk| place(disk).zip(Some(disk)));
+        Renames::check_introduced(placed.clone().map(|(place, disk)| (&place.renames, disk)))?;
+        // All that was proved is there.
+        if self.lock().found == SessionState::Ready {
+            return Ok(());
+        }
+        let need = |(place, disk): (&DiskPlace, &Introduced)| {
+            let path = place.data_file().map_or_else(|| place.path.clone(), |data| data.path);
+            disk.content.map(|bytes| Need::of_new(&path, bytes))
+        };
+        room::check(placed.filter_map(need))
     }
 
     fn commit_all(&self) -> Result<()> {
@@ -270,10 +289,8 @@ impl Destination for Files {
         Ok(place)
     }
 
-    fn complete(&self) -> stream::Result<()> {
-        let state = self.lock();
-        let came = state.places.iter().map(|place| place.name());
-        all_came(self.disks.iter().map(|disk| disk.name.as_str()), came).map_err(failed)
+    fn introduced(&self, disks: &[Introduced]) -> stream::Result<()> {
+        self.judge(disks).map_err(failed)
     }
 
     fn commit(&self) -> stream::Result<()> {
@@ -299,7 +316,7 @@ pub(crate) fn no_place<'a>(name: &str, places: impl Iterator<Item = &'a str>) ->
     let names: Vec<_> = places.collect();
     let reason =
         format!("the source sends a disk named {name:?}, and there are places for {names:?}");
-    Error::Usage { reason }
+    Error::Unfit { reason }
 }
 
 /// Fails where a place stays empty: who named it would miss its disk.
@@ -310,10 +327,10 @@ pub(crate) fn all_came<'a>(
     let came: Vec<_> = came.collect();
     let Some(missing) = places.find(|place| !came.contains(place)) else { return Ok(()) };
     let reason = format!("there is a place for a disk {missing:?}, and the source sends {came:?}");
-    Err(Error::Usage { reason })
+    Err(Error::Unfit { reason })
 }
 
 /// What a stream hears of an error here.
 pub(super) fn failed(error: Error) -> stream::Error {
-    stream::Error::handler(error.blame(), error)
+    stream::Error::handler(error.blame_there(), error)
 }

@@ -110,7 +110,7 @@ struct Listening {
 pub(crate) fn run(args: ReceiveArgs, output: &Output) -> Outcome {
     let started = Instant::now();
     let asked = Asked::disks(&args.disk);
-    let watch = Watch::with_events(output, !args.no_verify)?;
+    let watch = Watch::with_events(output, !args.no_verify, Asked::disks(&args.disk))?;
     let result = go(args, &watch, output);
     outcome::failed(&result, watch.met().unwrap_or(started), &asked, output)?;
     result
@@ -163,7 +163,8 @@ fn listen(transport: &TransportArgs) -> bitferry::Result<(Listener, Receiver<Str
         // Nobody listens when the migration is over.
         let _ = tell.send(format!("a connection was turned away: {why}"));
     });
-    let options = Options { refused, ..transport.options() };
+    let introduced = receive::is_introduced;
+    let options = Options { refused, introduced, ..transport.options() };
     Ok((connect::listen(&transport.uri, &options)?, told))
 }
 

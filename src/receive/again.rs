@@ -15,7 +15,8 @@ use mig_core::transport::{Connection, Listen};
 
 use super::{Arrivals, Dialect, first};
 use crate::incoming::{
-    Destination, IncomingOptions, Place, Received, ReceivedDisk, SessionId, Wanted, receive,
+    Destination, IncomingOptions, Introduced, Place, Received, ReceivedDisk, SessionId, Wanted,
+    receive,
 };
 use crate::reconnect::{Counted, Passed, Patience, RETRY_PAUSE};
 use crate::report::error_chain;
@@ -35,7 +36,6 @@ pub(super) fn receive_all(
     let mut bytes = 0u64;
     let mut published: Option<Received> = None;
     let mut is_first = true;
-    let listens = arrivals.has_strangers();
     loop {
         let door = Arc::new(Door::new(destination(is_first), &session, told(published.as_ref())));
         let (on_main, on_others) = (Arc::<Passed>::default(), Arc::<Passed>::default());
@@ -62,11 +62,6 @@ pub(super) fn receive_all(
                     return Ok(received);
                 }
                 published = Some(received);
-                continue;
-            }
-            // It was late: the one that is waited for comes yet.
-            Err(Error::Stream(stray @ stream::Error::Stray)) if listens => {
-                observer.warning(&format!("a connection was turned away: {stray}"));
                 continue;
             }
             Err(error) => error,
@@ -194,8 +189,8 @@ impl Destination for Door {
         self.inner.place(wanted)
     }
 
-    fn complete(&self) -> stream::Result<()> {
-        self.inner.complete()
+    fn introduced(&self, disks: &[Introduced]) -> stream::Result<()> {
+        self.inner.introduced(disks)
     }
 
     fn commit(&self) -> stream::Result<()> {

@@ -4,12 +4,14 @@ mod again;
 mod arrivals;
 mod arriving;
 mod dialect;
+mod farewell;
 mod image;
 mod in_place;
 mod options;
 mod relay;
 
 use std::sync::Arc;
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use format_spec::native::answer::{Published, PublishedBitmap};
@@ -20,13 +22,15 @@ use mig_core::transport::{Connection, Listen};
 use self::again::receive_all;
 pub use self::arrivals::Arrivals;
 use self::arriving::Arriving;
-pub use self::dialect::Dialect;
+use self::dialect::Stranger;
+pub use self::dialect::{Dialect, NO_MIGRATION, is_introduced};
+use self::farewell::Farewells;
 pub use self::image::{new_image, receive_image};
 use self::in_place::InPlace;
 pub use self::options::ReceiveOptions;
 use self::relay::Relay;
 use crate::berth::{Base, DiskPlace, FileOptions, Files};
-use crate::copy::{Existing, Format, Rename};
+use crate::copy::{Existing, Format};
 use crate::incoming::{Destination, IncomingOptions, Received, ReceivedDisk, turn_away};
 use crate::observe::Stops;
 use crate::options::{BackingOption, DiskOption};
@@ -99,12 +103,14 @@ impl Opened {
     }
 }
 
-/// The first connection that begins as a migration does. Others are turned away.
+/// The first connection that opens as a migration does. Where anybody may come, others are turned
+/// away, with the reason where they would understand it.
 fn first(
     arrivals: &Arrivals<'_>,
     observer: &dyn Observer,
     end: Option<Instant>,
 ) -> Result<(Dialect, Connection)> {
+    let farewells = Farewells::default();
     loop {
         let left = end.map(|end| end.saturating_duration_since(Instant::now()));
         let connection = arrivals.accept(left).map_err(|error| match observer.is_cancelled() {
@@ -112,16 +118,21 @@ fn first(
             false => stream::Error::Connect(error).into(),
         })?;
         let peer = connection.peer.clone();
-        match dialect::recognise(connection, observer) {
+        let Stranger { error, to_tell } = match dialect::recognise(connection, observer) {
             Ok(recognised) => return Ok(recognised),
-            Err(Error::Interrupted) => return Err(Error::Interrupted),
-            // There is nobody else to wait for.
-            Err(error) if !arrivals.has_strangers() => return Err(error),
-            Err(error) => {
-                let why = crate::report::error_chain(&error);
-                observer.warning(&format!("a connection from {peer} was turned away: {why}"));
-            }
+            Err(stranger) => *stranger,
+        };
+        if observer.is_cancelled() {
+            return Err(Error::Interrupted);
         }
+        let telling = to_tell.and_then(|connection| farewells.say(connection, &error));
+        // There is nobody else to wait for.
+        if !arrivals.has_strangers() {
+            let _ = telling.map(JoinHandle::join);
+            return Err(error.into());
+        }
+        let why = crate::report::error_chain(&error);
+        observer.warning(&format!("a connection from {peer} was turned away: {why}"));
     }
 }
 
@@ -205,9 +216,6 @@ fn native(
     for disk in &mut report.disks {
         disk.bitmaps.extend(in_place.iter().flat_map(|p| p.take_invalidated(&disk.id)));
     }
-    for name in unused(options, &report) {
-        observer.warning(&format!("no bitmap {name:?} came that could be renamed"));
-    }
     Ok(report)
 }
 
@@ -240,16 +248,6 @@ fn new_files(options: &ReceiveOptions, bases: &[Option<Base>], is_fresh: bool) -
         ..FileOptions::default()
     };
     Files::new(options.disks.iter().zip(bases).map(place).collect(), files)
-}
-
-/// Names that were to be changed, of bitmaps that did not come.
-fn unused<'a>(options: &'a ReceiveOptions, report: &Report) -> Vec<&'a str> {
-    let came = |rename: &Rename| {
-        let is_meant = |disk: &&DiskReport| rename.node.as_ref().is_none_or(|n| *n == disk.id);
-        let mut disks = report.disks.iter().filter(is_meant);
-        disks.any(|disk| disk.bitmaps.iter().any(|bitmap| bitmap.name == rename.old))
-    };
-    options.renames.iter().filter(|r| !came(r)).map(|r| r.old.as_str()).collect()
 }
 
 fn report(options: &ReceiveOptions, received: Received, started: Instant) -> Report {

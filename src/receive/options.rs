@@ -8,11 +8,12 @@ use format_spec::native::hello::MAX_CHANNELS;
 
 use super::Dialect;
 use crate::berth::has_traces;
-use crate::copy::{BitmapSelection, Existing, Format, Rename, TargetOptions};
+use crate::copy::{BitmapSelection, DataFileTarget, Existing, Format, Rename, TargetOptions};
 use crate::options::{BackingOption, DiskOption};
 use crate::qemu::Version;
+use crate::renames::Renames;
 use crate::send::check_ids;
-use crate::{Error, Result};
+use crate::{Error, Result, destinations};
 
 /// What to receive, and where.
 #[derive(Debug, Clone)]
@@ -83,6 +84,7 @@ impl ReceiveOptions {
     /// What makes no sense is refused before anybody connects.
     pub fn check(&self) -> Result<()> {
         check_ids(&self.disks)?;
+        Renames::check(&self.renames)?;
         self.dialect.map_or(Ok(()), |dialect| self.check_for(dialect))?;
         let usage = |reason| Err(Error::Usage { reason });
         let has_shape = self.target != TargetOptions::default();
@@ -93,6 +95,7 @@ impl ReceiveOptions {
             return usage("-o data_file= names one file, and there are several disks".into());
         }
         self.check_backing()?;
+        self.check_places()?;
         for disk in &self.disks {
             if disk.is_readonly {
                 return usage(format!("disk {:?} is read-only: nothing can arrive in it", disk.id));
@@ -100,6 +103,7 @@ impl ReceiveOptions {
             if has_shape && disk.format == Some(Format::Raw) {
                 return usage(format!("disk {:?} is raw and takes no -o options", disk.id));
             }
+            DataFileTarget::check(&disk.path, &self.target)?;
             self.check_place(disk)?;
         }
         let nodes = self.renames.iter().filter_map(|rename| rename.node.as_ref());
@@ -165,6 +169,15 @@ impl ReceiveOptions {
     /// What the image of a disk is to stand on.
     pub(super) fn backing_of(&self, disk: &DiskOption) -> Option<&BackingOption> {
         self.backing.iter().find(|backing| backing.id.as_ref().is_none_or(|id| *id == disk.id))
+    }
+
+    /// No place is another's, nor what is kept beside one.
+    fn check_places(&self) -> Result<()> {
+        let disk = self.disks.first();
+        let data = disk.and_then(|disk| DataFileTarget::of(&disk.path, &self.target));
+        let places = self.disks.iter().map(|disk| disk.path.as_path());
+        let places: Vec<_> = places.chain(data.as_ref().map(|data| data.path.as_path())).collect();
+        destinations::check(&places)
     }
 
     fn check_place(&self, disk: &DiskOption) -> Result<()> {
