@@ -16,6 +16,8 @@ pub(super) struct Bulk {
     /// Disks whose last chunk came in such a section.
     ended: usize,
     is_over: bool,
+    /// Whether the section of guest memory came, which every QEMU sends.
+    is_of_qemu: bool,
     /// Percentages that came in such sections, as bits.
     percents: u128,
 }
@@ -27,6 +29,11 @@ impl Bulk {
     /// A section begins.
     pub(super) fn section(&mut self, kind: SectionKind) {
         self.is_part = kind == SectionKind::Part;
+    }
+
+    /// The section of guest memory begins.
+    pub(super) fn memory(&mut self) {
+        self.is_of_qemu = true;
     }
 
     /// The source says how far it is. It counts a chunk only when it has come to what follows, so
@@ -58,7 +65,8 @@ impl Bulk {
     pub(super) fn fits(&self, size: u64) -> bool {
         let chunk = CHUNK_BYTES as u64;
         let chunks = size.div_ceil(chunk);
-        if chunks >= MANY || size == 0 {
+        // QEMU begins with 0; who does not counts in another way.
+        if self.percents & 1 == 0 || chunks >= MANY || size == 0 {
             return true;
         }
         let at = |index: u64| u128::from(index) * u128::from(chunk) * 100 / u128::from(size);
@@ -66,9 +74,10 @@ impl Bulk {
         self.percents & !expected == 0
     }
 
-    /// Whether the phase was over before the guest was stopped, for so many disks.
+    /// Whether the phase was over before the guest was stopped, for so many disks. Who is no QEMU
+    /// ends only then.
     pub(super) fn is_over(&self, disks: usize) -> bool {
-        self.is_over || self.ended >= disks
+        !self.is_of_qemu || self.is_over || self.ended >= disks
     }
 }
 
@@ -79,6 +88,7 @@ mod tests {
     fn in_section(kind: SectionKind, act: impl Fn(&mut Bulk)) -> bool {
         let mut bulk = Bulk::default();
         bulk.section(SectionKind::Start);
+        bulk.memory();
         bulk.section(kind);
         act(&mut bulk);
         bulk.section(SectionKind::End);
@@ -99,6 +109,7 @@ mod tests {
             assert!(!in_section(SectionKind::End, act));
         }
         assert!(!in_section(SectionKind::Part, |bulk| bulk.progress(99)));
+        assert!(Bulk::default().is_over(2), "no QEMU");
         // One of two disks, and its last chunk again.
         assert!(!in_section(SectionKind::Part, |bulk| bulk.chunk(false, true)));
         assert!(!in_section(SectionKind::Part, |bulk| bulk.chunk(false, false)));
@@ -114,6 +125,9 @@ mod tests {
         let chunk = CHUNK_BYTES as u64;
         assert!(bulk.fits(3 * chunk) && bulk.fits(3 * chunk - 512));
         assert!(!bulk.fits(2 * chunk + chunk / 2) && !bulk.fits(4 * chunk));
+        let mut other = Bulk { is_part: true, ..Bulk::default() };
+        other.progress(40);
+        assert!(other.fits(3 * chunk));
         assert!(bulk.fits(0) && bulk.fits(MANY * chunk) && Bulk::default().fits(chunk));
     }
 }

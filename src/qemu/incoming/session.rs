@@ -247,6 +247,9 @@ impl State<'_, '_> {
                 self.bitmaps.has_section |=
                     section.name.is_some_and(|s| s.name == dirty_bitmap::SECTION);
                 self.bulk.section(section.kind);
+                if section.name.is_some_and(|s| s.name == ram::SECTION) {
+                    self.bulk.memory();
+                }
                 self.dropped.section(section.name, at);
             }
             Element::Eof => self.has_ended = true,
