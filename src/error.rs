@@ -354,6 +354,7 @@ impl Error {
                 "somebody stopped it there; the same commands go on where this stopped".into()
             }
             Self::Stream(Stream::Peer { blame, .. }) => peer_hint(*blame).into(),
+            Self::Qemu(error) if error.hint().is_some() => error.hint()?.into(),
             Self::Control { command, is_unknown, .. } => control_hint(command, *is_unknown).into(),
             _ if is_full(self) => "free some room or choose another place".into(),
             _ if has_cause(self, &[io::ErrorKind::FileTooLarge]) => FILE_LIMIT.into(),

@@ -1,6 +1,13 @@
 //! How a long operation is watched and stopped.
 
 use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use mig_core::heart::Heart;
+use mig_core::transport::HangUp;
+
+/// How often it is looked whether the user wants to stop, while a peer is waited for.
+const LOOK_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Where a long operation is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -60,6 +67,29 @@ pub trait Observer: Send + Sync {
     fn is_cancelled(&self) -> bool {
         false
     }
+}
+
+/// Calls `body`, and hangs up the line when the observer wants to stop, or when that takes longer
+/// than `limit`: for peers that say nothing.
+pub(crate) fn interruptible<T>(
+    observer: &dyn Observer,
+    line: &dyn HangUp,
+    limit: Option<Duration>,
+    body: impl FnOnce() -> T,
+) -> T {
+    let end = limit.and_then(|limit| Instant::now().checked_add(limit));
+    let over = Heart::new();
+    std::thread::scope(|scope| {
+        let _stopping = over.stop_on_drop();
+        scope.spawn(|| {
+            over.run(LOOK_INTERVAL, || {
+                if observer.is_cancelled() || end.is_some_and(|end| Instant::now() >= end) {
+                    line.hang_up();
+                }
+            });
+        });
+        body()
+    })
 }
 
 /// Watches nothing and never stops.
