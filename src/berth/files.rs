@@ -16,7 +16,7 @@ use super::place::{FilePlace, Known, bitmaps_of};
 use super::receipt::Receipt;
 use super::recover::{Half, give_up, recover};
 use super::room::{self, Need};
-use super::trace::{Trace, state};
+use super::trace::{Trace, of_another, state};
 use super::unfinished::{NewDisk, NewKind, publish_together};
 use crate::copy::{DataFileTarget, Format, Shape, TargetOptions};
 use crate::incoming::{Destination, Introduced, Place, SessionId, Wanted};
@@ -139,6 +139,11 @@ impl Files {
             return self.disks.iter().try_for_each(anew).map(|()| SessionState::Fresh);
         }
         self.finish()?;
+        for disk in &self.disks {
+            if of_another(disk, session)? == Some(true) {
+                return Err(Error::Awaited { path: disk.path.clone() });
+            }
+        }
         let traces = self.disks.iter().map(|disk| Trace::of(disk, session));
         Ok(state(&traces.collect::<Result<Vec<_>>>()?, self.options.resumes()))
     }
