@@ -195,8 +195,12 @@ fn native(
         let arriving = (main, arrivals);
         let _stopping = over.stop_on_drop();
         receive_all(arriving, destination, options.reconnect, (&incoming, observer))
-    })?;
+    });
     tell();
+    let received = received.inspect_err(|_| {
+        let lost = in_place.iter().flat_map(|in_place| in_place.take_all_invalidated());
+        lost.for_each(|(id, bitmaps)| observer.invalidated(&id, &bitmaps));
+    })?;
     let mut report = report(options, received, started);
     for disk in &mut report.disks {
         disk.bitmaps.extend(in_place.iter().flat_map(|p| p.take_invalidated(&disk.id)));
