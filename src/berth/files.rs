@@ -20,7 +20,7 @@ use super::trace::{Trace, of_another, state};
 use super::unfinished::{NewDisk, NewKind, publish_together};
 use crate::copy::{DataFileTarget, Format, Shape, TargetOptions};
 use crate::incoming::{Destination, Introduced, Place, SessionId, Wanted};
-use crate::publish::hold;
+use crate::publish::{hold, left_bytes};
 use crate::{Error, Observer, Renames, Result, Silent};
 
 /// Where one disk goes, as the user configured it.
@@ -195,7 +195,7 @@ impl Files {
         let mut new = disk.new_disk(wanted.size, data.as_ref())?;
         new.session = (!self.options.keeps_nothing).then_some(state.session);
         (new.resumes, new.is_fresh) = (self.options.resumes(), state.is_fresh);
-        let (found, options) = (state.found, self.options);
+        let (session, found, options) = (state.session, state.found, self.options);
         drop(state);
         let known = match found {
             SessionState::Ready => Some(Known::prepared(&new, disk.format)?.ok_or_else(|| {
@@ -206,10 +206,23 @@ impl Files {
             _ => None,
         };
         let held = self.clear(&new)?;
+        self.tell_what_goes(disk, session)?;
         let place =
             Arc::new(FilePlace::open((disk, &new), (known, held), options, &self.observer)?);
         self.lock().places.push(Arc::clone(&place));
         Ok(place)
+    }
+
+    /// What another session has sent so far goes: its user may not know that it is another one.
+    fn tell_what_goes(&self, disk: &DiskPlace, session: SessionId) -> Result<()> {
+        if !self.options.is_fresh && of_another(disk, session)?.is_some() {
+            let (path, bytes) = (disk.path.display(), left_bytes(&disk.path));
+            self.observer.warning(&format!(
+                "another migration had left {bytes} bytes of {path}, which are thrown away: only \
+                 the same source, sent to the same address, goes on with what is there"
+            ));
+        }
+        Ok(())
     }
 
     /// What exists is replaced only where that was asked for, and nobody uses it. It is held until

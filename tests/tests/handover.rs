@@ -146,6 +146,29 @@ fn swapped(scratch: &Scratch, receive: &str) -> (Output, Output) {
     (sent.expect_no_crash(), waiting.wait().expect_no_crash())
 }
 
+#[test]
+fn what_another_source_began_is_not_thrown_away_without_a_word() {
+    let scratch = Scratch::new();
+    if !has_peers() {
+        return;
+    }
+    sources(&scratch);
+    let mut pair = Pair::new(&scratch, ("", ""), vec![Cut::Forth(2 * MIB)]);
+    let (sent, received) = pair.run();
+    for output in [sent, received] {
+        let summary = json::summary(&output.expect_exit(Exit::Transport));
+        // What failed was on the wire all the same.
+        let bytes = summary["wire-bytes"].as_u64().expect("bytes");
+        assert!((MIB..64 * MIB).contains(&bytes), "{summary}");
+    }
+    assert!(scratch.path(".a.out.bitferry-part").exists(), "{:?}", scratch.names());
+    let (sent, received) = swapped(&scratch, "");
+    sent.expect_exit(Exit::Done);
+    let said = received.expect_exit(Exit::Done).text();
+    assert!(said.contains("another migration had left"), "{said}");
+    assert!(said.contains("sent to the same address"), "{said}");
+}
+
 /// Its source may wait for it with a paused guest: another one does not decide about that.
 #[test]
 fn what_was_proved_waits_for_its_own_source() {
