@@ -19,6 +19,23 @@ pub enum Error {
         /// What and why, in one sentence.
         reason: String,
     },
+    /// What the other side sends does not fit what is here, by its own doing or by what was asked of
+    /// it. What was arranged here may be right.
+    #[error("{reason}")]
+    Unfit {
+        /// What it sends, and what is here.
+        reason: String,
+    },
+    /// The file system of the destination has no files as large as a disk.
+    #[error("disk {disk:?} has {size} bytes, more than a file in {} may have", .directory.display())]
+    TooLarge {
+        /// The disk's name on the wire.
+        disk: String,
+        /// Its size in bytes.
+        size: u64,
+        /// Where it was to be made.
+        directory: PathBuf,
+    },
     /// Going on would lose something that was asked for. Nothing was written.
     #[error("refused, nothing was written: {reason}")]
     WouldLose {
@@ -183,7 +200,7 @@ impl From<Error> for mig_core::stream::Error {
         match error {
             Error::Stream(error) => error,
             Error::Interrupted => Self::Interrupted,
-            other => Self::handler(other.blame(), other),
+            other => Self::handler(other.blame_there(), other),
         }
     }
 }
@@ -224,10 +241,12 @@ impl Error {
             | Self::NeverProved { .. }
             | Self::NotQcow2 { .. }
             | Self::IsDevice { .. } => Blame::Caller,
+            Self::Unfit { .. } => Blame::PeerBehaviour,
             Self::WouldLose { .. } => Blame::WouldLose,
             Self::Exists { .. }
             | Self::Awaited { .. }
             | Self::NoSpace { .. }
+            | Self::TooLarge { .. }
             | Self::File { .. } => Blame::Device,
             Self::ProofMismatch { .. } | Self::Changed { .. } => Blame::Mismatch,
             Self::HalfPublished { source, .. } => source.blame(),
@@ -243,6 +262,14 @@ impl Error {
             Self::Control { .. } => Blame::PeerFeatures,
             #[cfg(feature = "net")]
             Self::Connect(e) => e.blame(),
+        }
+    }
+
+    /// Whose fault it is as the other side is told: what does not fit here was asked for there.
+    pub(crate) fn blame_there(&self) -> Blame {
+        match self {
+            Self::Unfit { .. } => Blame::Caller,
+            other => other.blame(),
         }
     }
 
@@ -283,6 +310,7 @@ impl Error {
                  -o data_file=FILE,data_file_raw=on"
                 .into(),
             Self::NoSpace { .. } => "free some room or choose another place".into(),
+            Self::TooLarge { .. } => "a qcow2 image of it may have room there".into(),
             Self::ProofMismatch { .. } => {
                 "storage or memory returned other bytes than were written; check the device".into()
             }
@@ -326,6 +354,10 @@ impl Error {
                  first bytes mislead"
                     .into()
             }
+            Self::Unfit { .. } => UNFIT.into(),
+            Self::Stream(Stream::Peer { text, .. }) if *text == Stream::Interrupted.to_string() => {
+                "somebody stopped it there; the same commands go on where this stopped".into()
+            }
             Self::Stream(Stream::Peer { blame, .. }) => peer_hint(*blame).into(),
             Self::Control { command, is_unknown, .. } => control_hint(command, *is_unknown).into(),
             _ if is_full(self) => "free some room or choose another place".into(),
@@ -359,10 +391,13 @@ impl Error {
     }
 }
 
+/// What to do where each side by itself may be right.
+const UNFIT: &str = "the options of both sides must fit together";
+
 /// What to do when the other side says whose fault it is.
 fn peer_hint(blame: Blame) -> &'static str {
     match blame {
-        Blame::Caller => "the options of both sides must fit together",
+        Blame::Caller => UNFIT,
         Blame::Bytes | Blame::PeerBehaviour => {
             "it could not make sense of what came from here; are both of the same version?"
         }

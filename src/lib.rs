@@ -16,6 +16,7 @@ pub mod compare;
 pub mod connect;
 pub mod control;
 pub mod copy;
+mod destinations;
 mod disk;
 mod error;
 pub mod facts;

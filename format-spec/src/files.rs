@@ -42,6 +42,14 @@ pub fn receipt_half_name(name: &[u8]) -> Vec<u8> {
     beside(name, RECEIPT_HALF_ENDING)
 }
 
+/// Whether a file name is one that stands beside a destination, whatever that is called: no
+/// destination has such a name.
+pub fn is_reserved(name: &[u8]) -> bool {
+    let endings =
+        [PART_ENDING, JOURNAL_ENDING, RECEIPT_ENDING, JOURNAL_ANEW_ENDING, RECEIPT_HALF_ENDING];
+    name.starts_with(b".") && endings.iter().any(|ending| name.ends_with(ending.as_bytes()))
+}
+
 fn beside(name: &[u8], ending: &str) -> Vec<u8> {
     let whole = [b".", name, ending.as_bytes()].concat();
     if whole.len() <= MAX_NAME_BYTES {

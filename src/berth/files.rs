@@ -16,6 +16,7 @@ use super::place::{FilePlace, Known, bitmaps_of};
 use super::receipt::Receipt;
 use super::recover::{Half, give_up, recover};
 use super::room::{self, Need};
+use super::size;
 use super::trace::{Trace, of_another, state};
 use super::unfinished::{NewDisk, NewKind, publish_together};
 use crate::copy::{DataFileTarget, Format, Shape, TargetOptions};
@@ -184,15 +185,16 @@ impl Files {
             _ => None,
         };
         if let Some(reason) = refusal {
-            return Err(Error::Usage { reason });
+            return Err(Error::Unfit { reason });
         }
         let state = self.lock();
         if state.places.iter().any(|place| place.name() == wanted.name) {
             let reason = format!("disk {:?} is sent twice", wanted.name);
-            return Err(Error::Usage { reason });
+            return Err(Error::Unfit { reason });
         }
         let data = disk.data_file();
         let mut new = disk.new_disk(wanted.size, data.as_ref())?;
+        size::check(name, &new)?;
         new.session = (!self.options.keeps_nothing).then_some(state.session);
         (new.resumes, new.is_fresh) = (self.options.resumes(), state.is_fresh);
         let (session, found, options) = (state.session, state.found, self.options);
@@ -332,7 +334,7 @@ pub(crate) fn no_place<'a>(name: &str, places: impl Iterator<Item = &'a str>) ->
     let names: Vec<_> = places.collect();
     let reason =
         format!("the source sends a disk named {name:?}, and there are places for {names:?}");
-    Error::Usage { reason }
+    Error::Unfit { reason }
 }
 
 /// Fails where a place stays empty: who named it would miss its disk.
@@ -343,10 +345,10 @@ pub(crate) fn all_came<'a>(
     let came: Vec<_> = came.collect();
     let Some(missing) = places.find(|place| !came.contains(place)) else { return Ok(()) };
     let reason = format!("there is a place for a disk {missing:?}, and the source sends {came:?}");
-    Err(Error::Usage { reason })
+    Err(Error::Unfit { reason })
 }
 
 /// What a stream hears of an error here.
 pub(super) fn failed(error: Error) -> stream::Error {
-    stream::Error::handler(error.blame(), error)
+    stream::Error::handler(error.blame_there(), error)
 }

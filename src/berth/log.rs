@@ -56,11 +56,6 @@ impl Log {
         }
     }
 
-    /// Whether that is the place of one of them.
-    pub(crate) fn is_named(&self, path: &Path) -> bool {
-        [&self.journal, &self.anew, &self.receipt, &self.half_receipt].contains(&&path.to_owned())
-    }
-
     /// Whether they belong to a device.
     pub(crate) fn is_of_device(&self) -> bool {
         self.is_of_device

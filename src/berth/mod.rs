@@ -28,6 +28,7 @@ mod receipt;
 mod recover;
 pub(crate) mod room;
 mod sink;
+mod size;
 #[cfg(test)]
 mod tests;
 mod trace;

@@ -155,7 +155,8 @@ fn listen(transport: &TransportArgs) -> bitferry::Result<(Listener, Receiver<Str
         // Nobody listens when the migration is over.
         let _ = tell.send(format!("a connection was turned away: {why}"));
     });
-    let options = Options { refused, ..transport.options() };
+    let introduced = receive::is_introduced;
+    let options = Options { refused, introduced, ..transport.options() };
     Ok((connect::listen(&transport.uri, &options)?, told))
 }
 

@@ -10,7 +10,7 @@ use bitferry::options::{BackingOption, DiskOption, doubled};
 use bitferry::receive::{self, Arrivals, ReceiveOptions};
 use bitferry::report::{Report, Status, Verified};
 use bitferry::send::{self, SendOptions};
-use bitferry::{Error, Renames, Result};
+use bitferry::{Error, Observer as _, Renames, Result};
 
 use super::args::CopyArgs;
 use super::outcome::{Asked, Peer};
@@ -88,12 +88,12 @@ pub(super) fn from(args: CopyArgs, remote: &Remote, output: &Output) -> Outcome 
     let watch = Watch::with_events(output, !args.no_verify, Asked::copy(&args.destination))?;
     let watch = watch.limited(&super::copy::meter(args.bandwidth));
     if args.dry_run {
-        return plan_there(&args, remote, output);
+        return plan_there((&args, remote), &watch, output);
     }
     let target = target_options::parse(&args.target_options)?;
     let mut disk = disk(args.destination.clone(), args.target_format);
     if args.target_format.is_none() && args.target_options.is_empty() && !args.in_place {
-        disk.format = Some(remote_format(&args, remote)?);
+        disk.format = Some(remote_format((&args, remote), &watch)?);
     }
     let options = ReceiveOptions {
         disks: vec![disk],
@@ -139,12 +139,26 @@ fn proved_if_wanted(report: &Report, no_verify: bool, remote: &Remote) -> Result
 }
 
 /// What would be sent is known at the other end, which is asked there.
-fn plan_there(args: &CopyArgs, remote: &Remote, output: &Output) -> Outcome {
+fn plan_there((args, remote): (&CopyArgs, &Remote), watch: &Watch<'_>, output: &Output) -> Outcome {
     let form = if output.is_json { "--json" } else { "--progress=never" };
     let words = send_args(args, remote, &[form, "--dry-run", "file:/dev/null"]);
-    let (said, status) = connect::run_ssh(&remote.destination, &words, &[2, 3, 5, WOULD_LOSE])?;
+    let (said, status) = ask(remote, (&words, &[2, 3, 5, WOULD_LOSE]), watch)?;
     output.stream(|out| out.write_all(&said))?;
     Ok(status)
+}
+
+/// What `bitferry` with these words prints at the other end, and its status.
+fn ask(
+    remote: &Remote,
+    (words, accepted): (&[OsString], &[u8]),
+    watch: &Watch<'_>,
+) -> Result<(Vec<u8>, u8)> {
+    let is_cancelled = || watch.is_cancelled();
+    let answer = connect::run_ssh(&remote.destination, words, accepted, &is_cancelled);
+    if watch.is_cancelled() {
+        return Err(Error::Interrupted);
+    }
+    Ok(answer?)
 }
 
 /// What is sent from here. There is one disk, whatever name is written before those of bitmaps.
@@ -170,6 +184,16 @@ fn send_options(args: &CopyArgs) -> SendOptions {
 /// What the other end refused, having said why, was refused as a whole.
 fn refused_there(error: Error, remote: &Remote) -> Error {
     use mig_core::stream::Error as Stream;
+    let is_foreign = match &error {
+        Error::Stream(Stream::Malformed { source, .. }) => source.field == "hello magic",
+        Error::Stream(Stream::Protocol { offset: 0, reason, .. }) => {
+            reason.ends_with(receive::NO_MIGRATION)
+        }
+        _ => false,
+    };
+    if is_foreign {
+        return banner(remote);
+    }
     let ended = match &error {
         Error::Stream(Stream::Connect(e) | Stream::Connection { source: e, .. }) => {
             connect::Error::find(e).and_then(connect::Error::exit_code)
@@ -183,6 +207,11 @@ fn refused_there(error: Error, remote: &Remote) -> Error {
         reason: format!("{} says above why", remote.destination),
         hint: "what it suggests can be asked of this command".to_owned(),
     }
+}
+
+/// Something else speaks at the other end.
+fn banner(remote: &Remote) -> Error {
+    connect::Error::Banner { command: format!("ssh {}", remote.destination) }.into()
 }
 
 /// What a copy calls its disk.
@@ -298,17 +327,15 @@ fn place_word(path: &Path) -> OsString {
 }
 
 /// The format of the image at the other host, as `bitferry info` there says.
-fn remote_format(args: &CopyArgs, remote: &Remote) -> Result<Format> {
+fn remote_format((args, remote): (&CopyArgs, &Remote), watch: &Watch<'_>) -> Result<Format> {
     if let Some(format) = args.source_format {
         return Ok(format);
     }
     let words = ["info".into(), "--json".into(), "--".into(), remote.path.clone().into_os_string()];
-    let (answer, _) = connect::run_ssh(&remote.destination, &words, &[])?;
+    let (answer, _) = ask(remote, (&words, &[]), watch)?;
     let info: Option<serde_json::Value> = serde_json::from_slice(&answer).ok();
     let format = info.as_ref().and_then(|info| info.get("format")?.as_str()?.parse().ok());
-    format.ok_or_else(|| Error::Usage {
-        reason: format!("bitferry at {} does not say the format of the image", remote.destination),
-    })
+    format.ok_or_else(|| banner(remote))
 }
 
 #[cfg(test)]

@@ -1,9 +1,9 @@
 //! Accepting over TCP and Unix sockets.
 //!
 //! Whoever connects has to introduce itself before it is handed out: by a handshake where there is
-//! TLS, else by its first byte, since the source of a migration speaks first. Many do so at once,
-//! so that one that hangs holds nobody up; how many is bounded, and the oldest is closed for a new
-//! one.
+//! TLS, else by its first words, since the source of a migration speaks first; what they have to be
+//! the user of the listener says. Many do so at once, so that one that hangs holds nobody up; how
+//! many is bounded, and the oldest is closed for a new one.
 
 use std::collections::VecDeque;
 use std::io;
@@ -14,17 +14,18 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use mig_core::transport::{Connection, Listen, Nature};
+use rustix::io::Errno;
 use rustix::net::{RecvFlags, Shutdown, recv, shutdown};
 use rustls::ServerConfig;
 use tokio::io::Interest;
-use tokio::net::{TcpListener, UnixListener};
+use tokio::net::{TcpListener, UnixListener, UnixStream};
 use tokio::runtime::Runtime;
 use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::timeout;
 
 use super::bind::Bound;
 use super::error::{Error, Result};
-use super::limits::{MAX_CONNECTIONS, MAX_INTRODUCTIONS};
+use super::limits::{MAX_CONNECTIONS, MAX_INTRODUCTION, MAX_INTRODUCTIONS};
 use super::{Options, Refused, Uri, control, socket, tls};
 
 /// Accepts connections at one place.
@@ -41,9 +42,12 @@ pub(super) struct SocketListener {
 
 /// What a connection goes through before it is handed out.
 struct Introduction {
-    tls: Option<Arc<ServerConfig>>,
-    /// Whether the first byte is waited for where there is no TLS.
-    wants_first_byte: AtomicBool,
+    /// Encrypts; and the name that the peer has to prove.
+    tls: Option<(Arc<ServerConfig>, Option<String>)>,
+    /// Whether the first words are waited for where there is no TLS.
+    wants_words: AtomicBool,
+    /// Whether these are enough.
+    introduced: fn(&[u8]) -> bool,
     limit: Duration,
     idle: Duration,
 }
@@ -67,7 +71,10 @@ impl SocketListener {
     pub(super) fn new(bound: Bound, options: &Options) -> Result<Self> {
         let uri = bound.uri.clone();
         let failed = |source| Error::Listen { uri: uri.to_string(), source };
-        let tls = options.tls.as_ref().map(tls::Tls::server).transpose()?;
+        let tls = match &options.tls {
+            Some(tls) => Some((tls.server()?, tls.peer().map(str::to_owned))),
+            None => None,
+        };
         let socket = bound.socket.try_clone().map_err(failed)?;
         let runtime = control::runtime()?;
         let listener = {
@@ -89,7 +96,8 @@ impl SocketListener {
             is_closed: AtomicBool::new(false),
             introduction: Arc::new(Introduction {
                 tls,
-                wants_first_byte: AtomicBool::new(true),
+                wants_words: AtomicBool::new(true),
+                introduced: options.introduced,
                 limit: options.introduction,
                 idle: options.idle,
             }),
@@ -103,9 +111,9 @@ impl SocketListener {
         &self.uri
     }
 
-    /// From now on a connection without TLS is handed out though it has said nothing yet.
+    /// From now on a connection without TLS is handed out though it has not introduced itself.
     pub(super) fn expect_silence(&self) {
-        self.introduction.wants_first_byte.store(false, Ordering::Relaxed);
+        self.introduction.wants_words.store(false, Ordering::Relaxed);
     }
 
     fn closed(&self) -> io::Error {
@@ -209,32 +217,73 @@ impl Introduction {
             socket::tune(&socket, self.idle)?;
         }
         let made = match &self.tls {
-            Some(config) => {
-                let made = tls::accept(Arc::clone(config), socket, &peer, self.limit).await;
+            Some((config, name)) => {
+                let who = (peer.as_str(), name.as_deref());
+                let made = tls::accept(Arc::clone(config), socket, who, self.limit).await;
                 made.map(|(socket, session)| (socket, Some(session)))?
             }
-            None if self.wants_first_byte.load(Ordering::Relaxed) => {
-                (self.first_byte(socket, &peer).await?, None)
+            None if self.wants_words.load(Ordering::Relaxed) => {
+                (self.first_words(socket, &peer).await?, None)
             }
             None => (socket, None),
         };
         Ok(control::connection(made, peer, self.idle))
     }
 
-    async fn first_byte(&self, socket: OwnedFd, peer: &str) -> Result<OwnedFd> {
+    /// Waits for the first words, and leaves them where they are.
+    async fn first_words(&self, socket: OwnedFd, peer: &str) -> Result<OwnedFd> {
         let socket = control::stream(socket)?;
-        let mut byte = [0u8; 1];
-        let peek = || {
-            let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
-            let peeked = recv(socket.as_fd(), &mut byte, flags);
-            peeked.map(|(len, _)| len).map_err(io::Error::from)
-        };
-        let heard = timeout(self.limit, socket.async_io(Interest::READABLE, peek)).await;
-        let what = match heard {
-            Ok(Ok(1..)) => return control::descriptor(socket),
-            Ok(_) => "hung up without a word",
+        let what = match timeout(self.limit, self.is_heard(&socket)).await {
+            Ok(Ok(Words::Enough)) => return control::descriptor(socket),
+            Ok(Ok(Words::None) | Err(_)) => "hung up without a word",
+            Ok(Ok(Words::Few)) => "hung up before it had said what it wants",
+            Err(_) if self.peek(&socket).is_ok_and(|said| said != Words::None) => {
+                "did not say what it wants"
+            }
             Err(_) => "said nothing",
         };
         Err(Error::NoIntroduction { peer: peer.to_owned(), what })
     }
+
+    /// Waits until enough was said, or nothing more will be.
+    async fn is_heard(&self, socket: &UnixStream) -> io::Result<Words> {
+        loop {
+            let ready = socket.ready(Interest::READABLE).await?;
+            let mut said = Words::None;
+            // What is there stays there: only what comes next is news.
+            let heard = socket.try_io(Interest::READABLE, || {
+                said = self.peek(socket)?;
+                if said == Words::Enough { Ok(()) } else { Err(io::ErrorKind::WouldBlock.into()) }
+            });
+            match heard {
+                Err(error) if error.kind() != io::ErrorKind::WouldBlock => return Err(error),
+                Err(_) if !ready.is_read_closed() => {}
+                _ => return Ok(said),
+            }
+        }
+    }
+
+    /// What was said so far.
+    fn peek(&self, socket: &UnixStream) -> io::Result<Words> {
+        let mut said = [0; MAX_INTRODUCTION];
+        let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+        let len = match recv(socket.as_fd(), &mut said, flags) {
+            Ok((len, _)) => len,
+            Err(Errno::AGAIN) => 0,
+            Err(error) => return Err(error.into()),
+        };
+        Ok(match said.get(..len).unwrap_or_default() {
+            [] => Words::None,
+            said if said.len() == MAX_INTRODUCTION || (self.introduced)(said) => Words::Enough,
+            _ => Words::Few,
+        })
+    }
+}
+
+/// How much a connection has said.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Words {
+    None,
+    Few,
+    Enough,
 }

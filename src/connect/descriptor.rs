@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use mig_core::transport::{Connection, HangUp};
 use rustix::fs::{FileType, OFlags, fcntl_getfl, fstat};
+use rustix::net::sockopt::socket_acceptconn;
 
 use super::error::{Error, Result};
 use super::line::{Ends, Line, LineReader, LineWriter, NoWriter, Way, system};
@@ -36,6 +37,11 @@ impl Descriptor {
     pub(super) fn inherited(number: i32) -> Result<Self> {
         let fd = inherited::take(number)?;
         let shape = shape(&fd)?;
+        if shape == Shape::Socket && socket_acceptconn(&fd).unwrap_or_default() {
+            let reason = "is a listening socket: hand over a connection that was accepted, or \
+                          listen with tcp: or unix:";
+            return Err(Error::Descriptor { number, reason });
+        }
         Ok(Self { number, fd, shape })
     }
 
@@ -78,7 +84,7 @@ impl Descriptor {
                 Some(tls) => {
                     let (limit, config) = (options.connect, tls.server()?);
                     let late = || Error::NoIntroduction { peer: peer.clone(), what: "was slow" };
-                    let made = tls::accept(config, self.fd, &peer, limit);
+                    let made = tls::accept(config, self.fd, (&peer, tls.peer()), limit);
                     let (socket, session) = control::run(made, limit, late)?;
                     Ok(control::connection((socket, Some(session)), peer.clone(), options.idle))
                 }

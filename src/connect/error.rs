@@ -145,6 +145,12 @@ pub enum Error {
         /// The system's answer.
         source: io::Error,
     },
+    /// A stream would take the place of something else.
+    #[error("{} exists, and is no migration stream that another one could replace", .path.display())]
+    Holds {
+        /// The file.
+        path: PathBuf,
+    },
     /// A command cannot be run.
     #[error("cannot run {command:?}")]
     Run {
@@ -160,6 +166,20 @@ pub enum Error {
         command: String,
         /// How.
         end: End,
+    },
+    /// A command prints without end.
+    #[error("{command:?} prints more than {limit} bytes")]
+    TooMuch {
+        /// The command.
+        command: String,
+        /// What is read of it, in bytes.
+        limit: u64,
+    },
+    /// What comes from another host does not begin as `bitferry` does.
+    #[error("{command:?}: what it prints does not come from bitferry")]
+    Banner {
+        /// The command.
+        command: String,
     },
     /// The system refused something that it never should.
     #[error("cannot {action}")]
@@ -209,7 +229,10 @@ impl Error {
             | Self::OnlyOnce { .. }
             | Self::OneWay { .. }
             | Self::Descriptor { .. } => Blame::Caller,
-            Self::File { .. } | Self::TlsFiles { .. } | Self::System { .. } => Blame::Device,
+            Self::File { .. }
+            | Self::Holds { .. }
+            | Self::TlsFiles { .. }
+            | Self::System { .. } => Blame::Device,
             Self::Resolve { .. }
             | Self::Connect { .. }
             | Self::Listen { .. }
@@ -220,6 +243,7 @@ impl Error {
             | Self::Closed { .. }
             | Self::Run { .. }
             | Self::Ended { .. } => Blame::Transport,
+            Self::TooMuch { .. } | Self::Banner { .. } => Blame::PeerBehaviour,
             Self::Tls { .. } | Self::PeerSpeaksTls { .. } => Blame::PeerFeatures,
         }
     }
@@ -229,7 +253,10 @@ impl Error {
         let text = match self {
             Self::ExecNotAllowed { .. } => "if you trust this command, use --allow-exec",
             Self::Resolve { .. } => "check the name, or use an address",
-            Self::Connect { .. } => "check that `bitferry receive` runs there and is not blocked",
+            Self::Connect { .. } => {
+                "check that somebody listens there (`bitferry receive`, a QEMU with -incoming) and is not \
+                 blocked"
+            }
             Self::Listen { source, .. } if source.kind() == io::ErrorKind::AddrInUse => {
                 "choose another place, or port 0 for any free one"
             }
@@ -246,6 +273,11 @@ impl Error {
             Self::Idle { .. } => "look at the other side, then give the same command again",
             Self::NobodyCame { .. } => "check the source, its URI and what is between",
             Self::Ended { end: End::Status(status), .. } => return command_hint(*status),
+            Self::Holds { .. } => "remove it if it is not needed, or choose another name",
+            Self::TooMuch { .. } | Self::Banner { .. } => {
+                "something there writes before bitferry does: `ssh HOST true` must print nothing, \
+                 and a start file of the shell there may greet at a terminal alone"
+            }
             Self::Run { .. } => "check that it is installed",
             _ => return None,
         };

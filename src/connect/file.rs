@@ -2,17 +2,20 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, IoSlice, Seek as _, SeekFrom, Write};
-use std::os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::{FileExt as _, FileTypeExt as _, OpenOptionsExt as _};
 use std::path::Path;
 use std::sync::Arc;
 
+use format_spec::native::hello;
+use format_spec::qemu::container;
 use mig_core::transport::Connection;
 use qcow2_file::lock::{self, Lock, Mode};
 
 use super::error::{Error, Result};
 use super::line::{Ends, NoWriter};
 
-/// To a file, from `offset` on. What stood there and behind is lost, as with QEMU.
+/// To a file, from `offset` on. What stood there and behind is lost, as with QEMU. From the start it
+/// replaces a stream alone: whatever else is in a file is not ours to lose.
 pub(super) fn create(path: &Path, offset: u64) -> Result<Connection> {
     let failed = |source| Error::File { action: "write", path: path.to_owned(), source };
     refuse_pipe(path)?;
@@ -26,6 +29,9 @@ pub(super) fn create(path: &Path, offset: u64) -> Result<Connection> {
     // overwritten.
     let lock = is_file.then(|| lock::acquire(&file, &path.to_string_lossy().into(), Mode::Write));
     let lock = lock.transpose().map_err(|error| failed(io::Error::other(error)))?;
+    if is_file && offset == 0 && !is_stream(&file).map_err(failed)? {
+        return Err(Error::Holds { path: path.to_owned() });
+    }
     if is_file {
         file.set_len(offset).map_err(failed)?;
     }
@@ -36,6 +42,17 @@ pub(super) fn create(path: &Path, offset: u64) -> Result<Connection> {
         line: Arc::new(Ends(Vec::new())),
         peer: path.display().to_string(),
     })
+}
+
+/// Whether there is nothing in a file but a migration, as far as its first bytes tell.
+fn is_stream(file: &File) -> io::Result<bool> {
+    let mut magic = [0; 4];
+    let len = file.metadata()?.len();
+    let is_begun = len >= magic.len() as u64;
+    if is_begun {
+        file.read_exact_at(&mut magic, 0)?;
+    }
+    Ok(len == 0 || is_begun && [hello::MAGIC, container::MAGIC].contains(&&magic))
 }
 
 /// From a file, from `offset` on.

@@ -3,9 +3,10 @@
 //! [`Uri`] and [`Location`] say where, in QEMU's and in scp's words; [`dial`] and [`listen`] make
 //! of it what the engine knows as [`Dial`] and [`Listen`]. Once connected, a stream is blocking,
 //! with an idle limit and a way to hang up; asynchronous code runs only until then. Nothing here
-//! knows what is in the stream.
+//! knows what is in the stream, but for the magic that tells a stream at rest from other files.
 
 mod accept;
+mod answer;
 mod bind;
 mod child;
 mod control;
@@ -26,12 +27,13 @@ mod uri;
 
 use std::ffi::OsString;
 use std::io;
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
 pub use mig_core::transport::{Connection, Dial, HangUp, Listen, Nature};
 
+pub use self::answer::run_ssh;
 pub use self::error::{End, Error, Result};
 pub use self::location::{Location, LocationError, LocationFault, Remote};
 pub use self::meeting::meet;
@@ -64,6 +66,9 @@ pub struct Options {
     pub connect: Duration,
     /// Longest time an accepted connection may take to introduce itself.
     pub introduction: Duration,
+    /// Whether a peer that has said so much, without TLS, has introduced itself. It is asked of the
+    /// first [`limits::MAX_INTRODUCTION`] bytes at most.
+    pub introduced: fn(&[u8]) -> bool,
     /// Who is told of connections that a listener turned away.
     pub refused: Refused,
 }
@@ -78,6 +83,7 @@ impl Default for Options {
             idle: limits::IDLE,
             connect: limits::CONNECT,
             introduction: limits::INTRODUCTION,
+            introduced: |said| !said.is_empty(),
             refused: Refused::default(),
         }
     }
@@ -227,19 +233,6 @@ pub fn listen_ssh(
     Listener { inner, uri: Uri::Exec(ssh::name(destination)), running, idle: options.idle }
 }
 
-/// Runs `bitferry` with `args` at another host, over ssh, and answers what it prints and its exit
-/// status, which has to be 0 or one of `accepted`.
-pub fn run_ssh(destination: &str, args: &[OsString], accepted: &[u8]) -> Result<(Vec<u8>, u8)> {
-    let command = ssh::name(destination);
-    let run =
-        ssh::command(destination, args).stdin(Stdio::null()).stderr(Stdio::inherit()).output();
-    let output = run.map_err(|source| Error::Run { command: command.clone(), source })?;
-    match output.status.code().and_then(|code| u8::try_from(code).ok()) {
-        Some(code) if code == 0 || accepted.contains(&code) => Ok((output.stdout, code)),
-        _ => Err(Error::Ended { command, end: End::Status(output.status) }),
-    }
-}
-
 fn once(
     uri: &Uri,
     is_one_way: bool,
@@ -302,8 +295,8 @@ impl Listener {
         &self.uri
     }
 
-    /// From now on a connection that has said nothing yet is handed out too: QEMU's preempt channel
-    /// begins in silence.
+    /// From now on a connection that has not introduced itself is handed out too: QEMU's preempt
+    /// channel begins in silence.
     pub fn expect_silence(&self) {
         if let Inner::Sockets(listener) = &self.inner {
             listener.expect_silence();

@@ -12,9 +12,7 @@ use super::options::Format;
 use super::plan::Job;
 use super::prove::Proof;
 use super::target::Target;
-use crate::berth::{
-    Log, Receipt, ReceiptBitmap, Recovered, change_unseen, log_of, short_words,
-};
+use crate::berth::{Log, Receipt, ReceiptBitmap, Recovered, change_unseen, log_of, short_words};
 use crate::facts::Stamp;
 use crate::report::error_chain;
 use crate::{Observer, Result};

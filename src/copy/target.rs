@@ -14,9 +14,8 @@ use super::in_place;
 use super::options::{CopyOptions, Existing, Format, TargetOptions};
 use super::resolve::Source;
 use super::shape::Shape;
-use crate::berth::Log;
 use crate::publish::{directory, followed, leads_elsewhere};
-use crate::{Error, Observer, Result};
+use crate::{Error, Observer, Result, destinations};
 
 /// The file that holds the guest's data beside a qcow2 destination.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -91,6 +90,7 @@ impl Target {
         source: &Source,
         observer: &dyn Observer,
     ) -> Result<Self> {
+        destinations::check(&[&options.destination])?;
         if options.existing == Existing::InPlace {
             return Self::in_place(options, source, observer);
         }
@@ -190,10 +190,7 @@ fn data_file(options: &CopyOptions) -> Result<Option<DataFileTarget>> {
         };
     };
     DataFileTarget::check(destination, wish)?;
-    if Log::beside(destination)?.is_named(&data.path) {
-        let name = &data.name;
-        return usage(format!("{name:?} is the name of what is kept beside the destination"));
-    }
+    destinations::check(&[destination, &data.path])?;
     Ok(Some(data))
 }
 
@@ -212,11 +209,6 @@ pub(super) fn places(options: &CopyOptions, source: &Source, target: &Target) ->
     let mut found = Places::default();
     let mut places = vec![options.destination.as_path()];
     if let Target::Qcow2 { data_file: Some(data), .. } = target {
-        if is_same_place(&data.path, &options.destination) {
-            let reason = "the data file and the image are the same file".to_owned();
-            found.refusals.push(Error::Usage { reason });
-            return found;
-        }
         places.push(&data.path);
     }
     for path in places {
@@ -226,17 +218,6 @@ pub(super) fn places(options: &CopyOptions, source: &Source, target: &Target) ->
         }
     }
     found
-}
-
-/// Whether two paths lead to one file, or to one place where a file is to be made.
-fn is_same_place(a: &Path, b: &Path) -> bool {
-    use std::os::unix::fs::MetadataExt;
-    let file = |path: &Path| fs::metadata(path).map(|found| (found.dev(), found.ino())).ok();
-    if let (Some(a), Some(b)) = (file(a), file(b)) {
-        return a == b;
-    }
-    let place = |path: &Path| Some(fs::canonicalize(directory(path)).ok()?.join(path.file_name()?));
-    a == b || place(a).is_some_and(|a| Some(a) == place(b))
 }
 
 /// Looks at one place; what is to be replaced is locked.

@@ -92,7 +92,7 @@ fn refuse(refusal: Refusal, writer: &mut StreamWriter) {
 
 /// A peer that speaks another version is told ours; one that speaks something else would not
 /// understand.
-fn is_worth_an_answer(error: &Error) -> bool {
+pub(crate) fn is_worth_an_answer(error: &Error) -> bool {
     match error {
         Error::Malformed { source, .. } => {
             source.field == "hello version" || !matches!(source.problem, Problem::Mismatch { .. })

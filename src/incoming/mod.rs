@@ -29,7 +29,7 @@ use mig_core::stream::{Error, Result};
 use mig_core::transport::{Connection, HangUp, Listen};
 
 use self::accept::Accepted;
-pub(crate) use self::accept::turn_away;
+pub(crate) use self::accept::{is_worth_an_answer, turn_away};
 use self::block::BlockSection;
 pub use self::place::{Destination, Introduced, Place, Sealed, SessionId, Wanted};
 use self::read::{LOOK_INTERVAL, Session};

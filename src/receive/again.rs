@@ -36,7 +36,6 @@ pub(super) fn receive_all(
     let mut bytes = 0u64;
     let mut published: Option<Received> = None;
     let mut is_first = true;
-    let listens = arrivals.has_strangers();
     loop {
         let door = Arc::new(Door::new(destination(is_first), &session, told(published.as_ref())));
         let (on_main, on_others) = (Arc::<Passed>::default(), Arc::<Passed>::default());
@@ -63,11 +62,6 @@ pub(super) fn receive_all(
                     return Ok(received);
                 }
                 published = Some(received);
-                continue;
-            }
-            // It was late: the one that is waited for comes yet.
-            Err(Error::Stream(stray @ stream::Error::Stray)) if listens => {
-                observer.warning(&format!("a connection was turned away: {stray}"));
                 continue;
             }
             Err(error) => error,

@@ -10,7 +10,7 @@ use mig_core::transport::{Connection, Listen, Nature};
 use crate::Observer;
 
 /// How often it is looked whether the user wants to stop.
-const LOOK_INTERVAL: Duration = Duration::from_millis(200);
+pub(super) const LOOK_INTERVAL: Duration = Duration::from_millis(200);
 
 /// A listener that an observer watches. Accepting ends with an error when the observer wants to
 /// stop.
@@ -54,19 +54,18 @@ impl Listen for Arrivals<'_> {
             return Ok(early);
         }
         loop {
+            // However many come, one after the other, and are no migration.
+            if self.observer.is_cancelled() {
+                return Err(io::ErrorKind::ConnectionAborted.into());
+            }
             let left = end.map(|end| end.saturating_duration_since(Instant::now()));
             let slice = left.map_or(LOOK_INTERVAL, |left| left.min(LOOK_INTERVAL));
             let accepted = self.listen.accept(Some(slice));
             self.tell();
             match accepted {
-                Err(error) if error.kind() == io::ErrorKind::TimedOut => {
-                    if self.observer.is_cancelled() {
-                        return Err(io::ErrorKind::ConnectionAborted.into());
-                    }
-                    if left.is_some_and(|left| left <= slice) {
-                        return Err(error);
-                    }
-                }
+                Err(error)
+                    if error.kind() == io::ErrorKind::TimedOut
+                        && left.is_none_or(|left| left > slice) => {}
                 accepted => return accepted,
             }
         }

@@ -4,12 +4,14 @@ mod again;
 mod arrivals;
 mod arriving;
 mod dialect;
+mod farewell;
 mod image;
 mod in_place;
 mod options;
 mod relay;
 
 use std::sync::Arc;
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use format_spec::native::answer::{Published, PublishedBitmap};
@@ -20,7 +22,9 @@ use mig_core::transport::{Connection, Listen};
 use self::again::receive_all;
 pub use self::arrivals::Arrivals;
 use self::arriving::Arriving;
-pub use self::dialect::Dialect;
+use self::dialect::Stranger;
+pub use self::dialect::{Dialect, NO_MIGRATION, is_introduced};
+use self::farewell::Farewells;
 pub use self::image::{new_image, receive_image};
 use self::in_place::InPlace;
 pub use self::options::ReceiveOptions;
@@ -99,12 +103,14 @@ impl Opened {
     }
 }
 
-/// The first connection that begins as a migration does. Others are turned away.
+/// The first connection that opens as a migration does. Where anybody may come, others are turned
+/// away, with the reason where they would understand it.
 fn first(
     arrivals: &Arrivals<'_>,
     observer: &dyn Observer,
     end: Option<Instant>,
 ) -> Result<(Dialect, Connection)> {
+    let farewells = Farewells::default();
     loop {
         let left = end.map(|end| end.saturating_duration_since(Instant::now()));
         let connection = arrivals.accept(left).map_err(|error| match observer.is_cancelled() {
@@ -112,15 +118,21 @@ fn first(
             false => stream::Error::Connect(error).into(),
         })?;
         let peer = connection.peer.clone();
-        match dialect::recognise(connection) {
+        let Stranger { error, to_tell } = match dialect::recognise(connection, observer) {
             Ok(recognised) => return Ok(recognised),
-            // There is nobody else to wait for.
-            Err(error) if !arrivals.has_strangers() => return Err(error),
-            Err(error) => {
-                let why = crate::report::error_chain(&error);
-                observer.warning(&format!("a connection from {peer} was turned away: {why}"));
-            }
+            Err(stranger) => *stranger,
+        };
+        if observer.is_cancelled() {
+            return Err(Error::Interrupted);
         }
+        let telling = to_tell.and_then(|connection| farewells.say(connection, &error));
+        // There is nobody else to wait for.
+        if !arrivals.has_strangers() {
+            let _ = telling.map(JoinHandle::join);
+            return Err(error.into());
+        }
+        let why = crate::report::error_chain(&error);
+        observer.warning(&format!("a connection from {peer} was turned away: {why}"));
     }
 }
 

@@ -12,7 +12,7 @@ use crate::copy::{BitmapSelection, DataFileTarget, Existing, Format, Rename, Tar
 use crate::options::{BackingOption, DiskOption};
 use crate::renames::Renames;
 use crate::send::check_ids;
-use crate::{Error, Result};
+use crate::{Error, Result, destinations};
 
 /// What to receive, and where.
 #[derive(Debug, Clone)]
@@ -85,6 +85,7 @@ impl ReceiveOptions {
             return usage("-o data_file= names one file, and there are several disks".into());
         }
         self.check_backing()?;
+        self.check_places()?;
         for disk in &self.disks {
             if disk.is_readonly {
                 return usage(format!("disk {:?} is read-only: nothing can arrive in it", disk.id));
@@ -156,6 +157,15 @@ impl ReceiveOptions {
     /// What the image of a disk is to stand on.
     pub(super) fn backing_of(&self, disk: &DiskOption) -> Option<&BackingOption> {
         self.backing.iter().find(|backing| backing.id.as_ref().is_none_or(|id| *id == disk.id))
+    }
+
+    /// No place is another's, nor what is kept beside one.
+    fn check_places(&self) -> Result<()> {
+        let disk = self.disks.first();
+        let data = disk.and_then(|disk| DataFileTarget::of(&disk.path, &self.target));
+        let places = self.disks.iter().map(|disk| disk.path.as_path());
+        let places: Vec<_> = places.chain(data.as_ref().map(|data| data.path.as_path())).collect();
+        destinations::check(&places)
     }
 
     fn check_place(&self, disk: &DiskOption) -> Result<()> {

@@ -191,6 +191,11 @@ fn a_receipt_speaks_for_nothing_that_nobody_read() {
     assert!(again.complaint().contains("exists"), "{again}");
     // Nor can a data file have the name of a receipt.
     run("copy -o data_file=.d.bitferry-receipt a.qcow2 d", &scratch).expect_exit(Exit::Usage);
+    // Nor an image that of what is kept beside another.
+    run("copy a.qcow2 .e.bitferry-journal.new", &scratch).expect_exit(Exit::Usage);
+    std::fs::copy(scratch.path("a.qcow2"), scratch.path(".e.bitferry-receipt")).expect("copy");
+    let output = run("copy a.qcow2 e", &scratch).expect_exit(Exit::Usage);
+    assert!(output.complaint().contains("is an image"), "{output}");
 }
 
 #[test]

@@ -259,7 +259,8 @@ fn what_exists_is_kept_replaced_or_written_into() {
     let place = "--in-place --disk vda=small.qcow2 unix:s";
     let (sent, received) = migrate(&scratch, "--disk vda=a.qcow2", place);
     sent.expect_exit(Exit::Transport);
-    received.expect_exit(Exit::Usage);
+    let received = received.expect_exit(Exit::Transport);
+    assert!(received.complaint().contains("options of both sides"), "{received}");
 }
 
 #[test]
@@ -270,8 +271,10 @@ fn a_disk_without_a_place_is_told_to_both() {
     }
     disk(&scratch, "a.qcow2", 3);
     let (sent, received) = migrate(&scratch, "--disk vda=a.qcow2", "--disk vdb=out unix:s");
-    for output in [sent.expect_exit(Exit::Transport), received.expect_exit(Exit::Usage)] {
-        assert!(output.complaint().contains("\"vda\""), "{output}");
+    // Either side may be the one that is wrong.
+    for output in [sent, received].map(|side| side.expect_exit(Exit::Transport)) {
+        let said = output.complaint();
+        assert!(said.contains("\"vda\"") && said.contains("options of both sides"), "{output}");
     }
     assert!(!scratch.path("out").exists());
 }
@@ -295,6 +298,14 @@ fn a_stream_does_not_overwrite_what_it_is_made_of() {
         let output = send(&scratch, words).output().expect_no_crash();
         assert!(output.code() != Some(0) && output.complaint().contains("in use"), "{output}");
         assert!(std::fs::read(&image).expect("read") == before, "{words}");
+    }
+    // Nor anything else that is not a stream itself.
+    std::fs::write(scratch.path("notes"), "irreplaceable").expect("write");
+    let output = send(&scratch, "--disk vda=a.qcow2 file:notes").output().expect_exit(Exit::Device);
+    assert!(output.complaint().contains("\nhint: remove it"), "{output}");
+    assert_eq!(std::fs::read(scratch.path("notes")).expect("read"), b"irreplaceable");
+    for _ in 0..2 {
+        send(&scratch, "--disk vda=a.qcow2 file:stream").output().expect_exit(Exit::Done);
     }
 }
 
@@ -365,6 +376,7 @@ fn ctrl_c_on_either_side_ends_both() {
             if interrupts_source { (&sent, &received) } else { (&received, &sent) };
         assert_eq!(stopped.code(), Some(130), "{stopped}");
         assert_eq!(left.code(), Some(Exit::Transport as i32), "{left}");
+        assert!(left.complaint().contains("\nhint: somebody stopped it there"), "{left}");
         assert!(!scratch.path("out.qcow2").exists());
     }
 }
@@ -460,6 +472,11 @@ fn what_cannot_be_done_is_wrong_usage() {
         "--disk vda=y,readonly unix:s",
         "--disk vda=y --in-place -o cluster_size=4K unix:s",
         "--disk vda=y --rename-bitmap vdb/a=b unix:s",
+        "--disk vda=y --disk vdb=./y unix:s",
+        "--disk vda=y --disk vdb=.y.bitferry-receipt unix:s",
+        "--disk vda=.y.bitferry-part unix:s",
+        "--disk vda=y -o data_file=y unix:s",
+        "--disk vda=y -o data_file=.z.bitferry-journal unix:s",
     ] {
         usage("receive", words);
     }

@@ -369,7 +369,7 @@ fn what_stands_above_a_base_needs_one_at_both_ends() {
             assert_eq!((sent.code(), received.code()), (Some(0), Some(0)), "{received}");
             continue;
         }
-        received.expect_exit(Exit::Usage);
+        received.expect_exit(Exit::Transport);
         assert!(sent.complaint().contains(says), "{source}, {destination}: {sent}");
         assert!(!scratch.path("copy").exists(), "{destination}");
     }

@@ -288,6 +288,55 @@ fn an_overlay_goes_to_a_host_that_has_its_base() {
     assert!(!hosts.there.path("wrong.qcow2").exists());
 }
 
+/// A shell whose start file greets whoever comes.
+const GREETS: &str =
+    "#!/bin/sh\necho Welcome to the host, and mind the step\nexec \"$REAL\" \"$@\"\n";
+/// One that never answers; what it started it leaves.
+const HANGS: &str = "#!/bin/sh\nexec sleep 60\n";
+/// One that answers without end.
+const FLOODS: &str = "#!/bin/sh\nexec yes\n";
+
+/// Puts another program in the place of the remote `bitferry`.
+fn instead(hosts: &Hosts, script: &str, words: &[&str]) -> Run {
+    let wrapper = hosts.here.path("instead");
+    std::fs::write(&wrapper, script).expect("script");
+    std::fs::set_permissions(&wrapper, PermissionsExt::from_mode(0o755)).expect("mode");
+    hosts.copy(words).env("BITFERRY_REMOTE", &wrapper).env("REAL", binary())
+}
+
+#[test]
+fn a_greeting_is_told_from_a_migration() {
+    let Some(hosts) = Hosts::new() else { return };
+    disk(&hosts.here, "a.qcow2");
+    disk(&hosts.there, "b.qcow2");
+    for words in [
+        &["a.qcow2", "host:up.qcow2"][..],
+        &["host:b.qcow2", "down.qcow2"],
+        &["-O", "qcow2", "host:b.qcow2", "down.qcow2"],
+    ] {
+        let output = instead(&hosts, GREETS, words).output().expect_no_crash();
+        let output = output.expect_exit(Exit::Transport);
+        assert!(output.complaint().contains("writes before bitferry"), "{words:?}: {output}");
+    }
+}
+
+#[test]
+fn an_answer_is_not_waited_for_without_end() {
+    let Some(hosts) = Hosts::new() else { return };
+    disk(&hosts.there, "b.qcow2");
+    let words = ["host:b.qcow2", "down.qcow2"];
+    for words in [&words[..], &["--dry-run", words[0], words[1]]] {
+        let asking = instead(&hosts, HANGS, words).spawn();
+        std::thread::sleep(Duration::from_millis(500));
+        let begun = Instant::now();
+        asking.signal(rustix::process::Signal::INT);
+        asking.wait().expect_exit(Exit::Interrupted);
+        assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
+        let output = instead(&hosts, FLOODS, words).output().expect_exit(Exit::Transport);
+        assert!(output.complaint().contains("prints more than"), "{output}");
+    }
+}
+
 /// Ends with a status of its own choosing when all is done.
 const ENDS_WITH: &str = r#"#!/bin/sh
 "$REAL" "$@" || exit

@@ -227,6 +227,10 @@ fn descriptors_are_what_they_are() {
     let error = wrong.dial().unwrap_err();
     assert!(matches!(reason(&error), Error::Descriptor { .. }), "{error:?}");
     assert!(matches!(dial(&uri("fd:1000"), &options()), Err(Error::Descriptor { .. })));
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let number = inherited(listener.into());
+    let refused = listen(&uri(&format!("fd:{number}")), &options()).err().unwrap();
+    assert!(refused.to_string().contains("is a listening socket"), "{refused}");
 }
 
 #[test]

@@ -155,6 +155,27 @@ fn a_name_may_be_said() {
             listener.accept(Some(PATIENCE)).unwrap().writer.write_all(b"!").unwrap();
         });
     }
+    // Who connects has to prove the name too, where it was said here, and is told if it is another.
+    for (name, fits) in [("vault.example", true), ("other.example", false)] {
+        let tls = Some(Tls::new(&directory, Some(name.into())));
+        let (listener, refused) = listening(Options { tls, ..options(None) });
+        let uri = listener.uri().clone();
+        let tls = Some(Tls::new(&directory, Some("vault.example".into())));
+        let source = Options { tls, ..options(None) };
+        std::thread::scope(|scope| {
+            let learned = scope.spawn(|| source_learns(&uri, &source).err());
+            if let Ok(mut connection) = listener.accept(Some(Duration::from_secs(2))) {
+                assert!(fits);
+                connection.writer.write_all(b"!").unwrap();
+            }
+            let learned = learned.join().unwrap().map(|error| fault_of(&error));
+            let told = refused.try_recv().ok().map(|error| fault(&error));
+            let expected = (!fits).then(|| TlsError::WrongName { expected: name.into() });
+            assert_eq!(told, expected);
+            assert_eq!(learned.is_none(), fits, "{learned:?}");
+            assert!(learned.is_none_or(|fault| matches!(fault, TlsError::Refused(_))));
+        });
+    }
     // A Unix socket has no name, and somebody has to say one.
     let unnamed = dial(&Uri::Unix(scratch.path("x")), &self::options(Some(&directory)));
     assert!(unnamed.err().unwrap().to_string().contains("--tls-peer"));

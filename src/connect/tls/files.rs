@@ -10,16 +10,18 @@ use rustls::crypto::{CryptoProvider, aws_lc_rs};
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer, ServerName};
 use rustls::server::WebPkiClientVerifier;
+use rustls::server::danger::ClientCertVerifier;
 use rustls::{ClientConfig, RootCertStore, ServerConfig};
 
 use super::super::error::{Error, Result};
 use super::super::limits::MAX_PEM;
+use super::named::Named;
 
 const AUTHORITY: &str = "ca-cert.pem";
 /// Taken into account where it is there, as QEMU does.
 const REVOKED: &str = "ca-crl.pem";
 
-/// Certificates and keys for one or both roles, and the name that a listener has to prove.
+/// Certificates and keys for one or both roles, and the name that the peer has to prove.
 #[derive(Debug, Clone)]
 pub struct Tls {
     directory: PathBuf,
@@ -37,6 +39,11 @@ impl Tls {
     /// Who a peer at `host` has to prove to be. `None`: nobody has said.
     pub(in super::super) fn name<'a>(&'a self, host: Option<&'a str>) -> Option<&'a str> {
         self.peer.as_deref().or(host.filter(|h| !h.is_empty()))
+    }
+
+    /// What a peer that connects has to prove to be; `None`: nobody has said.
+    pub(in super::super) fn peer(&self) -> Option<&str> {
+        self.peer.as_deref()
     }
 
     /// For connecting.
@@ -69,6 +76,10 @@ impl Tls {
             .allow_unknown_revocation_status()
             .build()
             .map_err(|e| failed(&e))?;
+        let verifier: Arc<dyn ClientCertVerifier> = match &self.peer {
+            Some(name) => Arc::new(Named { inner: verifier, name: server_name(name)? }),
+            None => verifier,
+        };
         let (chain, key) = self.identity("server")?;
         let mut config = ServerConfig::builder_with_provider(provider())
             .with_protocol_versions(&[&rustls::version::TLS13])

@@ -30,17 +30,18 @@ pub(in super::super) async fn connect(
     Ok((descriptor(io)?, Connection::Client(connection)))
 }
 
-/// Accepts a peer that shows a certificate.
+/// Accepts a peer that shows a certificate; `name` is what that has to be for, as the configuration
+/// has it too.
 pub(in super::super) async fn accept(
     config: Arc<ServerConfig>,
     socket: OwnedFd,
-    peer: &str,
+    (peer, name): (&str, Option<&str>),
     limit: Duration,
 ) -> Result<(OwnedFd, Connection)> {
     let io = stream(socket)?;
     let handshake = tokio_rustls::TlsAcceptor::from(config).accept(io);
     let result = timeout(limit, handshake.into_fallible()).await;
-    let (io, connection) = finish(result, peer, None, limit).await?.into_inner();
+    let (io, connection) = finish(result, peer, name, limit).await?.into_inner();
     Ok((descriptor(io)?, Connection::Server(connection)))
 }
 

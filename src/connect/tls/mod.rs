@@ -6,6 +6,7 @@
 mod error;
 mod files;
 mod handshake;
+mod named;
 mod stream;
 
 pub use error::TlsError;

@@ -143,7 +143,7 @@ impl Landing for OnlyBitmaps {
             "{path} exists, and what the source does not send is to be there already: content for \
              a part of it is taken by a new image alone, receive --backing"
         );
-        Err(Error::Usage { reason }.into())
+        Err(Error::Unfit { reason }.into())
     }
 }
 

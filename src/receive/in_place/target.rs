@@ -85,7 +85,7 @@ impl Target {
     pub(super) fn other_size(&self, found: u64, wanted: u64) -> Error {
         let path = self.path.display();
         let reason = format!("{path} has {found} bytes and the source's disk {wanted}");
-        Error::Usage { reason }
+        Error::Unfit { reason }
     }
 
     /// How it is opened to be read back: as it is, without locks, since we hold them.
