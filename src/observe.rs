@@ -9,6 +9,8 @@ use mig_core::transport::HangUp;
 /// How often it is looked whether the user wants to stop, while a peer is waited for.
 const LOOK_INTERVAL: Duration = Duration::from_millis(100);
 
+use crate::report::BitmapReport;
+
 /// Where a long operation is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
@@ -62,6 +64,14 @@ pub trait Observer: Send + Sync {
 
     /// Something the user should know that is not an error: one sentence, no full stop.
     fn warning(&self, _message: &str) {}
+
+    /// So many bytes have gone over the wire, in all attempts together. Told of what fails, before
+    /// its error: of what succeeds the report says it.
+    fn wire(&self, _bytes: u64) {}
+
+    /// Bitmaps that the disk `id` has here and that cannot be trusted. Told of what fails, before
+    /// its error: of what succeeds the report says it.
+    fn invalidated(&self, _id: &str, _bitmaps: &[BitmapReport]) {}
 
     /// Whether to stop. Polled at least once per MiB of data. What was begun is undone.
     fn is_cancelled(&self) -> bool {

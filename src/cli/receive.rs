@@ -82,7 +82,8 @@ pub(crate) struct ReceiveArgs {
     /// Give a bitmap another name here, on the disk NODE or on all; may be repeated
     #[arg(long, value_name = "[NODE/]OLD=NEW")]
     pub(crate) rename_bitmap: Vec<Rename>,
-    /// Do not insist on the proof: the source decides
+    /// Do not hash what arrives: a cut means to begin again, and whether what is complete is read
+    /// back is for the source to say
     #[arg(long)]
     pub(crate) no_verify: bool,
     /// What the source must speak: native, or qemu:VERSION with the older of its QEMU's version and
