@@ -48,7 +48,10 @@ fn what_one_journal_commits_all_are_published() {
 #[test]
 fn what_another_session_proved_is_not_published_with_it() {
     let here = proved();
-    let files = here.files(FileOptions::default());
+    // It waits for its own session, unless the user gives that up.
+    let refused = here.files(FileOptions::default()).begin([6; 16]).unwrap_err();
+    assert_eq!(refused.blame(), format_spec::Blame::Device, "{refused}");
+    let files = here.files(FileOptions { is_fresh: true, ..FileOptions::default() });
     files.begin([6; 16]).unwrap();
     let b = place(&files, "b");
     send(&*b, 0..6, &[]);
