@@ -97,7 +97,7 @@ pub enum Error {
     },
     /// Somebody has written to the source while it was read, without asking for a lock: what was
     /// read need not be what it was at any moment. Nothing was published.
-    #[error("{} was written to while it was read, by a program that takes no locks", .path.display())]
+    #[error("{} was written to while it was read, by a program without locks", .path.display())]
     SourceChanged {
         /// The file that was written to.
         path: PathBuf,
