@@ -88,6 +88,17 @@ pub enum Error {
         /// The disk's name on the wire.
         name: String,
     },
+    /// A migration of another session was proved there, and its source has not said yet whether it
+    /// is to be published. Nothing was done.
+    #[error(
+        "{} was proved for another migration, which has not said yet whether to publish it \
+         (--fresh at the destination gives that up)",
+        .path.display()
+    )]
+    Awaited {
+        /// The destination's final name.
+        path: PathBuf,
+    },
     /// Somebody else has written to what was proved, or to what it stands on, before it had its
     /// final name. It did not get it.
     #[error("{} was changed by somebody else after it was proved", .path.display())]
@@ -240,6 +251,7 @@ impl Error {
             Self::Unfit { .. } => Blame::PeerBehaviour,
             Self::WouldLose { .. } => Blame::WouldLose,
             Self::Exists { .. }
+            | Self::Awaited { .. }
             | Self::NoSpace { .. }
             | Self::TooLarge { .. }
             | Self::File { .. } => Blame::Device,
@@ -300,6 +312,9 @@ impl Error {
             Self::Exists { .. } => {
                 "use --force to replace it at the end, or --in-place to write into it".into()
             }
+            Self::Awaited { .. } => "the commands of that migration, given again, settle it; \
+                 receive --fresh gives it up and begins anew"
+                .into(),
             Self::NotQcow2 { .. } => "a raw disk has bitmaps in an overlay: copy it with -O qcow2 \
                  -o data_file=FILE,data_file_raw=on"
                 .into(),
@@ -354,6 +369,7 @@ impl Error {
                 "somebody stopped it there; the same commands go on where this stopped".into()
             }
             Self::Stream(Stream::Peer { blame, .. }) => peer_hint(*blame).into(),
+            Self::Qemu(error) if error.hint().is_some() => error.hint()?.into(),
             Self::Control { command, is_unknown, .. } => control_hint(command, *is_unknown).into(),
             _ if is_full(self) => "free some room or choose another place".into(),
             _ if has_cause(self, &[io::ErrorKind::FileTooLarge]) => FILE_LIMIT.into(),

@@ -49,7 +49,7 @@ pub fn run(options: &SendOptions, dial: &dyn Dial, observer: &dyn Observer) -> R
     let bitmaps: Vec<Vec<Bitmap>> = disks.iter().map(Planned::load).collect::<Result<_>>()?;
     let session = session(options, &disks)?;
     let expected = expected(&disks, &bitmaps)?;
-    let (sent, moved) = attempts(options, dial, |dial, moved| {
+    let (sent, moved) = attempts(options, (dial, observer), |dial, moved| {
         let content = disks.iter().map(Planned::content_bytes).fold(0, u64::saturating_add);
         let progress = Progress::begin(observer, Phase::Transfer, content);
         let sources: Vec<_> = disks.iter().map(Source::of).collect();
