@@ -10,6 +10,7 @@ use bitferry::{Blame, Error, Report, connect};
 use mig_core::stream;
 
 use super::size::{human, human_time};
+use super::so_far::SoFar;
 use super::{NOT_PRESERVED, Outcome, Output, UNKNOWN, table};
 
 /// Of a whole migration. `done` says what was done, in two or three words.
@@ -164,21 +165,27 @@ pub(crate) fn failed(
     output: &Output,
 ) -> bitferry::Result<()> {
     match result {
-        Err(error) if output.is_json => output.summary(&failure(error, started, asked)),
+        Err(error) if output.is_json => {
+            output.summary(&failure(error, started, asked, &output.so_far))
+        }
         _ => Ok(()),
     }
 }
 
 /// The summary of an operation that is not waited for any more.
-pub(crate) fn interrupted(started: Instant, asked: &[Asked]) -> Report {
-    failure(&Error::Interrupted, started, asked)
+pub(crate) fn interrupted(started: Instant, asked: &[Asked], so_far: &SoFar) -> Report {
+    failure(&Error::Interrupted, started, asked, so_far)
 }
 
-fn failure(error: &Error, started: Instant, asked: &[Asked]) -> Report {
+fn failure(error: &Error, started: Instant, asked: &[Asked], so_far: &SoFar) -> Report {
     let elapsed_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
     let is_only = asked.len() == 1;
-    let disks = asked.iter().map(|disk| disk.report(error, is_only)).collect();
-    Report { disks, ..Report::failure(error, elapsed_ms) }
+    let disk = |disk: &Asked| {
+        let bitmaps = so_far.bitmaps(&disk.id, is_only);
+        DiskReport { bitmaps, ..disk.report(error, is_only) }
+    };
+    let (disks, wire_bytes) = (asked.iter().map(disk).collect(), so_far.wire_bytes());
+    Report { disks, wire_bytes, ..Report::failure(error, elapsed_ms) }
 }
 
 /// What became of one disk.
@@ -201,19 +208,15 @@ pub(crate) fn disk_text(disk: &DiskReport, output: &Output) -> String {
     if disk.bitmaps.is_empty() {
         text.push_str("  bitmaps: none\n");
     } else {
-        let rows: Vec<_> = disk.bitmaps.iter().map(|b| bitmap_row(b, disk.verified)).collect();
+        let rows: Vec<_> = disk.bitmaps.iter().map(bitmap_row).collect();
         text.push_str(&table::columns(["BITMAP", "OUTCOME", ""], &rows));
     }
     text
 }
 
-fn bitmap_row(bitmap: &BitmapReport, disk: Verified) -> [String; 3] {
+fn bitmap_row(bitmap: &BitmapReport) -> [String; 3] {
     let outcome = match bitmap.outcome {
         BitmapOutcome::Preserved => "preserved",
-        // Where it is not only the proof that is missing, the reason says what is.
-        BitmapOutcome::Sent if disk == Verified::No && bitmap.reason.is_none() => {
-            "stored, not verified"
-        }
         BitmapOutcome::Sent => "sent, not confirmed",
         BitmapOutcome::Dropped => "dropped",
         BitmapOutcome::Invalidated => "invalidated",
@@ -255,23 +258,6 @@ mod tests {
         assert!(text.starts_with("NOT copied a -> h:b in 7 ms"), "{text}");
         let done = Report { status: Status::Completed, ..report };
         assert!(report_text(&done, "copied a -> h:b", &output).starts_with("copied a -> h:b"));
-    }
-
-    #[test]
-    fn what_a_qemu_was_sent_is_not_called_stored() {
-        let row = |reason: Option<&str>| {
-            let bitmap = BitmapReport {
-                name: "b".to_owned(),
-                outcome: BitmapOutcome::Sent,
-                changed: Vec::new(),
-                reason: reason.map(str::to_owned),
-                is_wanted: true,
-            };
-            let [_, outcome, _] = bitmap_row(&bitmap, Verified::No);
-            outcome
-        };
-        assert_eq!(row(None), "stored, not verified");
-        assert_eq!(row(Some("its monitor was not asked")), "sent, not confirmed");
     }
 
     #[test]

@@ -170,8 +170,8 @@ impl<'a> Builder<'a> {
     }
 
     /// Leaves out the disks' contents, which the destination's own image has by another way: a
-    /// mirror. (One that both sides share is locked, and brings its bitmaps along.) Bitmaps go along
-    /// as ever, and the handover is the same; a mirror has to be complete when
+    /// mirror. (One that both sides share is locked, and brings its bitmaps along.) Bitmaps go
+    /// along as ever, and the handover is the same; a mirror has to be complete when
     /// [`Guest::pause`](mig_core::guest::Guest::pause) returns. Nobody holds contents against each
     /// other then.
     pub fn no_blocks(mut self) -> Self {

@@ -2,8 +2,8 @@
 //! while it writes to them, and their bitmaps.
 //!
 //! QEMU's stream has no barriers and no answers on the way, no connection is made again, and
-//! bitmaps are named once and sent whole, all of it while the guest is paused. From the end of the stream on
-//! only the destination's own word proves that it did not take over.
+//! bitmaps are named once and sent whole, all of it while the guest is paused. From the end of the
+//! stream on only the destination's own word proves that it did not take over.
 
 use std::io;
 use std::path::PathBuf;
@@ -81,19 +81,7 @@ impl Outgoing<'_> {
         let started = Instant::now();
         self.refuse_to_qemu(target)?;
         let known = self.known_to_qemu()?;
-        let hurry = Hurry::default();
-        let path = (target.peer_qmp.as_deref(), &hurry);
-        let mut monitor = peer(path, target.blocks.then_some(target.version))?;
-        if let Some(monitor) = &mut monitor {
-            let disks = self.disks.iter().filter(|_| target.blocks);
-            let wish = Wish {
-                disks: disks.map(|d| (d.name.as_str(), d.disk.size())).collect(),
-                bitmaps: &known,
-                machine: &target.machine,
-                uuid: target.uuid,
-            };
-            preflight(&wish, monitor, self.observer)?;
-        }
+        let mut monitor = self.ask_qemu(target, &known)?;
         self.migration.update(|info| {
             info.status = Status::Setup;
             let total = self.disks.iter().map(|disk| disk.disk.size()).sum();
@@ -143,6 +131,24 @@ impl Outgoing<'_> {
                 Err(self.note_failure(Error::from(error).into(), steering.reason))
             }
         }
+    }
+
+    /// The destination's monitor, where there is one and it knows of nothing in the way.
+    fn ask_qemu(&self, target: &QemuTarget, known: &[PlannedBitmap]) -> Result<Option<Peer>> {
+        let hurry = Hurry::default();
+        let path = (target.peer_qmp.as_deref(), &hurry);
+        let mut monitor = peer(path, target.blocks.then_some(target.version))?;
+        if let Some(monitor) = &mut monitor {
+            let disks = self.disks.iter().filter(|_| target.blocks);
+            let wish = Wish {
+                disks: disks.map(|d| (d.name.as_str(), d.disk.size())).collect(),
+                bitmaps: known,
+                machine: &target.machine,
+                uuid: target.uuid,
+            };
+            preflight(&wish, monitor, self.observer)?;
+        }
+        Ok(monitor)
     }
 
     /// What QEMU's stream does not have is refused, not left out.
@@ -241,7 +247,15 @@ impl Outgoing<'_> {
             let _stopping = watch.stop_on_drop();
             moving.run((session, monitor), whole, steering)
         });
-        streamed.map_err(|error| if eye.is_cancelled() { error.when_cancelled() } else { error })
+        if !eye.is_cancelled() {
+            return streamed;
+        }
+        let mut parting = streamed.map_err(qemu::Error::when_cancelled)?;
+        // Whoever called it off does not wait for its monitor either.
+        if let Ending::Unknown(why) = parting.ending {
+            parting.ending = Ending::Expired(why);
+        }
+        Ok(parting)
     }
 
     fn report_to_qemu(

@@ -6,9 +6,11 @@ use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use bitferry_tests::image::make;
 use bitferry_tests::outgoing::pong;
 use bitferry_tests::process::{PATIENCE, Running};
-use bitferry_tests::{Exit, Scratch, bitferry, json};
+use bitferry_tests::{Exit, Peer, Scratch, bitferry, json, require_all};
+use rustix::process::Signal;
 use serde_json::Value;
 
 const SIZE: u64 = 16 << 20;
@@ -128,6 +130,11 @@ fn a_copy_is_looked_at_hurried_and_called_off() {
 
 /// A destination of QEMU's that takes everything and says that it has it.
 fn taker(path: &Path) {
+    answering(path, b"\0\x01\0\x04\0\0\0\0");
+}
+
+/// A destination of QEMU's that takes everything and says this in the end.
+fn answering(path: &Path, answer: &'static [u8]) {
     let listener = UnixListener::bind(path).unwrap();
     std::thread::spawn(move || {
         let (mut stream, _) = listener.accept().unwrap();
@@ -138,7 +145,7 @@ fn taker(path: &Path) {
             pong(&tail, &mut stream);
             tail.drain(..tail.len().saturating_sub(16));
         }
-        stream.write_all(b"\0\x01\0\x04\0\0\0\0").unwrap();
+        stream.write_all(answer).unwrap();
     });
 }
 
@@ -168,6 +175,51 @@ fn a_migration_to_a_qemu_keeps_to_what_is_asked() {
     for words in ["--fresh", "--reconnect 3", "--two-way", "--compress zstd", "--downtime 2000001"]
     {
         send(words).output().expect_exit(Exit::Usage);
+    }
+}
+
+#[test]
+fn what_went_to_a_qemu_is_called_no_more_than_that() {
+    if !require_all(&[Peer::QemuImg]) {
+        return;
+    }
+    let scratch = Scratch::new();
+    make(&scratch, "s.qcow2", 2 << 20).bitmap("b", 65536).done();
+    let send = |words: &str| {
+        let run = bitferry().dir(scratch.dir()).words("send --dialect qemu --no-blocks --disk");
+        run.arg("d=s.qcow2").words(words)
+    };
+    let said = send("--no-verify file:stream").output().expect_exit(Exit::Done).text();
+    assert!(said.contains("sent, not confirmed") && !said.contains("stored"), "{said}");
+    answering(&scratch.path("mute"), b"");
+    let output = send("unix:mute").output().expect_exit(Exit::Unknown);
+    let complaint = output.complaint();
+    assert!(complaint.contains("query-migrate") && !complaint.contains("it asks"), "{complaint}");
+    let complaint = send("unix:nobody").output().expect_exit(Exit::Transport).complaint();
+    assert!(complaint.contains("-incoming"), "{complaint}");
+}
+
+#[test]
+fn a_migration_to_a_qemu_that_does_not_read_is_called_off() {
+    let scratch = Scratch::new();
+    let disk = disk(&scratch);
+    for is_asked in [true, false] {
+        let (control, qemu) = (scratch.path("send.control"), scratch.path("qemu"));
+        let listener = UnixListener::bind(&qemu).unwrap();
+        let run = bitferry().words("send --dialect qemu:7.2 --disk").arg(&disk);
+        let sending = run.arg("--control").arg(unix(&control)).arg(unix(&qemu)).spawn();
+        let _held = listener.accept().unwrap();
+        wait_for(&control, "active");
+        let begun = Instant::now();
+        if is_asked {
+            ask(&control, "migrate-cancel", &[]);
+        } else {
+            sending.signal(Signal::INT);
+        }
+        let output = sending.wait();
+        assert_eq!(output.code(), Some(130), "{output}");
+        assert!(begun.elapsed() < Duration::from_secs(15), "{:?}", begun.elapsed());
+        std::fs::remove_file(&qemu).unwrap();
     }
 }
 

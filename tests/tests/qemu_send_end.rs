@@ -8,6 +8,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use bitferry::connect::{self, Dial as _};
 use bitferry::qemu::outgoing::{self, Options};
 use bitferry::report::{BitmapOutcome, Status};
 use bitferry::{Observer, Silent, exit_status};
@@ -259,8 +260,11 @@ fn a_silent_peer_is_waited_for_once() {
     // It never reads.
     let mut options = contents_of(&[("d", &source)]);
     options.workers = NonZeroUsize::new(3);
-    let (ours, _theirs) = UnixStream::pair().unwrap();
-    let connection = connection_with(ours, patience);
+    let mute = scratch.path("mute");
+    let _listener = UnixListener::bind(&mute).unwrap();
+    let uri = format!("unix:{}", mute.display()).parse().unwrap();
+    let transport = connect::Options { idle: patience, ..connect::Options::default() };
+    let connection = connect::dial(&uri, &transport).unwrap().dial().unwrap();
     let error = once(patience, || outgoing::run(connection, &options, &Silent)).unwrap_err();
     assert_eq!(error.exit_status(), 4, "{error}");
     // It waits for more connections.
