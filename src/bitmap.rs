@@ -156,8 +156,8 @@ pub fn repair(image: &Path, repair: Repair) -> Result<Repaired> {
 pub fn doubt(image: &Path) -> Option<String> {
     (!is_named_qcow2(image)).then(|| {
         format!(
-            "{} is taken for qcow2 because of its content, which the guest of a raw disk could have \
-             written; a raw disk has been changed for its guest now",
+            "{} is taken for qcow2 because of its content, which the guest of a raw disk could \
+             have written; a raw disk has been changed for its guest now",
             image.display()
         )
     })

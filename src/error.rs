@@ -88,10 +88,28 @@ pub enum Error {
         /// The disk's name on the wire.
         name: String,
     },
+    /// A migration of another session was proved there, and its source has not said yet whether it
+    /// is to be published. Nothing was done.
+    #[error(
+        "{} was proved for another migration, which has not said yet whether to publish it \
+         (--fresh at the destination gives that up)",
+        .path.display()
+    )]
+    Awaited {
+        /// The destination's final name.
+        path: PathBuf,
+    },
     /// Somebody else has written to what was proved, or to what it stands on, before it had its
     /// final name. It did not get it.
     #[error("{} was changed by somebody else after it was proved", .path.display())]
     Changed {
+        /// The file that was written to.
+        path: PathBuf,
+    },
+    /// Somebody has written to the source while it was read, without asking for a lock: what was
+    /// read need not be what it was at any moment. Nothing was published.
+    #[error("{} was written to while it was read, by a program that takes no locks", .path.display())]
+    SourceChanged {
         /// The file that was written to.
         path: PathBuf,
     },
@@ -233,10 +251,13 @@ impl Error {
             Self::Unfit { .. } => Blame::PeerBehaviour,
             Self::WouldLose { .. } => Blame::WouldLose,
             Self::Exists { .. }
+            | Self::Awaited { .. }
             | Self::NoSpace { .. }
             | Self::TooLarge { .. }
             | Self::File { .. } => Blame::Device,
-            Self::ProofMismatch { .. } | Self::Changed { .. } => Blame::Mismatch,
+            Self::ProofMismatch { .. } | Self::Changed { .. } | Self::SourceChanged { .. } => {
+                Blame::Mismatch
+            }
             Self::HalfPublished { source, .. } => source.blame(),
             Self::Interrupted => Blame::Caller,
             Self::NotConverged(_) => Blame::Transport,
@@ -291,6 +312,9 @@ impl Error {
             Self::Exists { .. } => {
                 "use --force to replace it at the end, or --in-place to write into it".into()
             }
+            Self::Awaited { .. } => "the commands of that migration, given again, settle it; \
+                 receive --fresh gives it up and begins anew"
+                .into(),
             Self::NotQcow2 { .. } => "a raw disk has bitmaps in an overlay: copy it with -O qcow2 \
                  -o data_file=FILE,data_file_raw=on"
                 .into(),
@@ -307,6 +331,7 @@ impl Error {
             Self::Changed { .. } => {
                 "find out who writes there; the same commands send again what it changed".into()
             }
+            Self::SourceChanged { .. } => SOURCE_CHANGED.into(),
             Self::HalfPublished { source, .. } if matches!(**source, Self::Changed { .. }) => {
                 "begin all of them anew, with --fresh at both sides and --force".into()
             }
@@ -344,13 +369,10 @@ impl Error {
                 "somebody stopped it there; the same commands go on where this stopped".into()
             }
             Self::Stream(Stream::Peer { blame, .. }) => peer_hint(*blame).into(),
+            Self::Qemu(error) if error.hint().is_some() => error.hint()?.into(),
             Self::Control { command, is_unknown, .. } => control_hint(command, *is_unknown).into(),
             _ if is_full(self) => "free some room or choose another place".into(),
-            _ if has_cause(self, &[io::ErrorKind::FileTooLarge]) => {
-                "no file may grow so large: raise the limit (`ulimit -f`), or choose a file system \
-                 that can hold it"
-                    .into()
-            }
+            _ if has_cause(self, &[io::ErrorKind::FileTooLarge]) => FILE_LIMIT.into(),
             _ => return self.transport()?.0,
         };
         Some(text)
@@ -376,6 +398,14 @@ impl Error {
     }
 }
 
+/// What to do where somebody writes to the source.
+const SOURCE_CHANGED: &str = "nothing was published: once nobody writes there, give the same \
+     command again; it goes on with what is kept, and reads again what has changed";
+
+/// What to do where a file may not grow.
+const FILE_LIMIT: &str = "no file may grow so large: raise the limit (`ulimit -f`), or choose a \
+     file system that can hold it";
+
 /// What to do where each side by itself may be right.
 const UNFIT: &str = "the options of both sides must fit together";
 
@@ -395,7 +425,8 @@ fn peer_hint(blame: Blame) -> &'static str {
             "leave out what it cannot keep, or choose a destination that can keep it"
         }
         Blame::Mismatch => {
-            "storage or memory returned other bytes than were written; check the destination's"
+            "either somebody writes to the source, or storage or memory returned other bytes than \
+             were written: check the destination's"
         }
     }
 }

@@ -12,8 +12,13 @@ use std::fs::{File, Metadata};
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::sync::Arc;
 
 use format_spec::native::session::derive;
+use qcow2_file::HostFile;
+
+use crate::disk::Disk;
+use crate::{Error, Result};
 
 /// Says which host this is, where there is such a file.
 const MACHINE_ID: &str = "/etc/machine-id";
@@ -41,6 +46,11 @@ impl FileFacts {
     /// Of an open file.
     pub fn of(file: &File) -> io::Result<Self> {
         file.metadata().map(Self::from)
+    }
+
+    /// The same file, whatever is written to it.
+    pub(crate) fn anyhow(self) -> Self {
+        Self { len: 0, modified: (0, 0), changed: (0, 0), ..self }
     }
 
     /// What is told of it by a [`Stamp`].
@@ -95,6 +105,35 @@ impl From<Metadata> for FileFacts {
             changed: (m.ctime(), m.ctime_nsec()),
         }
     }
+}
+
+/// A disk's files as they were when it was opened: what shows that one was written to by somebody
+/// who does not ask for locks. A device does not show it.
+#[derive(Debug)]
+pub(crate) struct Opened(Vec<(Arc<HostFile>, Stamp)>);
+
+impl Opened {
+    /// As they are now.
+    pub(crate) fn of(disk: &Disk) -> Result<Self> {
+        let files = disk.files().filter(|file| !file.is_device());
+        let files = files.map(|file| Ok((Arc::clone(file), stamp_of_open(file)?)));
+        files.collect::<Result<_>>().map(Self)
+    }
+
+    /// Fails where one of them is not as it was.
+    pub(crate) fn check(&self) -> Result<()> {
+        for (file, before) in &self.0 {
+            if stamp_of_open(file)? != *before {
+                return Err(Error::SourceChanged { path: file.path().to_owned() });
+            }
+        }
+        Ok(())
+    }
+}
+
+fn stamp_of_open(file: &HostFile) -> Result<Stamp> {
+    let failed = |source| Error::File { action: "look at", path: file.path().into(), source };
+    Ok(FileFacts::of(file.file()).map_err(failed)?.stamp())
 }
 
 /// What the file of a name is like. It is not opened.

@@ -1,6 +1,15 @@
 //! How a long operation is watched and stopped.
 
 use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use mig_core::heart::Heart;
+use mig_core::transport::HangUp;
+
+/// How often it is looked whether the user wants to stop, while a peer is waited for.
+const LOOK_INTERVAL: Duration = Duration::from_millis(100);
+
+use crate::report::BitmapReport;
 
 /// Where a long operation is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -56,10 +65,41 @@ pub trait Observer: Send + Sync {
     /// Something the user should know that is not an error: one sentence, no full stop.
     fn warning(&self, _message: &str) {}
 
+    /// So many bytes have gone over the wire, in all attempts together. Told of what fails, before
+    /// its error: of what succeeds the report says it.
+    fn wire(&self, _bytes: u64) {}
+
+    /// Bitmaps that the disk `id` has here and that cannot be trusted. Told of what fails, before
+    /// its error: of what succeeds the report says it.
+    fn invalidated(&self, _id: &str, _bitmaps: &[BitmapReport]) {}
+
     /// Whether to stop. Polled at least once per MiB of data. What was begun is undone.
     fn is_cancelled(&self) -> bool {
         false
     }
+}
+
+/// Calls `body`, and hangs up the line when the observer wants to stop, or when that takes longer
+/// than `limit`: for peers that say nothing.
+pub(crate) fn interruptible<T>(
+    observer: &dyn Observer,
+    line: &dyn HangUp,
+    limit: Option<Duration>,
+    body: impl FnOnce() -> T,
+) -> T {
+    let end = limit.and_then(|limit| Instant::now().checked_add(limit));
+    let over = Heart::new();
+    std::thread::scope(|scope| {
+        let _stopping = over.stop_on_drop();
+        scope.spawn(|| {
+            over.run(LOOK_INTERVAL, || {
+                if observer.is_cancelled() || end.is_some_and(|end| Instant::now() >= end) {
+                    line.hang_up();
+                }
+            });
+        });
+        body()
+    })
 }
 
 /// Watches nothing and never stops.

@@ -138,6 +138,24 @@ impl DiskReport {
         Self { bytes_data: 0, bytes_zero: 0, content_hash, verified, bitmaps, ..self }
     }
 
+    /// Says of an unproved disk why nobody read it back here: its source sent no proof, and this
+    /// side's user did not do without one.
+    pub(crate) fn unproved_by_source(mut self) -> Self {
+        let reason = "the source sent no proof (send --no-verify)";
+        let claimed =
+            |b: &&mut BitmapReport| b.outcome == BitmapOutcome::Preserved && b.reason.is_none();
+        let is_unproved = self.is_unproved();
+        for bitmap in self.bitmaps.iter_mut().filter(claimed).filter(|_| is_unproved) {
+            (bitmap.outcome, bitmap.reason) = (BitmapOutcome::Sent, Some(reason.to_owned()));
+        }
+        self
+    }
+
+    /// Whether nobody held its content against anything, though content was moved.
+    pub(crate) fn is_unproved(&self) -> bool {
+        self.verified == Verified::No && !self.not_carried.iter().any(|what| what == ONLY_BITMAPS)
+    }
+
     /// Claims of bitmaps no more than was seen, by what was seen of the disk.
     pub(crate) fn only_seen(mut self) -> Self {
         use BitmapOutcome::{Dropped, Preserved, Sent};

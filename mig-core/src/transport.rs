@@ -36,6 +36,13 @@ pub trait HangUp: Send + Sync {
     /// Ends both directions. Whoever waits in a read or write is woken with an error or the end of
     /// the stream. Idempotent.
     fn hang_up(&self);
+
+    /// Why the transport failed, where it says so outside of reads and writes: a socket that was
+    /// reset after the peer had closed it, which tells that it had not read all that was sent.
+    /// Asking may clear it.
+    fn fault(&self) -> Option<io::Error> {
+        None
+    }
 }
 
 /// What a transport can carry.
@@ -131,6 +138,10 @@ impl HangUp for UnixStream {
     fn hang_up(&self) {
         // It may have ended already.
         let _ = self.shutdown(Shutdown::Both);
+    }
+
+    fn fault(&self) -> Option<io::Error> {
+        self.take_error().ok().flatten()
     }
 }
 

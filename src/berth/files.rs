@@ -17,11 +17,11 @@ use super::receipt::Receipt;
 use super::recover::{Half, give_up, recover};
 use super::room::{self, Need};
 use super::size;
-use super::trace::{Trace, state};
+use super::trace::{Trace, of_another, state};
 use super::unfinished::{NewDisk, NewKind, publish_together};
 use crate::copy::{DataFileTarget, Format, Shape, TargetOptions};
 use crate::incoming::{Destination, Introduced, Place, SessionId, Wanted};
-use crate::publish::hold;
+use crate::publish::{hold, left_bytes};
 use crate::{Error, Observer, Renames, Result, Silent};
 
 /// Where one disk goes, as the user configured it.
@@ -140,6 +140,11 @@ impl Files {
             return self.disks.iter().try_for_each(anew).map(|()| SessionState::Fresh);
         }
         self.finish()?;
+        for disk in &self.disks {
+            if of_another(disk, session)? == Some(true) {
+                return Err(Error::Awaited { path: disk.path.clone() });
+            }
+        }
         let traces = self.disks.iter().map(|disk| Trace::of(disk, session));
         Ok(state(&traces.collect::<Result<Vec<_>>>()?, self.options.resumes()))
     }
@@ -192,7 +197,7 @@ impl Files {
         size::check(name, &new)?;
         new.session = (!self.options.keeps_nothing).then_some(state.session);
         (new.resumes, new.is_fresh) = (self.options.resumes(), state.is_fresh);
-        let (found, options) = (state.found, self.options);
+        let (session, found, options) = (state.session, state.found, self.options);
         drop(state);
         let known = match found {
             SessionState::Ready => Some(Known::prepared(&new, disk.format)?.ok_or_else(|| {
@@ -203,10 +208,23 @@ impl Files {
             _ => None,
         };
         let held = self.clear(&new)?;
+        self.tell_what_goes(disk, session)?;
         let place =
             Arc::new(FilePlace::open((disk, &new), (known, held), options, &self.observer)?);
         self.lock().places.push(Arc::clone(&place));
         Ok(place)
+    }
+
+    /// What another session has sent so far goes: its user may not know that it is another one.
+    fn tell_what_goes(&self, disk: &DiskPlace, session: SessionId) -> Result<()> {
+        if !self.options.is_fresh && of_another(disk, session)?.is_some() {
+            let (path, bytes) = (disk.path.display(), left_bytes(&disk.path));
+            self.observer.warning(&format!(
+                "another migration had left {bytes} bytes of {path}, which are thrown away: only \
+                 the same source, sent to the same address, goes on with what is there"
+            ));
+        }
+        Ok(())
     }
 
     /// What exists is replaced only where that was asked for, and nobody uses it. It is held until

@@ -109,6 +109,22 @@ impl Log {
         }
     }
 
+    /// Makes a journal that differs from `identity` in its session alone that one's. Whoever goes on
+    /// with it holds all that it claims against the source.
+    pub(crate) fn adopt(&self, identity: &Identity) -> Result<()> {
+        let of = |found: &Identity| (found.size, found.target.clone());
+        let is_other = |found: &Replayed| {
+            found.identity != *identity
+                && of(&found.identity) == of(identity)
+                && !found.is_committing
+        };
+        let Some(found) = self.peek()?.filter(is_other) else { return Ok(()) };
+        let found = Replayed { identity: identity.clone(), prepared: None, ..found };
+        let Some(mut journal) = self.resume(found)? else { return Ok(()) };
+        journal.rewrite(self.anew()?)?;
+        self.replace()
+    }
+
     /// Goes on with a journal that was found.
     pub(crate) fn resume(&self, replayed: Replayed) -> Result<Option<Journal>> {
         let Some(file) = self.open()? else { return Ok(None) };

@@ -57,6 +57,16 @@ impl Trace {
     }
 }
 
+/// Whether a migration of another session left something unfinished at the place of a disk; then
+/// whether all of it was proved, so that it waits for that session's last word.
+pub(super) fn of_another(disk: &DiskPlace, session: [u8; 16]) -> Result<Option<bool>> {
+    let found = Log::beside(&disk.path)?.peek()?.filter(|found| found.identity.session != session);
+    let Some(found) = found else { return Ok(None) };
+    // What nobody proved its own session begins anew, too.
+    let is_proved = found.prepared.is_some_and(|proved| proved.root != UNPROVED);
+    Ok(is_begun(&disk.path)?.then_some(is_proved))
+}
+
 /// What all disks together amount to, where attempts leave something. One does not speak for the
 /// others.
 pub(crate) fn state(traces: &[Trace], keeps: bool) -> SessionState {

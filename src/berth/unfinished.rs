@@ -97,7 +97,8 @@ impl<'a> NewDisk<'a> {
         }
     }
 
-    fn identity(&self, session: [u8; 16]) -> Identity {
+    /// What its journal is of, in that session.
+    pub(crate) fn identity(&self, session: [u8; 16]) -> Identity {
         Identity { session, size: self.size, target: self.target() }
     }
 }

@@ -42,6 +42,14 @@ impl DialectArg {
         }
     }
 
+    /// The version, where it is said.
+    pub(crate) fn version(self) -> Option<Version> {
+        match self {
+            Self::Native | Self::Qemu(None) => None,
+            Self::Qemu(version) => version,
+        }
+    }
+
     /// Refuses to receive what a source of that version cannot send. The bytes do not tell that
     /// somebody migrates with `-i`; whether a version can, is known.
     pub(crate) fn check_source(self, shared_base: bool) -> Result<()> {
@@ -96,7 +104,7 @@ pub(crate) struct QemuArgs {
 pub(crate) struct Uuid(pub(crate) [u8; 16]);
 
 /// Hexadecimal digits with dashes or without.
-fn uuid(text: &str) -> Result<Uuid, String> {
+pub(crate) fn uuid(text: &str) -> Result<Uuid, String> {
     let digits: String = text.chars().filter(|c| *c != '-').collect();
     let number = u128::from_str_radix(&digits, 16).ok();
     let is_plain = digits.len() == 32 && digits.bytes().all(|b| b.is_ascii_hexdigit());

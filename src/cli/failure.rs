@@ -47,7 +47,10 @@ fn hint(error: &Error) -> String {
         return hint;
     }
     match error {
-        Error::Interrupted => "the same command goes on where this one stopped",
+        Error::Interrupted => {
+            "the same command goes on where this one stopped; with a QEMU at the other end it \
+             begins anew"
+        }
         _ => match error.blame() {
             Blame::Caller => "`bitferry help` and `bitferry help VERB` show what can be asked for",
             Blame::Bytes => "the input is damaged; make a new one or take an older copy",

@@ -24,6 +24,7 @@ mod receive;
 mod remote;
 mod send;
 mod size;
+mod so_far;
 mod state_dir;
 mod supervise;
 mod table;

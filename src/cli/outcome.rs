@@ -10,6 +10,7 @@ use bitferry::{Blame, Error, Report, connect};
 use mig_core::stream;
 
 use super::size::{human, human_time};
+use super::so_far::SoFar;
 use super::{NOT_PRESERVED, Outcome, Output, UNKNOWN, table};
 
 /// Of a whole migration. `done` says what was done, in two or three words.
@@ -164,21 +165,27 @@ pub(crate) fn failed(
     output: &Output,
 ) -> bitferry::Result<()> {
     match result {
-        Err(error) if output.is_json => output.summary(&failure(error, started, asked)),
+        Err(error) if output.is_json => {
+            output.summary(&failure(error, started, asked, &output.so_far))
+        }
         _ => Ok(()),
     }
 }
 
 /// The summary of an operation that is not waited for any more.
-pub(crate) fn interrupted(started: Instant, asked: &[Asked]) -> Report {
-    failure(&Error::Interrupted, started, asked)
+pub(crate) fn interrupted(started: Instant, asked: &[Asked], so_far: &SoFar) -> Report {
+    failure(&Error::Interrupted, started, asked, so_far)
 }
 
-fn failure(error: &Error, started: Instant, asked: &[Asked]) -> Report {
+fn failure(error: &Error, started: Instant, asked: &[Asked], so_far: &SoFar) -> Report {
     let elapsed_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
     let is_only = asked.len() == 1;
-    let disks = asked.iter().map(|disk| disk.report(error, is_only)).collect();
-    Report { disks, ..Report::failure(error, elapsed_ms) }
+    let disk = |disk: &Asked| {
+        let bitmaps = so_far.bitmaps(&disk.id, is_only);
+        DiskReport { bitmaps, ..disk.report(error, is_only) }
+    };
+    let (disks, wire_bytes) = (asked.iter().map(disk).collect(), so_far.wire_bytes());
+    Report { disks, wire_bytes, ..Report::failure(error, elapsed_ms) }
 }
 
 /// What became of one disk.

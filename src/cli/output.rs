@@ -3,6 +3,7 @@
 use std::fmt::Display;
 use std::io::{self, IsTerminal as _, Write as _};
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde::Serialize;
@@ -10,6 +11,7 @@ use serde::Serialize;
 use super::args::{Common, When};
 use super::failure::{Failure, one_line};
 use super::interrupt;
+use super::so_far::SoFar;
 use super::watch::Summary;
 
 /// Where results go and in which form. A reader that went away is not an error: what is still to
@@ -28,6 +30,8 @@ pub(crate) struct Output {
     is_closed: AtomicBool,
     /// Whether anything was written, a document or its beginning.
     has_spoken: AtomicBool,
+    /// What a failure is told with.
+    pub(crate) so_far: Arc<SoFar>,
 }
 
 /// Whether the user's environment allows colour (<https://no-color.org>).
@@ -56,6 +60,7 @@ impl Output {
             uses_stderr,
             is_closed: AtomicBool::new(false),
             has_spoken: AtomicBool::new(false),
+            so_far: Arc::default(),
         }
     }
 
@@ -69,6 +74,7 @@ impl Output {
             uses_stderr,
             is_closed: AtomicBool::new(false),
             has_spoken: AtomicBool::new(false),
+            so_far: Arc::default(),
         }
     }
 
@@ -127,6 +133,7 @@ impl Output {
         Self {
             is_closed: AtomicBool::new(self.is_closed.load(Ordering::Relaxed)),
             has_spoken: AtomicBool::new(true),
+            so_far: Arc::clone(&self.so_far),
             ..*self
         }
     }

@@ -14,7 +14,7 @@ use bitferry::copy::{BitmapSelection, Rename};
 use bitferry::options::{BackingOption, DiskOption};
 use bitferry::receive::{self, Arrivals, ReceiveOptions};
 
-use super::dialect::DialectArg;
+use super::dialect::{DialectArg, Uuid, uuid};
 use super::outcome::{Asked, Peer};
 use super::state_dir::StateDirArgs;
 use super::transport::TransportArgs;
@@ -82,13 +82,20 @@ pub(crate) struct ReceiveArgs {
     /// Give a bitmap another name here, on the disk NODE or on all; may be repeated
     #[arg(long, value_name = "[NODE/]OLD=NEW")]
     pub(crate) rename_bitmap: Vec<Rename>,
-    /// Do not insist on the proof: the source decides
+    /// Do not hash what arrives: a cut means to begin again, and whether what is complete is read
+    /// back is for the source to say
     #[arg(long)]
     pub(crate) no_verify: bool,
     /// What the source must speak: native, or qemu:VERSION with the older of its QEMU's version and
     /// its machine type's; recognised unless given
     #[arg(long, value_name = "native|qemu[:VERSION]", help_heading = "From a QEMU")]
     pub(crate) dialect: Option<DialectArg>,
+    /// Machine type that the source must have
+    #[arg(long, value_name = "NAME", help_heading = "From a QEMU")]
+    pub(crate) machine: Option<String>,
+    /// UUID that the source's machine must have; it says it with the capability validate-uuid
+    #[arg(long, value_parser = uuid, help_heading = "From a QEMU")]
+    pub(crate) uuid: Option<Uuid>,
     /// The source migrates with -i: what it does not send is in the images already
     #[arg(long, help_heading = "From a QEMU")]
     pub(crate) shared_base: bool,
@@ -130,6 +137,9 @@ fn go(args: ReceiveArgs, watch: &Watch<'_>, output: &Output) -> Outcome {
         renames: args.rename_bitmap,
         no_verify: args.no_verify,
         dialect: args.dialect.map(DialectArg::dialect),
+        qemu_version: args.dialect.and_then(DialectArg::version),
+        machine: args.machine,
+        uuid: args.uuid.map(|uuid| uuid.0),
         shared_base: args.shared_base,
         max_channels: args.channels.unwrap_or(MAX_CHANNELS),
         reconnect: args.transport.reconnect()?,

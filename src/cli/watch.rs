@@ -7,12 +7,14 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
+use bitferry::report::BitmapReport;
 use bitferry::{Observer, Phase};
 use mig_core::meter::Meter;
 
 use super::outcome::{self, Asked};
 use super::output::Output;
 use super::progress::Bar;
+use super::so_far::SoFar;
 use super::{failure, interrupt};
 
 /// Time between two progress events: a program that draws its own bar needs no more.
@@ -25,6 +27,7 @@ pub(crate) struct Watch<'a> {
     bar: Option<Bar>,
     is_quiet: bool,
     is_interrupted: Arc<AtomicBool>,
+    so_far: Arc<SoFar>,
     state: Mutex<State>,
 }
 
@@ -72,7 +75,7 @@ impl<'a> Watch<'a> {
         let last_word = move || {
             if twin.is_json {
                 // Who does not hear it sees the exit status.
-                let _ = twin.summary(&outcome::interrupted(started, &asked));
+                let _ = twin.summary(&outcome::interrupted(started, &asked, &twin.so_far));
             }
             say_that_it_ended();
         };
@@ -96,6 +99,7 @@ impl<'a> Watch<'a> {
             bar: output.shows_progress.then(|| Bar::new(has_proof)),
             is_quiet: output.is_quiet,
             is_interrupted,
+            so_far: Arc::clone(&output.so_far),
             state: Mutex::new(State { phase: Phase::Plan, last_event: None, met: None }),
         }
     }
@@ -182,6 +186,14 @@ impl Observer for Watch<'_> {
             // Not `eprintln`, which panics where nobody reads.
             None => _ = writeln!(std::io::stderr(), "{line}"),
         }
+    }
+
+    fn wire(&self, bytes: u64) {
+        self.so_far.wire(bytes);
+    }
+
+    fn invalidated(&self, id: &str, bitmaps: &[BitmapReport]) {
+        self.so_far.invalidated(id, bitmaps);
     }
 
     fn is_cancelled(&self) -> bool {

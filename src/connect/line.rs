@@ -14,7 +14,9 @@ use mig_core::transport::HangUp;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
-use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags, Shutdown, recv, sendmsg, shutdown};
+use rustix::net::{
+    RecvFlags, SendAncillaryBuffer, SendFlags, Shutdown, recv, sendmsg, shutdown, sockopt,
+};
 
 use super::error::{Error, Result};
 
@@ -209,6 +211,11 @@ impl HangUp for Line {
             Kind::Other => {}
         }
     }
+
+    fn fault(&self) -> Option<io::Error> {
+        let state = self.is_socket().then(|| sockopt::socket_error(&self.fd))?;
+        Some(state.ok()?.err()?.into())
+    }
 }
 
 /// What the peer sends.
@@ -265,6 +272,10 @@ pub(super) struct Ends(pub(super) Vec<Arc<dyn HangUp>>);
 impl HangUp for Ends {
     fn hang_up(&self) {
         self.0.iter().for_each(|end| end.hang_up());
+    }
+
+    fn fault(&self) -> Option<io::Error> {
+        self.0.iter().find_map(|end| end.fault())
     }
 }
 

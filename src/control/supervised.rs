@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use mig_core::meter::Meter;
 
 use super::{Controlled, Refused};
+use crate::report::BitmapReport;
 use crate::status::{Migration, Status};
 use crate::{Error, Observer, Phase};
 
@@ -110,6 +111,14 @@ impl Observer for Supervised<'_> {
 
     fn warning(&self, message: &str) {
         self.inner.warning(message);
+    }
+
+    fn wire(&self, bytes: u64) {
+        self.inner.wire(bytes);
+    }
+
+    fn invalidated(&self, id: &str, bitmaps: &[BitmapReport]) {
+        self.inner.invalidated(id, bitmaps);
     }
 
     fn is_cancelled(&self) -> bool {

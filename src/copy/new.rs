@@ -24,6 +24,7 @@ use crate::berth::{Half, Log, NewDisk, NewKind, Unfinished, publish_together, re
 use crate::carry::Asked;
 use crate::facts::{Facts, FileFacts, host};
 use crate::observe::Progress;
+use crate::publish::Draft;
 use crate::report::Verified;
 use crate::{Error, Observer, Phase, Result, preserve};
 
@@ -31,7 +32,13 @@ use crate::{Error, Observer, Phase, Result, preserve};
 /// What an error leaves is gone on with by the same command, where there is a journal and the error
 /// is not in the source's bytes.
 pub(super) fn copy(job: &Job<'_>, observer: &dyn Observer) -> Result<Done> {
-    let unfinished = Unfinished::open(&disk(job)?)?;
+    let disk = disk(job)?;
+    if job.adopts()
+        && let Some(_held) = Draft::reopen(disk.path)?
+    {
+        Log::beside(disk.path)?.adopt(&disk.identity(job.session))?;
+    }
+    let unfinished = Unfinished::open(&disk)?;
     let is_kept = unfinished.keeper().is_some();
     let done = finish(job, &unfinished, observer);
     match &done {
@@ -54,6 +61,7 @@ fn finish(job: &Job<'_>, unfinished: &Unfinished, observer: &dyn Observer) -> Re
     observer.phase(Phase::Seal);
     unfinished.seal(&stored)?;
     let proof = prove::new_destination(job, unfinished, &moved, &stored, observer)?;
+    job.source.check_unchanged()?;
     if proof.verified == Verified::Mismatch {
         unfinished.forsake()?;
     } else {
@@ -100,7 +108,7 @@ fn disk<'a>(job: &'a Job<'_>) -> Result<NewDisk<'a>> {
         session: Some(job.session),
         resumes: resumes(job),
         is_fresh: job.options.fresh,
-        wishes: String::new(),
+        wishes: job.command.clone(),
     })
 }
 
@@ -143,9 +151,24 @@ pub(super) fn resumes(job: &Job<'_>) -> bool {
 
 /// The session of a copy, by its source as it is now.
 pub(super) fn session(options: &CopyOptions, source: &Source, target: &Target) -> Result<[u8; 16]> {
+    derived(options, source, target, |facts| facts)
+}
+
+/// What the sessions of a command have in common, whatever is written to its source.
+pub(super) fn command(options: &CopyOptions, source: &Source, target: &Target) -> Result<String> {
+    let id = derived(options, source, target, FileFacts::anyhow)?;
+    Ok(format!("{:032x}", u128::from_be_bytes(id)))
+}
+
+fn derived(
+    options: &CopyOptions,
+    source: &Source,
+    target: &Target,
+    seen: impl Fn(FileFacts) -> FileFacts,
+) -> Result<[u8; 16]> {
     let failed = |path: PathBuf| move |source| Error::File { action: "look at", path, source };
     let facts = |file: &Arc<qcow2_file::HostFile>| {
-        FileFacts::of(file.file()).map_err(failed(file.path().to_owned()))
+        FileFacts::of(file.file()).map(&seen).map_err(failed(file.path().to_owned()))
     };
     let files = source.disk.files().map(facts).collect::<Result<_>>()?;
     let destination = &options.destination;
@@ -198,7 +221,13 @@ pub(super) fn move_data(
     let recorded = Recorded { source: &*blocks, runs: &job.runs };
     let source = Metered { source: &recorded, meter: &job.options.meter, observer };
     let moved = transfer(&source, sink, &options, &progress)?;
-    job.source.check_unchanged(observer)?;
+    if let Err(changed) = job.source.check_unchanged() {
+        // Most of it is as it was: that need not be copied again.
+        let checkpoint =
+            |keeper: &Keeper| keeper.checkpoint(|| sink.sync().map_err(block_mig::Error::Sink));
+        keeper.map_or(Ok(()), checkpoint)?;
+        return Err(changed);
+    }
     progress.end();
     Ok(moved)
 }

@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use super::bitmaps::{self, BitmapPlan};
 use super::in_place;
-use super::new::session;
+use super::new::{self, command, session};
 use super::options::{BackingChoice, CopyOptions, Format};
 use super::receipt;
 use super::resolve::Source;
@@ -85,6 +85,8 @@ pub(super) struct Job<'a> {
     pub(super) not_carried: Vec<String>,
     /// Which copy this is, by the source as it was before it was read.
     pub(super) session: [u8; 16],
+    /// Which command this is, whatever is written to the source.
+    pub(super) command: String,
     /// What stands in the way, the most telling first.
     pub(super) refusals: Vec<Error>,
     places: Places,
@@ -120,6 +122,7 @@ impl<'a> Job<'a> {
             options,
             not_carried: not_carried(options, &source, &target, &found),
             session: session(options, &source, &target)?,
+            command: command(options, &source, &target)?,
             survey: found,
             runs,
             space: Space::default(),
@@ -139,6 +142,12 @@ impl<'a> Job<'a> {
             true => Ok(()),
             false => Err(self.refusals.swap_remove(0)),
         }
+    }
+
+    /// Whether what a run of this command left is gone on with that found the source otherwise: it
+    /// is held against the source as it is now.
+    pub(super) fn adopts(&self) -> bool {
+        new::resumes(self) && !self.options.fresh
     }
 
     /// Lets go of what is to be replaced, for who takes it anew.

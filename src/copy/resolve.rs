@@ -9,10 +9,11 @@ use block_mig::device::{AboveSource, ChainSource};
 use block_mig::plan::Scope;
 use mig_core::block::BlockSource;
 use qcow2_file::chain::{Backing, has_protocol, named_path};
-use qcow2_file::{Access, HostFile, Opener, Storage};
+use qcow2_file::{Access, HostFile, Opener};
 
 use super::options::{BackingChoice, CopyOptions, Format};
 use crate::disk::{Disk, Request};
+use crate::facts::Opened;
 use crate::publish::{directory, leads_elsewhere};
 use crate::{Error, Observer, Result};
 
@@ -35,24 +36,7 @@ pub(super) struct Source {
     pub(super) disk: Disk,
     pub(super) kept: Option<Kept>,
     /// Its files as they were when it was opened.
-    opened: Vec<FileState>,
-}
-
-/// What shows that a file was changed by somebody who does not ask for locks.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct FileState {
-    len: u64,
-    /// Seconds and nanoseconds; a device has none that tells.
-    modified: Option<(i64, i64)>,
-}
-
-impl FileState {
-    fn of(file: &HostFile) -> Result<Self> {
-        let failed = |source| Error::File { action: "look at", path: file.path().into(), source };
-        let found = file.file().metadata().map_err(failed)?;
-        let modified = (!file.is_device()).then(|| (found.mtime(), found.mtime_nsec()));
-        Ok(Self { len: file.len().map_err(failed)?, modified })
-    }
+    opened: Opened,
 }
 
 impl Source {
@@ -127,31 +111,13 @@ impl Source {
     }
 
     fn new(disk: Disk, kept: Option<Kept>) -> Result<Self> {
-        let opened = disk.files().map(|file| FileState::of(file)).collect::<Result<_>>()?;
-        Ok(Self { disk, kept, opened })
+        Ok(Self { opened: Opened::of(&disk)?, disk, kept })
     }
 
-    /// Looks whether the source is still what was opened: beyond the end of a file that was cut
-    /// everything reads as zero, and nobody would see that.
-    pub(super) fn check_unchanged(&self, observer: &dyn Observer) -> Result<()> {
-        for (file, before) in self.disk.files().zip(&self.opened) {
-            let now = FileState::of(file)?;
-            if now.len < before.len {
-                let source = io::Error::new(
-                    io::ErrorKind::UnexpectedEof,
-                    format!("it was cut from {} to {} bytes meanwhile", before.len, now.len),
-                );
-                return Err(Error::File { action: "read", path: file.path().into(), source });
-            }
-            if now != *before {
-                observer.warning(&format!(
-                    "{} was written to while it was copied, by a program that takes no locks; the \
-                     copy is what was read",
-                    file.path().display()
-                ));
-            }
-        }
-        Ok(())
+    /// Fails where the source is not what was opened: what was read of it may be of two moments,
+    /// and beyond the end of a file that was cut everything reads as zero.
+    pub(super) fn check_unchanged(&self) -> Result<()> {
+        self.opened.check()
     }
 
     /// What is to be moved, as a disk.

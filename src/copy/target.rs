@@ -138,9 +138,9 @@ impl Target {
 
     fn in_place(options: &CopyOptions, source: &Source, observer: &dyn Observer) -> Result<Self> {
         if options.target != super::TargetOptions::default() {
-            let reason = "-o options shape new images, and --in-place writes into what exists, with \
-                          the shape and the data file that it has: leave -o out, or make the image \
-                          with `qemu-img create -o` first";
+            let reason = "-o options shape new images, and --in-place writes into what exists, \
+                          with the shape and the data file that it has: leave -o out, or make the \
+                          image with `qemu-img create -o` first";
             return usage(reason.into());
         }
         if source.kept.is_some() {

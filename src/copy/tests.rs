@@ -434,15 +434,33 @@ fn the_same_command_goes_on_after_an_interruption() {
 }
 
 #[test]
-fn another_command_or_a_changed_source_begins_anew() {
+fn a_source_that_was_written_to_since_is_gone_on_with_where_it_is_as_it_was() {
+    let place = Place::new();
+    let mut bytes = vec![7; 5 << 20];
+    fs::write(place.path("s"), &bytes).unwrap();
+    let options = place.options("s", "d");
+    run(&options, &StopAt(Phase::Prove, AtomicU64::new(0))).unwrap_err();
+    bytes[3 << 20] = 8;
+    fs::write(place.path("s"), &bytes).unwrap();
+    // A clock that has not moved on would make it the same session.
+    let later = std::time::SystemTime::now() + std::time::Duration::from_secs(5);
+    fs::File::options().write(true).open(place.path("s")).unwrap().set_modified(later).unwrap();
+    let report = run(&options, &Silent).unwrap();
+    assert!(report.resumed);
+    assert_eq!(report.disks[0].bytes_data, 1 << 20);
+    assert!(are_equal(&place.path("s"), &place.path("d"), false));
+    assert_eq!(place.names(), [".d.bitferry-receipt", "d", "s"]);
+}
+
+#[test]
+fn another_command_or_another_source_begins_anew() {
     let changes: [fn(&Place, &mut CopyOptions); 4] = [
         |_, o| o.fresh = true,
         |_, o| o.target.cluster_size = Some(4096),
         |_, o| o.no_verify = true,
         |place, _| {
-            let bytes = fs::read(place.path("s")).unwrap();
-            fs::remove_file(place.path("s")).unwrap();
-            fs::write(place.path("s"), bytes).unwrap();
+            fs::copy(place.path("s"), place.path("s.new")).unwrap();
+            fs::rename(place.path("s.new"), place.path("s")).unwrap();
         },
     ];
     for (i, change) in changes.into_iter().enumerate() {

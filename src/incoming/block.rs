@@ -136,7 +136,7 @@ impl BlockSection {
 
     fn create(&self, create: &BitmapCreate<'_>, at: &Arrival, to: LoadContext<'_>) -> Result<()> {
         self.name_of(create.disk, create.name)?;
-        let (disk, size) = self.blocks.facts(create.disk, at)?;
+        let (disk, size) = self.blocks.open_facts(create.disk, at)?;
         self.bitmaps.create(create, (&disk, size), at)?;
         if let Some(introduced) = &mut *lock(&self.introduced) {
             let bitmap = (create.disk, create.name.to_owned(), create.shape.granularity);

@@ -31,6 +31,8 @@ const JOINING_INTERVAL: Duration = Duration::from_secs(1);
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Progress {
     Receiving,
+    /// PREPARE was read: all has come.
+    Preparing,
     Prepared,
     /// COMMIT was read: nothing is undone from here on.
     Committing,
@@ -181,7 +183,12 @@ impl Session {
             let arrival = reader.record(&self.buffers)?;
             match &handler {
                 _ if arrival.header.is_end() => return Ok(()),
-                Some(handler) => handler.load(arrival, context)?,
+                Some(handler) => {
+                    self.still_comes((arrival.channel, arrival.offset), || {
+                        format!("a record of kind {} in section {id}", arrival.header.kind)
+                    })?;
+                    handler.load(arrival, context)?;
+                }
                 None => self.control(arrival)?,
             }
         }
@@ -196,6 +203,7 @@ impl Session {
         match decoded {
             None | Some(Control::End | Control::Keepalive) => Ok(()),
             Some(Control::Barrier { number, is_durable }) => {
+                self.still_comes((channel, offset), || format!("BARRIER {number}"))?;
                 let barrier = Barrier { number, is_durable, channel, offset };
                 self.gate.arrive(barrier, || self.apply(barrier))
             }
@@ -220,6 +228,19 @@ impl Session {
         }
     }
 
+    /// Fails behind PREPARE: READY is said of all that has come, and what came later would be
+    /// taken and lost without a word.
+    fn still_comes(&self, (channel, offset): (u16, u64), what: impl Fn() -> String) -> Result<()> {
+        match self.progress() {
+            Progress::Preparing | Progress::Prepared => {
+                let what = what();
+                let reason = format!("{what} comes behind PREPARE, where COMMIT or ABORT is next");
+                Err(Error::protocol(channel, offset, reason))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Everything before a barrier was read: applies it, and says so.
     fn apply(&self, barrier: Barrier) -> Result<()> {
         let begun = Instant::now();
@@ -232,6 +253,7 @@ impl Session {
     }
 
     fn prepare(&self) -> Result<()> {
+        self.set_progress(Progress::Preparing);
         self.jobs.wait_idle()?;
         let mut ready = Ready { session: self.session, disks: Vec::new(), bitmaps: Vec::new() };
         let proves_all = self.back.is_one_way();

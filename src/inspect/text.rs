@@ -49,6 +49,8 @@ struct Alike<'a> {
     what: &'static str,
     /// `None`: that of the record before.
     owner: Option<&'a str>,
+    /// Whether another run begins with it in any case.
+    begins: bool,
     sort: &'static str,
     place: u64,
 }
@@ -98,7 +100,7 @@ impl<'w> Text<'w> {
     fn joins(&mut self, alike: &Alike<'_>) -> bool {
         let Some(run) = &mut self.run else { return false };
         let is_same_owner = alike.owner.is_none() || run.owner.as_deref() == alike.owner;
-        if run.what != alike.what || !is_same_owner {
+        if alike.begins || run.what != alike.what || !is_same_owner {
             return false;
         }
         run.more = run.more.saturating_add(1);
@@ -232,7 +234,7 @@ fn alike<'a>(seen: &Seen<'a>) -> Option<Alike<'a>> {
                 ram::Content::Xbzrle(_) => "xbzrle",
                 ram::Content::Zlib(_) => "zlib",
             };
-            Some(Alike { what: "pages", owner: *block, sort, place: *offset })
+            Some(Alike { what: "pages", owner: *block, begins: false, sort, place: *offset })
         }
         Seen::Main(Item::Block(record)) => {
             let (device, sort) = match record.body {
@@ -241,18 +243,18 @@ fn alike<'a>(seen: &Seen<'a>) -> Option<Alike<'a>> {
                 _ => return None,
             };
             let is_plain = !record.ends_body();
-            let place = record.offset();
-            is_plain.then_some(Alike { what: "chunks", owner: Some(device), sort, place })
+            let (owner, place) = (Some(device), record.offset());
+            is_plain.then_some(Alike { what: "chunks", owner, begins: false, sort, place })
         }
         Seen::Main(Item::DirtyBitmap(record)) => {
             let dirty_bitmap::Body::Bits { first_sector, buffer, .. } = record.body else {
                 return None;
             };
             let sort = if buffer.is_some() { "with bits" } else { "clear" };
-            // A name, where one is given, begins another run.
-            let is_same = record.device.or(record.bitmap).is_none() && !record.ends_body();
-            let owner = if is_same { None } else { Some("") };
-            Some(Alike { what: "ranges of sectors", owner, sort, place: first_sector })
+            // A name is given where the bitmap is another one than before.
+            let begins = record.device.or(record.bitmap).is_some() || record.ends_body();
+            let (what, place) = ("ranges of sectors", first_sector);
+            Some(Alike { what, owner: None, begins, sort, place })
         }
         Seen::Native(Native::Block(BlockRecord::Run(run))) => {
             let (place, _) = run.content.range();
@@ -261,11 +263,12 @@ fn alike<'a>(seen: &Seen<'a>) -> Option<Alike<'a>> {
                 "zeroes" => "of zeroes",
                 _ => "of bitmaps",
             };
-            Some(Alike { what: "runs", owner: None, sort, place })
+            Some(Alike { what: "runs", owner: None, begins: false, sort, place })
         }
         Seen::Native(Native::Other(record)) if !record.header.is_end() => {
             let place = u64::from(record.header.kind);
-            Some(Alike { what: "native records", owner: None, sort: "of any type", place })
+            let (what, sort) = ("native records", "of any type");
+            Some(Alike { what, owner: None, begins: false, sort, place })
         }
         _ => None,
     }

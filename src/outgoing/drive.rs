@@ -180,6 +180,7 @@ impl Driver<'_> {
         rollback.pause()?;
         self.complete(&mut rollback.handlers)?;
         let ready = self.prepare(&mut rollback.handlers, policy)?;
+        policy.committing()?;
         let token = Token(self.channels.hold_main()?);
         rollback.is_done = true;
         Ok((self.commit(token), ready))

@@ -11,11 +11,13 @@ use format_spec::native::answer::Ready;
 use format_spec::native::block::DiskId;
 use mig_core::block::BlockSource as _;
 use mig_core::section::SaveHandler;
+use mig_core::stream;
 use mig_core::transport::Dial;
 use qcow2_file::bitmaps::State;
 
 use super::{Next, Outcome, OutgoingOptions, Policy, Round, send};
 use crate::disk::{Disk, Request};
+use crate::facts::Opened;
 use crate::observe::Progress;
 use crate::{DiskProof, Error, Observer, Phase, Result};
 
@@ -51,6 +53,7 @@ pub struct SentImage {
 pub fn send_image(dial: &dyn Dial, image: &Path, observer: &dyn Observer) -> Result<SentImage> {
     let disk = Disk::open(&Request::new(image, None), observer)?;
     let bitmaps = usable_bitmaps(image, &disk)?;
+    let opened = Opened::of(&disk)?;
     let source = ChainSource(&disk.chain);
     let found = survey(&source, Scope::Whole, UNIT_BYTES)?;
     let progress = Progress::begin(observer, Phase::Transfer, found.content);
@@ -65,7 +68,7 @@ pub fn send_image(dial: &dyn Dial, image: &Path, observer: &dyn Observer) -> Res
     let handlers: Vec<Box<dyn SaveHandler + '_>> = vec![Box::new(blocks), Box::new(bitmap_handler)];
     let session = crate::random_id().map_err(no_random)?;
     let options = OutgoingOptions { resumes: false, ..OutgoingOptions::new(session, &progress) };
-    let done = send(dial, handlers, &mut (), &mut Watched(observer), &options)?;
+    let done = send(dial, handlers, &mut (), &mut Watched(observer, opened), &options)?;
     match done.outcome {
         Outcome::Unknown(error) => return Err(error.into()),
         _ => progress.end(),
@@ -85,13 +88,17 @@ pub fn send_image(dial: &dyn Dial, image: &Path, observer: &dyn Observer) -> Res
     })
 }
 
-/// One round, and a word about what comes then.
-struct Watched<'a>(&'a dyn Observer);
+/// One round, a word about what comes then, and a look at the source at the end.
+struct Watched<'a>(&'a dyn Observer, Opened);
 
 impl Policy for Watched<'_> {
     fn next(&mut self, _round: &Round) -> Next {
         self.0.phase(Phase::Prove);
         Next::Complete
+    }
+
+    fn committing(&mut self) -> stream::Result<()> {
+        Ok(self.1.check()?)
     }
 }
 

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use mig_core::section::Pending;
+use mig_core::stream::Result;
 
 /// What happened in one round, and what is left.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -53,6 +54,12 @@ pub trait Policy: Send {
 
     /// READY has come, so long after PREPARE.
     fn prepared(&mut self, _took: Duration) {}
+
+    /// All was read, and proved where somebody answers: COMMIT comes next. An error calls it off,
+    /// and the destination is told why.
+    fn committing(&mut self) -> Result<()> {
+        Ok(())
+    }
 }
 
 /// Nothing changes: one round is enough.

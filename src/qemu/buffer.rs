@@ -24,6 +24,11 @@ impl<R: Read> Buffer<R> {
         Self { reader, bytes: Vec::new(), start: 0, end: 0, is_whole: false }
     }
 
+    /// Where it comes from. What has arrived and was not taken is lost.
+    pub(crate) fn into_reader(self) -> R {
+        self.reader
+    }
+
     /// What has arrived.
     pub(crate) fn bytes(&self) -> &[u8] {
         self.bytes.get(self.start..self.end).unwrap_or_default()

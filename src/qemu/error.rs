@@ -1,6 +1,7 @@
 //! Why a migration from or to QEMU stopped.
 
 use std::io;
+use std::path::PathBuf;
 
 use format_spec::{Blame, Malformed};
 
@@ -20,6 +21,28 @@ pub enum Error {
         offset: u64,
         /// The system's answer.
         source: io::Error,
+    },
+    /// A source went away before it had heard that everything is stored: it goes on with its guest.
+    #[error(
+        "the source went away before it heard that everything is stored, and goes on with its \
+         guest; none of its bitmaps is kept"
+    )]
+    Left {
+        /// How that showed.
+        source: io::Error,
+    },
+    /// The same, and what was stored could not be taken out again.
+    #[error(
+        "the source does not rely on what is stored, and bitmap {bitmap:?} could not be taken out \
+         of {} again: it is stale, remove it before the image is used", .path.display()
+    )]
+    Stale {
+        /// Its name in the image.
+        bitmap: String,
+        /// The image.
+        path: PathBuf,
+        /// Why it is still there.
+        source: Box<crate::Error>,
     },
     /// What the peer sent is not well formed.
     #[error("the peer's stream is malformed")]
@@ -101,6 +124,28 @@ impl std::fmt::Display for Subject {
 }
 
 impl Error {
+    /// What to do about it, where that is not what its blame suggests.
+    pub fn hint(&self) -> Option<&'static str> {
+        Some(match self {
+            Self::Misfit { blame: Blame::WouldLose, .. } => {
+                "nothing was written; change what the message names, then migrate again"
+            }
+            Self::Misfit { blame: Blame::Bytes, .. } => {
+                "the image must be as large as the source's disk: compare `bitferry info` here with \
+                 `info block -v` there; if they are, the stream is damaged"
+            }
+            Self::Misfit { blame: Blame::PeerBehaviour, .. } | Self::Unsupported { .. } => {
+                "change at the source what the message names, then migrate again"
+            }
+            Self::Unfit { .. } => {
+                "change at the destination what the message names, then send again"
+            }
+            Self::Left { .. } => "look at `info migrate` at the source, then migrate again",
+            Self::Stale { .. } => "`bitferry bitmap remove` takes it out",
+            _ => return None,
+        })
+    }
+
     /// The error where the user wanted to stop, and the connection was hung up for it.
     pub(crate) fn when_cancelled(self) -> Self {
         match self {
@@ -112,7 +157,8 @@ impl Error {
     /// Whose fault it is.
     pub fn blame(&self) -> Blame {
         match self {
-            Self::Connection { .. } => Blame::Transport,
+            Self::Connection { .. } | Self::Left { .. } => Blame::Transport,
+            Self::Stale { .. } => Blame::Device,
             Self::Malformed(_) => Blame::Bytes,
             Self::Protocol { .. } | Self::Peer(_) => Blame::PeerBehaviour,
             Self::Unsupported { .. } | Self::Unfit { .. } | Self::Unready { .. } => {

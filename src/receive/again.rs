@@ -75,7 +75,10 @@ pub(super) fn receive_all(
         match (may_go_on, published.take()) {
             (true, kept) => published = kept,
             (false, Some(received)) => return Ok(received),
-            (false, None) => return Err(error),
+            (false, None) => {
+                observer.wire(bytes);
+                return Err(error);
+            }
         }
         observer.warning(&format!("the migration is waited for: {}", error_chain(&error)));
         std::thread::sleep(RETRY_PAUSE);

@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use block_mig::arrive::Tally;
 
+use crate::report::BitmapReport;
 use crate::{Observer, Phase};
 
 /// An observer that is told, as long as a transfer goes on, how much has arrived.
@@ -58,6 +59,14 @@ impl Observer for Arriving<'_> {
 
     fn warning(&self, message: &str) {
         self.observer.warning(message);
+    }
+
+    fn wire(&self, bytes: u64) {
+        self.observer.wire(bytes);
+    }
+
+    fn invalidated(&self, id: &str, bitmaps: &[BitmapReport]) {
+        self.observer.invalidated(id, bitmaps);
     }
 
     fn is_cancelled(&self) -> bool {

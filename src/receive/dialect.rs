@@ -5,9 +5,9 @@ use std::io::{Cursor, Read as _};
 use std::time::Instant;
 
 use format_spec::native::hello::{self, Hello, PREFIX_BYTES};
-use format_spec::qemu::Step;
 use format_spec::qemu::container::{self, Element};
 use format_spec::qemu::stream::{Decoder, Item};
+use format_spec::qemu::{Step, multifd};
 use format_spec::{Malformed, Problem};
 use mig_core::heart::Heart;
 use mig_core::limits::HELLO_LIMIT;
@@ -77,6 +77,11 @@ fn look(said: &[u8]) -> Result<Look, Stream> {
     }
     if magic == container::MAGIC {
         return qemu(said).map_err(malformed);
+    }
+    if *magic == multifd::MAGIC.to_be_bytes() {
+        let reason = "it is a data connection of a QEMU with the capability multifd, which must \
+                      be off at the source: everything comes on one connection here";
+        return Err(Stream::protocol(0, 0, reason));
     }
     let reason = format!("it begins with {magic:02x?}, {NO_MIGRATION}");
     Err(Stream::protocol(0, 0, reason))
@@ -249,6 +254,7 @@ mod tests {
         for (bytes, len, says) in [
             (&b"GET / HTTP/1.0"[..], 4, "as no migration does"),
             (&b"BFRX"[..], 4, "as no migration does"),
+            (&b"\x11\x22\x33\x44"[..], 4, "multifd"),
             (&newer, 8, "version"),
             (&noise, PREFIX_BYTES, "malformed"),
             (&join, join.len(), "a further connection"),

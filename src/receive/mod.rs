@@ -160,6 +160,9 @@ fn qemu(
         renames: options.renames.clone(),
         allow_backing: options.allow_backing,
         shared_base: options.shared_base,
+        version: options.qemu_version,
+        machine: options.machine.clone(),
+        uuid: options.uuid,
         device_journals: options.device_journals.clone(),
         is_one_way: arrivals.nature().is_one_way,
         devices: None,
@@ -207,9 +210,18 @@ fn native(
         let arriving = (main, arrivals);
         let _stopping = over.stop_on_drop();
         receive_all(arriving, destination, options.reconnect, (&incoming, observer))
-    })?;
+    });
     tell();
+    let received = received.inspect_err(|_| {
+        let lost = in_place.iter().flat_map(|in_place| in_place.take_all_invalidated());
+        lost.for_each(|(id, bitmaps)| observer.invalidated(&id, &bitmaps));
+    })?;
     let mut report = report(options, received, started);
+    if !options.no_verify && report.disks.iter().any(DiskReport::is_unproved) {
+        observer.warning(
+            "the source sent no proof (send --no-verify): nobody read back what was received",
+        );
+    }
     for disk in &mut report.disks {
         disk.bitmaps.extend(in_place.iter().flat_map(|p| p.take_invalidated(&disk.id)));
     }
@@ -250,6 +262,11 @@ fn new_files(options: &ReceiveOptions, bases: &[Option<Base>], is_fresh: bool) -
 fn report(options: &ReceiveOptions, received: Received, started: Instant) -> Report {
     let status =
         if received.already_complete { Status::AlreadyComplete } else { Status::Completed };
+    // What this side's user did without needs no other reason.
+    let honest = |disk: DiskReport| match options.no_verify {
+        true => disk.only_seen(),
+        false => disk.unproved_by_source().only_seen(),
+    };
     let before = received.published.iter().map(published_before);
     let now = received.disks.into_iter().map(|disk| disk_report(options, disk));
     Report {
@@ -260,7 +277,7 @@ fn report(options: &ReceiveOptions, received: Received, started: Instant) -> Rep
         wire_bytes: received.wire_bytes,
         repeated_bytes: 0,
         resumed: received.resumed,
-        disks: now.chain(before).collect(),
+        disks: now.chain(before).map(honest).collect(),
         ram: None,
     }
 }
@@ -283,7 +300,7 @@ fn published_before(disk: &Published) -> DiskReport {
     let bitmaps = disk.bitmaps.iter().map(bitmap).collect();
     let not_carried = only_bitmaps(disk.is_bitmaps_alone && disk.content.is_none());
     let untouched = DiskReport::untouched(disk.name.clone());
-    DiskReport { bitmaps, not_carried, ..untouched }.of_before(Some(disk)).only_seen()
+    DiskReport { bitmaps, not_carried, ..untouched }.of_before(Some(disk))
 }
 
 fn disk_report(options: &ReceiveOptions, disk: ReceivedDisk) -> DiskReport {
@@ -304,5 +321,4 @@ fn disk_report(options: &ReceiveOptions, disk: ReceivedDisk) -> DiskReport {
         not_carried: only_bitmaps(is_bitmaps_alone),
         bitmaps: disk.bitmaps.into_iter().map(bitmap).collect(),
     }
-    .only_seen()
 }

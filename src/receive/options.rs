@@ -10,6 +10,7 @@ use super::Dialect;
 use crate::berth::has_traces;
 use crate::copy::{BitmapSelection, DataFileTarget, Existing, Format, Rename, TargetOptions};
 use crate::options::{BackingOption, DiskOption};
+use crate::qemu::Version;
 use crate::renames::Renames;
 use crate::send::check_ids;
 use crate::{Error, Result, destinations};
@@ -41,6 +42,12 @@ pub struct ReceiveOptions {
     pub device_journals: Option<PathBuf>,
     /// What the source has to speak; whatever it does where `None`.
     pub dialect: Option<Dialect>,
+    /// From a QEMU: the older of its version and its machine type's.
+    pub qemu_version: Option<Version>,
+    /// From a QEMU: the machine type that it must have.
+    pub machine: Option<String>,
+    /// From a QEMU: the UUID that its machine must have, which it says with `validate-uuid` only.
+    pub uuid: Option<[u8; 16]>,
     /// From a QEMU that migrates with `-i`: what is not sent is there already.
     pub shared_base: bool,
     /// Data connections that are granted, at most.
@@ -63,6 +70,9 @@ impl Default for ReceiveOptions {
             fresh: false,
             device_journals: None,
             dialect: None,
+            qemu_version: None,
+            machine: None,
+            uuid: None,
             shared_base: false,
             max_channels: MAX_CHANNELS,
             reconnect: Duration::ZERO,
@@ -117,6 +127,8 @@ impl ReceiveOptions {
         }
         let reason = if self.bitmaps != BitmapSelection::All {
             "--bitmaps chooses among what a QEMU sends; a bitferry is told at the source"
+        } else if self.machine.is_some() || self.uuid.is_some() {
+            "--machine and --uuid are what a QEMU says of its machine"
         } else if self.shared_base {
             "--shared-base is about what a QEMU does not send; a bitferry says by itself what it \
              leaves out, and --backing says what a new image stands on"

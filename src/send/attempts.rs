@@ -9,9 +9,9 @@ use mig_core::stream;
 use mig_core::transport::Dial;
 
 use super::SendOptions;
-use crate::Result;
 use crate::outgoing::{ExpectedDisk, Outcome, Sent};
 use crate::reconnect::{Counted, Passed, Patience, RETRY_PAUSE};
+use crate::{Observer, Result};
 
 /// What moved, in all attempts together.
 #[derive(Debug, Default)]
@@ -83,16 +83,25 @@ fn of_disk(attempts: &[&Arc<SaveCounts>]) -> MovedDisk {
 /// whether the destination has published, it is asked again.
 pub(super) fn attempts(
     options: &SendOptions,
-    dial: &dyn Dial,
+    (dial, observer): (&dyn Dial, &dyn Observer),
     attempt: impl Fn(&dyn Dial, &mut Moved) -> Result<Sent>,
 ) -> Result<(Sent, Moved)> {
     let counted = Counted { way: dial, passed: Arc::<Passed>::default() };
+    let ended = until_one_ends(options, &counted, attempt);
+    ended.inspect_err(|_| observer.wire(counted.passed.written()))
+}
+
+fn until_one_ends(
+    options: &SendOptions,
+    counted: &Counted<'_, dyn Dial + '_>,
+    attempt: impl Fn(&dyn Dial, &mut Moved) -> Result<Sent>,
+) -> Result<(Sent, Moved)> {
     let mut patience = Patience::new(options.reconnect);
     let mut moved = Moved::default();
     let mut unknown = None;
     loop {
         let heard = counted.passed.read();
-        let ended = attempt(&counted, &mut moved);
+        let ended = attempt(counted, &mut moved);
         let was_answered = counted.passed.read() > heard;
         let may_go_on = |error: &stream::Error, patience: &mut Patience| {
             patience.may_go_on(error, was_answered, Instant::now())

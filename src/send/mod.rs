@@ -24,7 +24,7 @@ use self::attempts::{Moved, MovedDisk, attempts};
 pub use self::options::SendOptions;
 pub(crate) use self::plan::{BELOW, check_ids};
 pub use self::plan::{Plan, PlannedDisk};
-use self::plan::{Planned, decide, describe};
+use self::plan::{Planned, Reach, decide, describe};
 use crate::carry::{self, Asked};
 use crate::facts::{Facts, FileFacts, host};
 use crate::observe::Progress;
@@ -49,7 +49,7 @@ pub fn run(options: &SendOptions, dial: &dyn Dial, observer: &dyn Observer) -> R
     let bitmaps: Vec<Vec<Bitmap>> = disks.iter().map(Planned::load).collect::<Result<_>>()?;
     let session = session(options, &disks)?;
     let expected = expected(&disks, &bitmaps)?;
-    let (sent, moved) = attempts(options, dial, |dial, moved| {
+    let (sent, moved) = attempts(options, (dial, observer), |dial, moved| {
         let content = disks.iter().map(Planned::content_bytes).fold(0, u64::saturating_add);
         let progress = Progress::begin(observer, Phase::Transfer, content);
         let sources: Vec<_> = disks.iter().map(Source::of).collect();
@@ -58,7 +58,7 @@ pub fn run(options: &SendOptions, dial: &dyn Dial, observer: &dyn Observer) -> R
         moved.begin(counts);
         let outgoing =
             OutgoingOptions { expected, ..outgoing_options(options, session, &progress) };
-        let sent = send(dial, handlers, &mut (), &mut OneRound(observer), &outgoing)?;
+        let sent = send(dial, handlers, &mut (), &mut OneRound(observer, &disks), &outgoing)?;
         progress.end();
         Ok(sent)
     })?;
@@ -203,13 +203,20 @@ fn session(options: &SendOptions, disks: &[Planned]) -> Result<[u8; 16]> {
     Ok(facts.session())
 }
 
-/// Nothing changes: one round is enough, and then the destination proves what it has.
-struct OneRound<'a>(&'a dyn Observer);
+/// Nothing changes: one round is enough, and then the destination proves what it has. If something
+/// did, it does not publish that.
+struct OneRound<'a>(&'a dyn Observer, &'a [Planned]);
 
 impl Policy for OneRound<'_> {
     fn next(&mut self, _round: &Round) -> Next {
         self.0.phase(Phase::Prove);
         Next::Complete
+    }
+
+    fn committing(&mut self) -> stream::Result<()> {
+        // Of bitmaps alone nothing is read here any more.
+        let mut sent = self.1.iter().filter(|disk| disk.reach != Reach::Nothing);
+        Ok(sent.try_for_each(|disk| disk.opened.check())?)
     }
 }
 

@@ -14,6 +14,7 @@ use crate::carry::{self, Asked, BitmapPlan};
 use crate::copy::space::received_bytes;
 use crate::copy::{BitmapSelection, Format, PlannedBitmap};
 use crate::disk::{Disk, Request};
+use crate::facts::Opened;
 use crate::options::DiskOption;
 use crate::renames::Renames;
 use crate::report::{BitmapOutcome, ONLY_BITMAPS, error_chain};
@@ -80,6 +81,8 @@ impl Plan {
 pub(super) struct Planned {
     pub(super) option: DiskOption,
     pub(super) disk: Disk,
+    /// Its files as they were before anything was read.
+    pub(super) opened: Opened,
     pub(super) reach: Reach,
     /// Of what is sent; of nothing where bitmaps go alone.
     pub(super) survey: Survey,
@@ -135,7 +138,7 @@ pub(super) fn decide(
     observer.phase(Phase::Plan);
     check_ids(&options.disks)?;
     Renames::check(&options.renames)?;
-    let mut planned = Vec::new();
+    let (mut planned, mut opened) = (Vec::new(), Vec::new());
     for option in &options.disks {
         let request = Request {
             allow_named: options.allow_backing,
@@ -143,7 +146,9 @@ pub(super) fn decide(
             only_top: !options.blocks,
             ..Request::new(&option.path, option.format)
         };
-        planned.push((option.clone(), Disk::open(&request, observer)?));
+        let disk = Disk::open(&request, observer)?;
+        opened.push(Opened::of(&disk)?);
+        planned.push((option.clone(), disk));
     }
     // A transfer of nothing is no mistake, and hardly what was meant.
     if !options.blocks && options.bitmaps == BitmapSelection::None {
@@ -156,7 +161,7 @@ pub(super) fn decide(
     }
     let mut refusals = unknown_names(options, &planned);
     let mut disks = Vec::new();
-    for (option, disk) in planned {
+    for ((option, disk), opened) in planned.into_iter().zip(opened) {
         let holder = Holder {
             cannot: options.cannot_hold.clone(),
             size: disk.chain.virtual_size(),
@@ -170,6 +175,7 @@ pub(super) fn decide(
         let holds_no_bitmaps = options.cannot_hold.is_some();
         disks.push(Planned {
             option,
+            opened,
             disk,
             reach,
             survey,

@@ -155,6 +155,10 @@ impl HangUp for Line {
     fn hang_up(&self) {
         let _ = self.0.shutdown(Shutdown::Both);
     }
+
+    fn fault(&self) -> Option<std::io::Error> {
+        self.0.take_error().ok().flatten()
+    }
 }
 
 struct Nothing;

@@ -176,19 +176,6 @@ fn a_receipt_speaks_for_nothing_that_nobody_read() {
     assert_eq!(status("copy --json -f raw -O raw r r.copy"), "already-complete");
     let other = run("copy --json -f qcow2 -O raw r r.copy", &scratch);
     assert_ne!(other.code(), Some(0), "{other}");
-    // A source that somebody writes to without a lock while it is read: what was read is copied,
-    // and what it is now is another copy.
-    make(&scratch, "w.qcow2", 64 * MIB).write(1, 0, 8 * MIB).done();
-    let slow = "copy --json --bandwidth 4M w.qcow2 w.copy";
-    let copying = bitferry().dir(scratch.dir()).words(slow).spawn();
-    copying.wait_for(false, |line| line.contains("\"done\":").then_some(()));
-    let path = scratch.path("w.qcow2");
-    let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
-    std::os::unix::fs::FileExt::write_all_at(&file, &[9; 512], 5 * MIB).unwrap();
-    let output = copying.wait().expect_exit(Exit::Done);
-    assert!(output.text().contains("was written to while"), "{output}");
-    let again = run("copy --json w.qcow2 w.copy", &scratch).expect_exit(Exit::Device);
-    assert!(again.complaint().contains("exists"), "{again}");
     // Nor can a data file have the name of a receipt.
     run("copy -o data_file=.d.bitferry-receipt a.qcow2 d", &scratch).expect_exit(Exit::Usage);
     // Nor an image that of what is kept beside another.
@@ -196,6 +183,46 @@ fn a_receipt_speaks_for_nothing_that_nobody_read() {
     std::fs::copy(scratch.path("a.qcow2"), scratch.path(".e.bitferry-receipt")).expect("copy");
     let output = run("copy a.qcow2 e", &scratch).expect_exit(Exit::Usage);
     assert!(output.complaint().contains("is an image"), "{output}");
+}
+
+#[test]
+fn a_source_that_changes_while_it_is_read_is_not_published_and_gone_on_with() {
+    let scratch = Scratch::new();
+    if !image(&scratch) {
+        return;
+    }
+    let source = make(&scratch, "w.qcow2", 64 * MIB).write(1, 0, 8 * MIB).done();
+    for (index, wishes) in ["", "--in-place", "-O raw", "-O raw --in-place"].iter().enumerate() {
+        let copy = scratch.path("w.copy");
+        let (is_raw, is_in_place) = (wishes.contains("raw"), wishes.contains("in-place"));
+        if is_in_place {
+            make(&scratch, "w.copy", 64 * MIB).format(if is_raw { "raw" } else { "qcow2" }).done();
+        }
+        let line = format!("copy --json {wishes} w.qcow2 w.copy");
+        let copying = bitferry().dir(scratch.dir()).words(&line).words("--bandwidth 4M").spawn();
+        copying.wait_for(false, |line| line.contains("\"done\":").then_some(()));
+        // Without a lock.
+        let file = std::fs::OpenOptions::new().write(true).open(&source).unwrap();
+        let bytes = [9 + u8::try_from(index).unwrap(); 512];
+        std::os::unix::fs::FileExt::write_all_at(&file, &bytes, 5 * MIB).unwrap();
+        let output = copying.wait().expect_exit(Exit::Different);
+        assert!(output.complaint().contains("was written to while"), "{output}");
+        assert!(output.complaint().contains("nothing was published"), "{output}");
+        assert_eq!(copy.exists(), is_in_place, "{output}");
+        if is_in_place && !is_raw {
+            let opened = qemu::qemu_img("info").arg(&copy).output();
+            assert!(opened.complaint().contains("unfinished in-place copy"), "{opened}");
+        }
+        // Only what changed is copied again.
+        let summary = json::summary(&run(&line, &scratch).expect_exit(Exit::Done));
+        assert_eq!((&summary["resumed"], &summary["status"]), (&true.into(), &"completed".into()));
+        let disk = &summary["disks"][0];
+        assert_eq!(disk["verified"], "yes", "{summary}");
+        assert!(disk["bytes-data"].as_u64().unwrap() <= 2 * MIB, "{summary}");
+        let format = if is_raw { "raw" } else { "qcow2" };
+        qemu::same_content((&source, "qcow2"), (&copy, format));
+        std::fs::remove_file(copy).unwrap();
+    }
 }
 
 #[test]
@@ -289,7 +316,7 @@ fn a_dry_run_foretells_what_the_command_says() {
     if !image(&scratch) {
         return;
     }
-    for (name, size) in [("long.raw", 65), ("short.raw", 63)] {
+    for (name, size) in [("long.raw", 65), ("short.raw", 63), ("fits.raw", 64)] {
         std::fs::File::create(scratch.path(name)).unwrap().set_len(size * MIB).unwrap();
     }
     make(&scratch, "small.qcow2", 32 * MIB).done();
@@ -306,6 +333,7 @@ fn a_dry_run_foretells_what_the_command_says() {
     user.kill();
     for (words, exit) in [
         ("--in-place -O raw --bitmaps none a.qcow2 long.raw", Exit::Usage),
+        ("--in-place -O raw --bitmaps none a.qcow2 short.raw", Exit::Usage),
         ("--in-place a.qcow2 small.qcow2", Exit::Usage),
         ("--in-place a.qcow2 nowhere.qcow2", Exit::Device),
         ("--in-place a.qcow2 a.qcow2", Exit::Usage),
@@ -324,11 +352,8 @@ fn a_dry_run_foretells_what_the_command_says() {
         foretells("--force a.qcow2 small/old", Exit::Device, &scratch);
         foretells("-o data_file=small/data a.qcow2 new", Exit::Device, &scratch);
     }
-    // What would be done is: shorter files grow.
-    run("copy --dry-run --in-place -O raw --bitmaps none a.qcow2 short.raw", &scratch)
-        .expect_exit(Exit::Done);
     assert_eq!(scratch.path("short.raw").metadata().unwrap().len(), 63 * MIB);
-    for words in ["a.qcow2 b.qcow2", "--in-place -O raw --bitmaps none a.qcow2 short.raw"] {
+    for words in ["a.qcow2 b.qcow2", "--in-place -O raw --bitmaps none a.qcow2 fits.raw"] {
         run(&format!("copy {words}"), &scratch).expect_exit(Exit::Done);
         let plan = run(&format!("copy --dry-run --json {words}"), &scratch);
         let plan = json::summary(&plan.expect_exit(Exit::Done));

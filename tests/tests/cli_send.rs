@@ -481,3 +481,40 @@ fn what_cannot_be_done_is_wrong_usage() {
         usage("receive", words);
     }
 }
+
+#[test]
+fn a_source_that_changes_while_it_is_sent_is_not_published() {
+    let scratch = Scratch::new();
+    if !has_peers() {
+        return;
+    }
+    let source = disk(&scratch, "a.qcow2", 3);
+    for is_one_way in [false, true] {
+        // What goes into a file is taken from there afterwards.
+        let receiver = (!is_one_way)
+            .then(|| receive(&scratch, "--disk vda=out.qcow2 tcp:127.0.0.1:0").spawn());
+        let uri = receiver.as_ref().map_or_else(|| "file:stream".to_owned(), listening);
+        let words = format!("--disk vda=a.qcow2 --bandwidth 2M {uri}");
+        let sending = send(&scratch, &words).spawn();
+        sending.wait_for(false, |line| line.contains("\"done\":").then_some(()));
+        // Without a lock.
+        let file = std::fs::OpenOptions::new().write(true).open(&source).expect("open");
+        let pattern = if is_one_way { 8 } else { 9 };
+        std::os::unix::fs::FileExt::write_all_at(&file, &[pattern; 512], 3 * MIB).expect("write");
+        let sent = sending.wait().expect_exit(Exit::Different);
+        assert!(sent.complaint().contains("nothing was published"), "{sent}");
+        let received = match receiver {
+            Some(receiver) => receiver.wait(),
+            None => receive(&scratch, "--disk vda=out.qcow2 file:stream").output(),
+        };
+        let received = received.expect_no_crash();
+        assert_eq!(received.code(), Some(Exit::Different as i32), "{received}");
+        for said in [sent, received] {
+            assert!(said.complaint().contains("was written to while"), "{said}");
+        }
+        assert!(!scratch.path("out.qcow2").exists());
+    }
+    let (sent, _) = migrated(&scratch, "--disk vda=a.qcow2", "--disk vda=out.qcow2 unix:socket");
+    assert_eq!(sent["disks"][0]["verified"], "yes", "{sent}");
+    qemu::same_content((&source, "qcow2"), (&scratch.path("out.qcow2"), "qcow2"));
+}

@@ -136,6 +136,72 @@ fn a_commit_that_does_not_arrive_publishes_nothing() {
     }
 }
 
+/// The same images, each in the other's place: sizes and names are right.
+fn swapped(scratch: &Scratch, receive: &str) -> (Output, Output) {
+    let receive = format!("receive --json --disk vda=a.out --disk vdb=b.out {receive}");
+    let waiting = command(scratch, &receive).arg("unix:other").spawn();
+    let uri = listening(&waiting);
+    let send = "send --disk vda=b.qcow2 --disk vdb=a.qcow2";
+    let sent = command(scratch, send).arg(uri).output();
+    (sent.expect_no_crash(), waiting.wait().expect_no_crash())
+}
+
+#[test]
+fn what_another_source_began_is_not_thrown_away_without_a_word() {
+    let scratch = Scratch::new();
+    if !has_peers() {
+        return;
+    }
+    sources(&scratch);
+    let mut pair = Pair::new(&scratch, ("", ""), vec![Cut::Forth(2 * MIB)]);
+    let (sent, received) = pair.run();
+    for output in [sent, received] {
+        let summary = json::summary(&output.expect_exit(Exit::Transport));
+        // What failed was on the wire all the same.
+        let bytes = summary["wire-bytes"].as_u64().expect("bytes");
+        assert!((MIB..64 * MIB).contains(&bytes), "{summary}");
+    }
+    assert!(scratch.path(".a.out.bitferry-part").exists(), "{:?}", scratch.names());
+    let (sent, received) = swapped(&scratch, "");
+    sent.expect_exit(Exit::Done);
+    let said = received.expect_exit(Exit::Done).text();
+    assert!(said.contains("another migration had left"), "{said}");
+    assert!(said.contains("sent to the same address"), "{said}");
+}
+
+/// Its source may wait for it with a paused guest: another one does not decide about that.
+#[test]
+fn what_was_proved_waits_for_its_own_source() {
+    let scratch = Scratch::new();
+    if !has_peers() {
+        return;
+    }
+    sources(&scratch);
+    let mut pair = Pair::new(&scratch, ("", ""), vec![Cut::Commit(0), Cut::Never]);
+    assert_eq!(status(pair.run().0, Exit::Unknown), "unknown");
+    let left = scratch.names();
+    let (sent, received) = swapped(&scratch, "");
+    let said = sent.expect_exit(Exit::Device).complaint();
+    assert!(said.contains("was proved for another migration"), "{said}");
+    let said = received.expect_exit(Exit::Device).complaint();
+    assert!(said.contains("hint: the commands of that migration, given again"), "{said}");
+    assert_eq!(scratch.names(), left);
+    let before = pair.middle.bytes();
+    let (sent, received) = pair.run();
+    assert_eq!(status(sent, Exit::Done), "completed");
+    assert_eq!(status(received, Exit::Done), "completed");
+    assert!(pair.middle.bytes() - before < MIB, "{}", pair.middle.bytes() - before);
+    both_are_whole(&scratch, ["x", "y"]);
+    pair.clean();
+    // Given up by who may.
+    let mut pair = Pair::new(&scratch, ("", ""), vec![Cut::Commit(0)]);
+    assert_eq!(status(pair.run().0, Exit::Unknown), "unknown");
+    let (sent, received) = swapped(&scratch, "--fresh");
+    sent.expect_exit(Exit::Done);
+    received.expect_exit(Exit::Done);
+    same_content((&scratch.path("b.qcow2"), "qcow2"), (&scratch.path("a.out"), "qcow2"));
+}
+
 #[test]
 fn what_was_written_to_since_it_was_proved_is_not_published() {
     let scratch = Scratch::new();

@@ -2,18 +2,26 @@
 //! in the images.
 #![allow(clippy::unwrap_used)]
 
-use std::io::Write as _;
+use std::io::{Read as _, Write as _};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
+use bitferry::qemu::Version;
+use bitferry::qemu::incoming::IncomingOptions;
 use bitferry::report::{BitmapOutcome, Status};
+use bitferry_tests::bitferry::bitferry as command;
 use bitferry_tests::image::make;
 use bitferry_tests::incoming::{Receiver, drain, places, replay};
-use bitferry_tests::{Peer, Scratch, qemu, require_all};
+use bitferry_tests::{Exit, Peer, Scratch, qemu, require_all};
 use format_spec::Writer;
 use format_spec::qemu::block::{self, CHUNK_BYTES};
 use format_spec::qemu::command::Command;
 use format_spec::qemu::container::{self, Element, Section, SectionKind, SectionName};
 use format_spec::qemu::dirty_bitmap::{self, Body, Record};
+use rustix::net::{RecvFlags, recv};
+use rustix::process::Signal;
 
 const MIB: u64 = 1 << 20;
 const SIZE: u64 = 4 * MIB;
@@ -367,6 +375,12 @@ fn disks_that_break_the_rules_are_refused() {
     assert!(status == 4 && text.contains("3 of 4 MiB did not come"), "{text}");
     let output = qemu::qemu_img("info").arg(&to).output();
     assert!(output.complaint().contains("unfinished"), "{output}");
+    // Chunks that lie across others are none of them.
+    let across = [chunk(0, "disk0", 1), chunk(512, "disk0", 1), chunk(2 * MIB + 512, "disk0", 1)];
+    let stream = Stream::new().section(SectionKind::Start, "block", &ends(across.concat()));
+    let other = make(&scratch, "other", SIZE).done();
+    let (status, text) = replay(&stream.end(), &places(&[("disk0", &other)])).error();
+    assert!(status == 4 && text.contains("3 of 4 MiB did not come"), "{text}");
     // Bitmaps alone do not finish it.
     let (status, text) = replay(&good(), &places(&[("disk0", &to)])).error();
     assert!(status == 7 && text.contains("not finished"), "{text}");
@@ -390,6 +404,46 @@ fn disks_that_break_the_rules_are_refused() {
     assert_eq!(own.outcome, BitmapOutcome::Invalidated);
 }
 
+/// Where QEMU's buffer ends and a larger disk begins cannot be seen, and is said.
+#[test]
+fn what_lies_beyond_the_end_of_the_image_is_told() {
+    if !tools() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let to = make(&scratch, "odd", MIB + 512).done();
+    for (fill, is_told) in [(5, true), (0, false)] {
+        let body = [chunk(0, "disk0", 1), chunk(MIB, "disk0", fill), vec![0, 0, 0, 0, 0, 0, 0, 2]];
+        let stream = Stream::new().section(SectionKind::Start, "block", &body.concat()).end();
+        let received = replay(&stream, &places(&[("disk0", &to)]));
+        let phrases = &received.report().disks[0].not_carried;
+        let is_it = |phrase: &String| phrase.contains("1048064 bytes beyond the end");
+        assert_eq!(phrases.iter().any(is_it), is_told, "{phrases:?}");
+    }
+}
+
+/// A source with a return path that has one good bitmap, and waits for a PONG.
+fn waiting(body: &[u8]) -> Vec<u8> {
+    let opened = Stream::new().command(Command::OpenReturnPath).command(Command::Ping(7));
+    opened.section(SectionKind::Start, "dirty-bitmap", body).end()
+}
+
+const PONG: [u8; 8] = [0, 2, 0, 4, 0, 0, 0, 7];
+
+fn shut(status: u8) -> [u8; 8] {
+    [0, 1, 0, 4, 0, 0, 0, status]
+}
+
+fn good_body() -> Vec<u8> {
+    records(&[start("b"), bits(0, 8192, None), complete()])
+}
+
+fn names(image: &Path) -> Vec<String> {
+    let info = qemu::info(image, "qcow2");
+    let list = info["format-specific"]["data"]["bitmaps"].as_array().cloned().unwrap_or_default();
+    list.iter().map(|bitmap| bitmap["name"].as_str().unwrap().to_owned()).collect()
+}
+
 #[test]
 fn a_source_with_a_return_path_is_answered() {
     if !tools() {
@@ -397,20 +451,226 @@ fn a_source_with_a_return_path_is_answered() {
     }
     let scratch = Scratch::new();
     let to = image(&scratch);
-    let opened = || Stream::new().command(Command::OpenReturnPath).command(Command::Ping(7));
-    let pong = [0, 2, 0, 4, 0, 0, 0, 7];
-    for (body, status) in [
-        (records(&[start("bad"), complete()]), 1),
-        (records(&[start("b"), bits(0, 8192, None), complete()]), 0),
-    ] {
-        let stream = opened().section(SectionKind::Start, "dirty-bitmap", &body).end();
+    for (body, status) in [(records(&[start("bad"), complete()]), 1), (good_body(), 0)] {
         let receiver = Receiver::listen(places(&[("disk0", &to)]));
         let mut peer = receiver.connect();
-        peer.write_all(&stream).unwrap();
+        peer.write_all(&waiting(&body)).unwrap();
         // The source stays; the destination must know by itself that this is the end.
+        let mut answers = [0; 16];
+        peer.read_exact(&mut answers).unwrap();
+        assert_eq!(answers[..], [PONG, shut(status)].concat());
+        drop(peer);
         let received = receiver.wait();
         assert_eq!(received.result.is_ok(), status == 0);
-        let shut = [0, 1, 0, 4, 0, 0, 0, status];
-        assert_eq!(drain(&mut peer), [pong, shut].concat());
     }
+    assert_eq!(names(&to), ["own", "b"]);
+}
+
+/// Leave to stop the guest is given to those QEMUs that know it: an older one fails of it.
+#[test]
+fn leave_to_switch_over_goes_to_who_knows_it() {
+    if !tools() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let to = image(&scratch);
+    let ack = [0, 7, 0, 0].to_vec();
+    for (machine, version, answer) in [
+        ("pc-q35-8.1", None, &ack[..]),
+        ("pc-q35-8.0", None, &[]),
+        ("none", None, &[]),
+        ("none", Some(Version::new(9, 0)), &ack),
+        ("none", Some(Version::new(7, 2)), &[]),
+    ] {
+        let mut out = Writer::new();
+        container::encode_start(&mut out);
+        out.u8(container::CONFIGURATION).be32(u32::try_from(machine.len()).unwrap());
+        out.bytes(machine.as_bytes());
+        let stream = Stream(out).command(Command::OpenReturnPath).command(Command::Ping(7));
+        let body = records(&[start("bad"), complete()]);
+        let stream = stream.section(SectionKind::Start, "dirty-bitmap", &body).end();
+        let options = IncomingOptions { version, ..places(&[("disk0", &to)]) };
+        let receiver = Receiver::listen(options);
+        let mut peer = receiver.connect();
+        peer.write_all(&stream).unwrap();
+        receiver.wait().error();
+        assert_eq!(drain(&mut peer), [answer, &PONG, &shut(1)].concat(), "{machine} {version:?}");
+    }
+}
+
+/// What the user knows of the source is held against what it says.
+#[test]
+fn another_machine_than_was_asked_for_is_refused() {
+    if !tools() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let to = image(&scratch);
+    let said = |uuid: bool| {
+        let mut out = Writer::new();
+        container::encode_start(&mut out);
+        out.u8(container::CONFIGURATION).be32(4).bytes(b"none");
+        if uuid {
+            out.u8(5).text8("configuration/uuid").be32(1).bytes(&[7; 16]);
+        }
+        let body = records(&[start("b"), bits(0, 8192, None), complete()]);
+        Stream(out).section(SectionKind::Start, "dirty-bitmap", &body).end()
+    };
+    let options = |machine: &str, uuid: Option<[u8; 16]>| IncomingOptions {
+        machine: Some(machine.to_owned()),
+        uuid,
+        ..places(&[("disk0", &to)])
+    };
+    for (stream, options, word) in [
+        (said(true), options("pc-q35-8.0", None), "\"none\""),
+        (said(false), options("none", Some([7; 16])), "validate-uuid"),
+        (said(true), options("none", Some([8; 16])), "UUID"),
+    ] {
+        let (status, text) = replay(&stream, &options).error();
+        assert!(status == 4 && text.contains(word), "{status} {text}");
+    }
+    assert_eq!(names(&to), ["own"]);
+    replay(&said(true), &options("none", Some([7; 16]))).report();
+    assert_eq!(names(&to), ["own", "b"]);
+}
+
+/// New names for bitmaps that do not come are a wish that is not fulfilled.
+#[test]
+fn bitmaps_that_do_not_come_are_told() {
+    if !tools() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let to = image(&scratch);
+    let renames = vec!["typo=c".parse().unwrap(), "b=new".parse().unwrap()];
+    let received = replay(&good(), &IncomingOptions { renames, ..places(&[("disk0", &to)]) });
+    assert_eq!(bitferry::exit_status(received.report()), 6);
+    let bitmaps = &received.report().disks[0].bitmaps;
+    let outcomes: Vec<_> = bitmaps.iter().map(|b| (b.name.as_str(), b.outcome)).collect();
+    let (kept, lost) = (BitmapOutcome::Preserved, BitmapOutcome::Dropped);
+    assert_eq!(outcomes, [("b", kept), ("typo", lost)]);
+    assert_eq!(names(&to), ["own", "new"]);
+}
+
+/// Both tell what to change at the source.
+#[test]
+fn a_source_with_multifd_is_told_what_is_wrong() {
+    if !tools() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let to = image(&scratch);
+    let flush = [0, 0, 0, 0, 0, 0, 2, 0];
+    let stream = Stream::new().bytes(&[1, 0, 0, 0, 8, 3]).bytes(b"ram");
+    let stream = stream.bytes(&[0, 0, 0, 0, 0, 0, 0, 4]).bytes(&flush).0.into_bytes();
+    is_refused("flush", &stream, &to, &[4], &["multifd off"]);
+    let disk = format!("disk0={}", to.display());
+    let hello = [&[0x11, 0x22, 0x33, 0x44, 0, 0, 0, 1][..], &[0; 56]].concat();
+    let path = scratch.path("hello");
+    std::fs::write(&path, hello).unwrap();
+    let uri = format!("file:{}", path.display());
+    let output = command().args(["receive", "--in-place", "--disk", &disk, &uri]).output();
+    let output = output.expect_exit(Exit::Transport);
+    assert!(output.complaint().contains("multifd"), "{output}");
+}
+
+/// A source with a return path that is not to describe its machine waits for the outcome, and this
+/// side for the description: neither for ever.
+#[test]
+fn a_source_without_a_description_is_not_waited_for_for_ever() {
+    if !tools() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let to = image(&scratch);
+    let mut stream = waiting(&good_body());
+    // The end, and no more.
+    stream.truncate(stream.len() - 7);
+    let receiver = Receiver::listen(places(&[("disk0", &to)]));
+    let mut peer = receiver.connect();
+    peer.write_all(&stream).unwrap();
+    let begun = Instant::now();
+    let (status, text) = receiver.wait().error();
+    assert!(status == 4 && text.contains("suppress-vmdesc"), "{text}");
+    assert!(begun.elapsed() < Duration::from_secs(20));
+    assert_eq!(names(&to), ["own"]);
+}
+
+/// A QEMU that was cancelled goes on with its guest, and its bitmap with it.
+#[test]
+fn bitmaps_of_a_source_that_leaves_before_it_was_told_are_not_kept() {
+    if !tools() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let to = image(&scratch);
+    let in_time = |peer: &UnixStream, len: usize| {
+        let mut peeked = vec![0; len];
+        let end = Instant::now() + Duration::from_secs(30);
+        while recv(peer, peeked.as_mut_slice(), RecvFlags::PEEK).unwrap().0 < len {
+            assert!(Instant::now() < end, "it does not answer");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    };
+    let ways: [(&str, &dyn Fn(UnixStream)); 4] = [
+        ("closes at once", &drop),
+        ("shuts both directions down", &|peer| peer.shutdown(Shutdown::Both).unwrap()),
+        ("closes and leaves SHUT unread", &|peer| in_time(&peer, 16)),
+        ("shuts down and leaves SHUT unread", &|peer| {
+            in_time(&peer, 16);
+            peer.shutdown(Shutdown::Both).unwrap();
+            std::thread::sleep(Duration::from_millis(20));
+        }),
+    ];
+    for (name, leave) in ways {
+        let receiver = Receiver::listen(places(&[("disk0", &to)]));
+        let mut peer = receiver.connect();
+        peer.write_all(&waiting(&good_body())).unwrap();
+        leave(peer);
+        let (status, text) = receiver.wait().error();
+        assert_eq!(status, 4, "{name}: {text}");
+        assert_eq!(names(&to), ["own"], "{name}");
+        qemu::check_is_clean(&to);
+    }
+    // Nobody knows about one that was told and does not end the connection.
+    let receiver = Receiver::listen(places(&[("disk0", &to)]));
+    let mut peer = receiver.connect();
+    peer.write_all(&waiting(&good_body())).unwrap();
+    let received = receiver.wait();
+    assert_eq!(received.report().status, Status::Unknown);
+    assert_eq!(bitferry::exit_status(received.report()), 8);
+    assert_eq!(received.report().disks[0].bitmaps[0].outcome, BitmapOutcome::Dropped);
+    assert_eq!(drain(&mut peer), [PONG, shut(0)].concat());
+    assert_eq!(names(&to), ["own"]);
+}
+
+/// Ctrl-C ends the waiting for a source that says nothing: of its first bytes, and of more.
+#[test]
+fn a_silent_source_can_be_given_up() {
+    if !tools() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let to = image(&scratch);
+    let header = Stream::new().command(Command::OpenReturnPath).0.into_bytes();
+    for said in [&header[..2], &header] {
+        let socket = scratch.path("silent");
+        let _ = std::fs::remove_file(&socket);
+        let (disk, uri) = (format!("disk0={}", to.display()), format!("unix:{}", socket.display()));
+        let receive = command().args(["receive", "--in-place", "--disk", &disk, &uri]).spawn();
+        let end = Instant::now() + Duration::from_secs(30);
+        let mut peer = loop {
+            match UnixStream::connect(&socket) {
+                Ok(peer) => break peer,
+                Err(error) => assert!(Instant::now() < end, "{error}"),
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        };
+        peer.write_all(said).unwrap();
+        std::thread::sleep(Duration::from_millis(300));
+        receive.signal(Signal::TERM);
+        assert!(receive.ends_within(Duration::from_secs(3)), "after {} bytes", said.len());
+        receive.wait().expect_exit(Exit::Interrupted);
+    }
+    assert_eq!(names(&to), ["own"]);
 }

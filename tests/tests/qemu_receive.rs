@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use bitferry::copy::Rename;
+use bitferry::qemu::Version;
 use bitferry::qemu::incoming::IncomingOptions;
 use bitferry::report::{BitmapOutcome, BitmapReport, Status};
 use bitferry_tests::bitferry::bitferry as command;
@@ -575,6 +576,90 @@ fn a_disk_that_qemu_cuts_short_is_refused_and_the_source_goes_on() {
     qemu.migration_reaches(&["failed"]);
 }
 
+/// The same where the user has said that what is not sent is there already: nothing else tells a
+/// stream that was cut short from one of a disk with little in it.
+#[test]
+fn a_disk_above_a_base_that_qemu_cuts_short_is_refused() {
+    if !have(Peer::Qemu72) {
+        return;
+    }
+    for how in ["inc", "blk"] {
+        let scratch = Scratch::new();
+        let base = make(&scratch, "base", 64 * MIB).done();
+        let backed = |name: &str| {
+            make(&scratch, name, 64 * MIB).backing(base.display().to_string(), "qcow2")
+        };
+        let from = backed("from").write(0x41, 0, 60 * MIB).done();
+        let to = backed("to").bitmap("own", 64 * KIB).done();
+        let mut qemu = source(Peer::Qemu72, &[("disk0", "n0", &from, "qcow2")]);
+        qemu.capabilities(&["return-path"]);
+        qemu.ok("migrate-set-parameters", json!({ "max-bandwidth": 8 * MIB }));
+        let options = || IncomingOptions {
+            allow_backing: true,
+            shared_base: true,
+            ..places(&[("disk0", &to)])
+        };
+        let received = migrate(&mut qemu, Receiver::listen(options()), json!({ how: true }));
+        let (status, text) = received.error();
+        assert_eq!(status, 4, "{how}: {text}");
+        assert!(text.contains("of 64 MiB did not come"), "{how}: {text}");
+        assert!(text.contains("downtime-limit") && text.contains("looked through"), "{text}");
+        qemu.migration_reaches(&["failed"]);
+        qemu.quit();
+        // What the message asks for helps.
+        let mut qemu = source(Peer::Qemu72, &[("disk0", "n0", &from, "qcow2")]);
+        qemu.ok("migrate-set-parameters", json!({ "downtime-limit": 0 }));
+        let receiver = Receiver::listen(options());
+        qemu.ok("migrate", json!({ "uri": receiver.uri(), how: true }));
+        end_when_sent(&mut qemu);
+        is_complete(&receiver.wait());
+        qemu.quit();
+        qemu::same_content((&from, "qcow2"), (&to, "qcow2"));
+    }
+}
+
+/// A base of which nothing is allocated above, and a guest whose memory comes: nothing of the disk
+/// is sent, and that is all of it.
+#[test]
+fn a_disk_with_nothing_above_its_base_is_complete() {
+    if !have(Peer::Qemu72) {
+        return;
+    }
+    let scratch = Scratch::new();
+    let base = make(&scratch, "base", 8 * MIB).write(5, 0, MIB).done();
+    let backed =
+        |name: &str| make(&scratch, name, 8 * MIB).backing(base.display().to_string(), "qcow2");
+    let [from, to] = ["from", "to"].map(|name| backed(name).done());
+    let mut qemu = source(Peer::Qemu72, &[("disk0", "n0", &from, "qcow2")]);
+    let options =
+        IncomingOptions { allow_backing: true, shared_base: true, ..places(&[("disk0", &to)]) };
+    let received = migrate(&mut qemu, Receiver::listen(options), json!({ "inc": true }));
+    is_complete(&received);
+    qemu.migration_reaches(&["completed"]);
+    qemu.quit();
+}
+
+/// The stream says no sizes, and its chunks are as many as those of a smaller image.
+#[test]
+fn a_disk_that_is_larger_than_the_image_is_refused() {
+    if !have(Peer::Qemu72) {
+        return;
+    }
+    let scratch = Scratch::new();
+    let from = make(&scratch, "from", 3 * MIB).write(7, 0, 3 * MIB).done();
+    let to = make(&scratch, "to", 2 * MIB + MIB / 2).done();
+    let mut qemu = source(Peer::Qemu72, &[("disk0", "n0", &from, "qcow2")]);
+    qemu.capabilities(&["return-path"]);
+    qemu.ok("migrate-set-parameters", json!({ "downtime-limit": 0 }));
+    let receiver = Receiver::listen(places(&[("disk0", &to)]));
+    qemu.ok("migrate", json!({ "uri": receiver.uri(), "blk": true }));
+    end_when_sent(&mut qemu);
+    let (status, text) = receiver.wait().error();
+    assert!(status == 5 && text.contains("2621440"), "{status} {text}");
+    qemu.migration_reaches(&["failed"]);
+    qemu.quit();
+}
+
 /// A capture of `exec:cat`, replayed.
 #[test]
 fn a_stream_in_a_file_is_received() {
@@ -598,6 +683,128 @@ fn a_stream_in_a_file_is_received() {
     assert_eq!(received.report().wire_bytes, bytes.len() as u64);
     assert_eq!(stored(&to), before);
     assert!(received.warnings.iter().any(|w| w.contains("devices")), "{:?}", received.warnings);
+}
+
+/// Somebody forgot to switch the capability on: the source keeps its guest.
+#[test]
+fn a_disk_for_which_nothing_comes_fails_and_the_source_goes_on() {
+    if !have(Peer::Qemu10) {
+        return;
+    }
+    let scratch = Scratch::new();
+    let [a, b, to_a, to_b] =
+        ["a", "b", "to-a", "to-b"].map(|name| make(&scratch, name, 8 * MIB).done());
+    let mut qemu =
+        source(Peer::Qemu10, &[("disk0", "n0", &a, "qcow2"), ("disk1", "n1", &b, "qcow2")]);
+    add_bitmap(&mut qemu, "n0", "b", 64 * KIB, (true, false));
+    qemu.capabilities(&["return-path"]);
+    let both = || places(&[("disk0", &to_a), ("disk1", &to_b)]);
+    for (capabilities, words) in [
+        (&[][..], ["\"disk0\"", "switch on the capability dirty-bitmaps"]),
+        (&["dirty-bitmaps"], ["\"disk1\"", "no bitmap of a disk of this name"]),
+    ] {
+        qemu.capabilities(capabilities);
+        let (status, text) = migrate(&mut qemu, Receiver::listen(both()), json!({})).error();
+        assert_eq!(status, 4, "{text}");
+        assert!(words.iter().all(|word| text.contains(word)), "{text}");
+        qemu.migration_reaches(&["failed"]);
+        assert!(stored(&to_a).is_empty());
+    }
+    let one = places(&[("disk0", &to_a)]);
+    is_complete(&migrate(&mut qemu, Receiver::listen(one), json!({})));
+    qemu.migration_reaches(&["completed"]);
+    qemu.quit();
+}
+
+/// A guest that runs is stopped only when the destination has said that it may be.
+#[test]
+fn a_source_that_waits_for_leave_to_stop_its_guest_gets_it() {
+    if !have(Peer::Qemu10) {
+        return;
+    }
+    let scratch = Scratch::new();
+    let [a, to] = ["a", "to"].map(|name| make(&scratch, name, 8 * MIB).done());
+    let mut qemu = source(Peer::Qemu10, &[("disk0", "n0", &a, "qcow2")]);
+    add_bitmap(&mut qemu, "n0", "b", 64 * KIB, (true, false));
+    qemu.capabilities(&["dirty-bitmaps", "return-path", "switchover-ack"]);
+    qemu.ok("cont", json!({}));
+    let options =
+        IncomingOptions { version: Some(Version::new(8, 1)), ..places(&[("disk0", &to)]) };
+    is_complete(&migrate(&mut qemu, Receiver::listen(options), json!({})));
+    qemu.migration_reaches(&["completed"]);
+    qemu.quit();
+}
+
+fn job(qemu: &mut Qemu, arguments: Value) {
+    qemu.ok("blockdev-backup", arguments);
+    let event = qemu.event("BLOCK_JOB_COMPLETED");
+    assert!(event["data"]["error"].is_null(), "{event}");
+}
+
+/// A full backup before the migration, an incremental one behind it: both together are the disk.
+fn the_next_incremental_backup_is_whole(peer: Peer, is_sent: bool) {
+    if !have(peer) || !have(Peer::Qemu10) {
+        return;
+    }
+    let scratch = Scratch::new();
+    let size = 24 * MIB + 512;
+    let from = make(&scratch, "from", size).write(1, 0, 9 * MIB).write(2, 12 * MIB, MIB).done();
+    let full = scratch.path("full");
+    qemu::qemu_img("convert").words("-O qcow2").arg(&from).arg(&full).ok();
+    let to = make(&scratch, "to", size).done();
+    let mut qemu = source(peer, &[("disk0", "n0", &from, "qcow2")]);
+    add_bitmap(&mut qemu, "n0", "b", 64 * KIB, (true, false));
+    for command in ["write -P 3 3m 100k", "write -P 4 24m 512", "write -z 12m 64k"] {
+        qemu.io("disk0", command);
+    }
+    if !is_sent {
+        qemu.open("copy", &to, true).unwrap();
+        let arguments = json!({ "job-id": "j", "device": "n0", "target": "copy", "sync": "full" });
+        job(&mut qemu, arguments);
+        qemu.close("copy");
+    }
+    qemu.capabilities(&["dirty-bitmaps", "return-path"]);
+    let receiver = Receiver::listen(places(&[("disk0", &to)]));
+    let mut arguments = json!({ "uri": receiver.uri() });
+    if is_sent {
+        qemu.ok("migrate-set-parameters", json!({ "downtime-limit": 0 }));
+        arguments["blk"] = true.into();
+    }
+    qemu.ok("migrate", arguments);
+    if is_sent {
+        end_when_sent(&mut qemu);
+    }
+    is_complete(&receiver.wait());
+    qemu.quit();
+    let mut qemu = Qemu::block_only(Peer::Qemu10);
+    qemu.open("n", &to, true).unwrap();
+    qemu.io("n", "write -P 5 20m 64k");
+    let increment = make(&scratch, "inc", size).backing(full.display().to_string(), "qcow2").done();
+    qemu.open("inc", &increment, true).unwrap();
+    job(
+        &mut qemu,
+        json!({
+            "job-id": "j", "device": "n", "target": "inc", "sync": "incremental", "bitmap": "b",
+        }),
+    );
+    qemu.close("inc");
+    qemu.close("n");
+    qemu.quit();
+    qemu::same_content((&increment, "qcow2"), (&to, "qcow2"));
+    // It is an increment: what was there before is not in it.
+    let own = qemu::map(&increment, "qcow2");
+    let first = own.iter().find(|part| part["start"] == 0).unwrap();
+    assert_eq!(first["depth"], 1, "{first}");
+}
+
+#[test]
+fn the_next_incremental_backup_of_a_copied_disk_is_whole() {
+    the_next_incremental_backup_is_whole(Peer::Qemu10, false);
+}
+
+#[test]
+fn the_next_incremental_backup_of_a_disk_that_was_sent_is_whole() {
+    the_next_incremental_backup_is_whole(Peer::Qemu72, true);
 }
 
 /// The whole command: a QEMU connects, the bitmap is there, and the report says so.

@@ -71,6 +71,16 @@ fn the_same_commands_again_say_what_was_proved_and_what_is_not_as_it_was() {
             said
         };
         let first = ask("completed", verified);
+        if verified == "no" {
+            let (own, theirs) = ("nobody read it back (--no-verify)", "the source sent no proof");
+            let here = if how.1.contains("--no-verify") { own } else { theirs };
+            for (summary, why) in first.iter().zip([own, here]) {
+                let bitmap = &summary["disks"][0]["bitmaps"][0];
+                assert_eq!(bitmap["outcome"], "sent", "{how:?}: {summary}");
+                let reason = bitmap["reason"].as_str().expect("a reason");
+                assert!(reason.starts_with(why), "{how:?}: {summary}");
+            }
+        }
         for (image, out) in images.iter().zip(["a.out", "b.out"]) {
             same_content((image, "qcow2"), (&scratch.path(out), "qcow2"));
         }

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use bitferry_tests::device::Loop;
 use bitferry_tests::image::make;
+use bitferry_tests::middle::{Cut, Middle};
 use bitferry_tests::migration::{both as migrate, command as run, listening};
 use bitferry_tests::qemu::{Nbd, check_is_clean, dirty_ranges, same_content};
 use bitferry_tests::{Exit, Output, Peer, Run, Scratch, json, require_all};
@@ -153,6 +154,47 @@ fn what_was_written_in_place_is_gone_on_with() {
             assert!(!scratch.path(".out.bitferry-journal").exists());
         }
     }
+}
+
+#[test]
+fn what_a_failure_costs_the_bitmaps_that_were_there_is_told_with_it() {
+    if !has_peers() {
+        return;
+    }
+    let scratch = Scratch::new();
+    make(&scratch, "a.qcow2", 64 * MIB).write(5, 0, 48 * MIB).done();
+    let out = make(&scratch, "out", 64 * MIB).bitmap("own", 65536).done();
+    let fails_after = |bytes| {
+        let receive = "receive --json --in-place --disk vda=out tcp:127.0.0.1:0";
+        let receiver = run(&scratch, receive).spawn();
+        let uri = listening(&receiver);
+        let address = uri.strip_prefix("tcp:").and_then(|a| a.parse().ok()).expect("an address");
+        let middle = Middle::start(address, vec![Cut::Forth(bytes)]);
+        let sent = run(&scratch, "send --json --disk vda=a.qcow2").arg(middle.uri()).output();
+        let both = [sent, receiver.wait()].map(|o| json::summary(&o.expect_exit(Exit::Transport)));
+        for summary in &both {
+            let wire = summary["wire-bytes"].as_u64().expect("bytes");
+            assert!(wire > bytes / 2, "{summary}");
+        }
+        both[1]["disks"][0]["bitmaps"].as_array().expect("bitmaps").clone()
+    };
+    // Nothing was written, and then a part: it has followed that.
+    for bytes in [300, 20 * MIB] {
+        assert_eq!(fails_after(bytes), [] as [Value; 0]);
+        dirty_ranges(&out, "own").expect("consistent");
+    }
+    // A kill leaves it in use.
+    let receiver = run(&scratch, "receive --json --in-place --disk vda=out unix:socket").spawn();
+    let send = format!("send --bandwidth 4M --disk vda=a.qcow2 {}", listening(&receiver));
+    let sender = run(&scratch, &send).spawn();
+    receiver.wait_for(false, |line| {
+        let event: Value = serde_json::from_str(line).ok()?;
+        (event["event"] == "progress" && event["done"].as_u64() > Some(0)).then_some(())
+    });
+    receiver.kill();
+    sender.wait().expect_exit(Exit::Transport);
+    let [lost] = &fails_after(300)[..] else { panic!("one bitmap") };
+    assert_eq!((&lost["name"], &lost["outcome"]), (&"own".into(), &"invalidated".into()));
 }
 
 #[test]

@@ -106,6 +106,16 @@ impl LoadBlocks {
         self.find(disk, at).map(|disk| (disk.name.clone(), disk.size))
     }
 
+    /// The same of a disk that something new comes for: an error behind its seal.
+    pub fn open_facts(&self, disk: DiskId, at: &Arrival) -> Result<(String, u64)> {
+        let found = self.find(disk, at)?;
+        if found.sealed().is_some() {
+            let reason = format!("disk {:?} is sealed, and gets another bitmap", found.name);
+            return Err(at.protocol(reason));
+        }
+        Ok((found.name.clone(), found.size))
+    }
+
     /// Name of a disk; `None` for one that was not introduced.
     pub fn name(&self, disk: DiskId) -> Option<String> {
         self.read().get(&disk).map(|disk| disk.name.clone())

@@ -234,6 +234,10 @@ impl HangUp for Shared {
         }
         self.line.hang_up();
     }
+
+    fn fault(&self) -> Option<io::Error> {
+        self.line.fault()
+    }
 }
 
 /// What the peer sends, decrypted.

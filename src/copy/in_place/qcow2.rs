@@ -81,12 +81,14 @@ fn fill(job: &Job<'_>, editor: &Editor, observer: &dyn Observer) -> Result<Fille
     observer.phase(Phase::Seal);
     editor.sync()?;
     let proof = prove::prove(job, &own(job), &moved, &[], observer)?;
+    job.source.check_unchanged()?;
     if proof.verified == Verified::Mismatch {
         return Ok(Filled { moved, proof, stored: Vec::new(), continued });
     }
     observer.phase(Phase::Bitmaps);
     new::go_on(observer)?;
     let stored = bitmaps::load(&job.source, &job.bitmaps)?;
+    job.source.check_unchanged()?;
     add(editor, &stored)?;
     Ok(Filled { moved, proof, stored, continued })
 }

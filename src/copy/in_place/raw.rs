@@ -32,6 +32,7 @@ pub(super) fn copy(job: &Job<'_>, observer: &dyn Observer) -> Result<Done> {
     observer.phase(Phase::Seal);
     sync(&file, job)?;
     let proof = prove::prove(job, &own(job), &moved, &[], observer)?;
+    job.source.check_unchanged()?;
     continued.map_or(Ok(()), |continued| continued.finish((job, observer), &proof, &[]))?;
     Ok(Done { moved, proof, invalidated: Vec::new(), is_resumed, repeated })
 }

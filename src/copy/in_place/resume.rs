@@ -8,7 +8,7 @@ use qcow2_file::bitmaps::PersistentBitmap;
 use super::super::plan::Job;
 use super::super::prove::Proof;
 use super::super::{new, receipt};
-use crate::berth::{Kept, short_words};
+use crate::berth::{Kept, log_of, short_words};
 use crate::report::Verified;
 use crate::{Observer, Result};
 
@@ -30,10 +30,15 @@ impl Continued {
         observer: &dyn Observer,
     ) -> Result<Option<Self>> {
         let size = job.source.disk.chain.virtual_size();
-        let target = short_words(&format!("{:?}", job.target));
+        let target = short_words(&format!("{:?} {}", job.target, job.command));
         let identity = Identity { session: job.session, size, target };
         let options = job.options;
         let place = (options.destination.as_path(), options.device_journals.as_deref());
+        if job.adopts()
+            && let Some(log) = log_of(place.0, place.1)?
+        {
+            log.adopt(&identity)?;
+        }
         let kept = Kept::begin(place, Some(identity), (new::resumes(job), options.fresh))?;
         let Some(kept) = kept else { return Ok(None) };
         let (is_resumed, source) = (kept.is_resumed, job.source.blocks());

@@ -57,13 +57,15 @@ pub(super) struct Bitmaps<'o> {
     count: usize,
     bytes: u64,
     homeless: usize,
+    /// Whether their section came, in which there may be none.
+    pub(super) has_section: bool,
 }
 
 impl<'o> Bitmaps<'o> {
     /// Nothing has arrived for these disks.
     pub(super) fn new(options: &'o IncomingOptions, holders: Vec<Holder>) -> Self {
         let fates = BTreeMap::new();
-        Self { options, holders, fates, count: 0, bytes: 0, homeless: 0 }
+        Self { options, holders, fates, count: 0, bytes: 0, homeless: 0, has_section: false }
     }
 
     /// Takes a record that stands at byte `at` and speaks of `bitmap` of `disk`. `is_untouched`
@@ -218,6 +220,11 @@ impl<'o> Bitmaps<'o> {
             bitmaps.values().any(|fate| matches!(fate, Fate::Homeless))
         };
         self.fates.iter().find(|(_, b)| is_homeless(b)).map(|(disk, _)| disk.as_str())
+    }
+
+    /// Whether any came of a disk, wanted or not.
+    pub(super) fn has_any(&self, disk: &str) -> bool {
+        self.fates.contains_key(disk)
     }
 
     /// All that arrived: by disk and name on the wire.

@@ -11,11 +11,15 @@ pub(super) enum Reaction {
     None,
     /// A PONG with this value.
     Pong(u32),
+    /// Leave to stop the guest, which a source with `switchover-ack` waits for.
+    SwitchoverAck,
 }
 
 /// How far the migration is.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Course {
+    /// Whether the source is known to take SWITCHOVER_ACK; an older QEMU fails of it.
+    pub(super) takes_switchover_ack: bool,
     has_return_path: bool,
     is_advised: bool,
     is_listening: bool,
@@ -40,6 +44,11 @@ impl Course {
         let unsupported =
             |reason: &str| Err(Error::Unsupported { offset: at, reason: reason.to_owned() });
         match command {
+            // Whether the source waits for that the stream does not say.
+            Command::OpenReturnPath if self.takes_switchover_ack && !self.has_return_path => {
+                self.has_return_path = true;
+                return Ok(Reaction::SwitchoverAck);
+            }
             Command::OpenReturnPath => self.has_return_path = true,
             Command::Ping(_) if !self.has_return_path => {
                 return protocol("PING without a return path");
@@ -99,6 +108,15 @@ mod tests {
             Command::PostcopyRun,
         ];
         assert!(take(&postcopy).is_ok());
+    }
+
+    #[test]
+    fn who_takes_it_gets_leave_to_stop_its_guest_once() {
+        let mut course = Course { takes_switchover_ack: true, ..Course::default() };
+        for reaction in [Reaction::SwitchoverAck, Reaction::None] {
+            assert_eq!(course.command(&Command::OpenReturnPath, 7).unwrap(), reaction);
+        }
+        assert!(course.has_return_path());
     }
 
     #[test]

@@ -38,6 +38,8 @@ pub(super) struct Disk<'o> {
     pub(super) is_unfinished: bool,
     pub(super) body: Body,
     pub(super) counts: Counts,
+    /// Bytes of the last chunk that lie beyond the end and are not all zero.
+    pub(super) padding: u64,
     /// Which chunks have come; `None` for a disk with too many.
     seen: Option<Bits>,
 }
@@ -91,7 +93,8 @@ impl<'o> Disk<'o> {
         let seen = (chunks <= MAX_SEEN).then(|| Bits::new(chunks));
         let (body, counts) = (Body::Untouched, Counts::default());
         let journals = options.device_journals.as_deref();
-        Ok(Self { place, journals, chain, size, is_unfinished, body, counts, seen })
+        let padding = 0;
+        Ok(Self { place, journals, chain, size, is_unfinished, body, counts, padding, seen })
     }
 
     /// What it can hold in the way of bitmaps.
@@ -118,14 +121,14 @@ impl<'o> Disk<'o> {
     }
 
     /// Writes a chunk that stands at byte `at` of the stream; `None` stands for zeroes. What of it
-    /// lies beyond the end of the disk is padding.
+    /// lies beyond the end of the disk is padding. Returns whether it had come before.
     pub(super) fn write(
         &mut self,
         offset: u64,
         content: Option<&[u8; CHUNK_BYTES]>,
         (at, allow_backing): (u64, bool),
         observer: &dyn Observer,
-    ) -> Result<()> {
+    ) -> Result<bool> {
         let len = chunk_len(offset, self.size).map_err(|problem| Error::Misfit {
             subject: Subject { disk: self.place.id.clone(), bitmap: None },
             offset: at,
@@ -144,8 +147,16 @@ impl<'o> Disk<'o> {
             Body::Raw(sink) => put(sink, offset, len, content)?,
             Body::Qcow2(editor) => put(&EditorSink::new(editor), offset, len, content)?,
         }
-        self.count(offset, len as u64, content.is_some());
-        Ok(())
+        let padding = content.and_then(|content| content.get(len..)).unwrap_or_default();
+        if len < CHUNK_BYTES {
+            self.padding = if is_zero(padding) { 0 } else { padding.len() as u64 };
+        }
+        Ok(self.count(offset, len as u64, content.is_some()))
+    }
+
+    /// Whether the chunk at `offset` is the last of the disk.
+    pub(super) fn is_last(&self, offset: u64) -> bool {
+        offset.saturating_add(CHUNK_BYTES as u64) >= self.size
     }
 
     /// Gets the image ready to be written: enabled bitmaps of its own are marked, and follow.
@@ -185,21 +196,21 @@ impl<'o> Disk<'o> {
         }
     }
 
-    fn count(&mut self, offset: u64, len: u64, has_content: bool) {
-        let chunk = CHUNK_BYTES as u64;
-        // A chunk that was moved to end with the disk stands for the last one.
-        let last = offset.saturating_add(len).saturating_sub(1) / chunk;
-        let index = if offset.is_multiple_of(chunk) { offset / chunk } else { last };
-        let is_again = self.seen.as_ref().is_some_and(|seen| seen.get(index));
+    /// Returns whether the chunk had come before.
+    fn count(&mut self, offset: u64, len: u64, has_content: bool) -> bool {
+        let index = whole_chunk(offset, len, self.size);
+        let has_come = |index| self.seen.as_ref().is_some_and(|seen| seen.get(index));
+        let is_again = index.is_some_and(has_come);
         let counter = match (is_again, has_content) {
             (true, _) => &mut self.counts.repeated,
             (false, true) => &mut self.counts.data,
             (false, false) => &mut self.counts.zero,
         };
         *counter = counter.saturating_add(len);
-        if let Some(seen) = &mut self.seen {
+        if let (Some(seen), Some(index)) = (&mut self.seen, index) {
             seen.set_range(index..index.saturating_add(1));
         }
+        is_again
     }
 
     /// How many chunks of how many have not come, as far as that is known.
@@ -207,6 +218,15 @@ impl<'o> Disk<'o> {
         let seen = self.seen.as_ref()?;
         Some((seen.len().saturating_sub(seen.count()), seen.len()))
     }
+}
+
+/// The chunk of which all comes with the `len` bytes at `offset`: that which begins there, or the
+/// last one, where it was moved down to end with the disk. Of any other only a part comes.
+fn whole_chunk(offset: u64, len: u64, size: u64) -> Option<u64> {
+    let (chunk, end) = (CHUNK_BYTES as u64, offset.saturating_add(len));
+    let index = offset.div_ceil(chunk);
+    let next = index.saturating_add(1).saturating_mul(chunk);
+    (end >= next.min(size) && index.saturating_mul(chunk) < end).then_some(index)
 }
 
 /// Writes the first `len` bytes of a chunk. Runs of zeroes are made to read as zero without taking
@@ -261,6 +281,23 @@ fn run(unit: u64, offset: u64, bytes: &[u8]) -> (usize, bool) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_chunk_counts_when_all_of_it_has_come() {
+        let chunk = CHUNK_BYTES as u64;
+        for (offset, len, size, whole) in [
+            (0, chunk, 2 * chunk, Some(0)),
+            (chunk, chunk, 2 * chunk, Some(1)),
+            (512, chunk, 2 * chunk, None),
+            (512, chunk, 2 * chunk + 512, None),
+            // The last one, short, in its place and moved down.
+            (2 * chunk, 512, 2 * chunk + 512, Some(2)),
+            (chunk + 512, chunk, 2 * chunk + 512, Some(2)),
+            (0, 512, 512, Some(0)),
+        ] {
+            assert_eq!(whole_chunk(offset, len, size), whole, "{offset} {len} {size}");
+        }
+    }
 
     #[test]
     fn runs_end_where_zero_begins_or_ends() {

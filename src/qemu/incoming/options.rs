@@ -5,6 +5,7 @@ use std::io::{self, Write};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use super::super::version::Version;
 use crate::copy::{BitmapSelection, Rename};
 use crate::options::DiskOption;
 use crate::renames::Renames;
@@ -26,6 +27,13 @@ pub struct IncomingOptions {
     /// What is not sent is there already: the source migrates with `inc` (`migrate -i`), which the
     /// stream does not say. Without this each disk must come whole.
     pub shared_base: bool,
+    /// The version that the source's stream follows, where its machine type does not tell. Without
+    /// either a source with `switchover-ack` waits for as long as its guest runs.
+    pub version: Option<Version>,
+    /// The machine type that the source must have.
+    pub machine: Option<String>,
+    /// The UUID that the source's machine must have, which it says with `validate-uuid` only.
+    pub uuid: Option<[u8; 16]>,
     /// Where a bitferry keeps the journals of block devices. What it noted of a disk that is
     /// written here is removed.
     pub device_journals: Option<PathBuf>,

@@ -2,23 +2,29 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Read, Write};
+use std::time::Instant;
 
 use format_spec::Writer;
 use format_spec::qemu::block::{self, CHUNK_BYTES};
+use format_spec::qemu::configuration::{Configuration, Subsection};
 use format_spec::qemu::container::{Element, SectionName};
 use format_spec::qemu::reply::Reply;
 use format_spec::qemu::stream::{Decoder, Item};
 use format_spec::qemu::{Step, dirty_bitmap, ram};
 use format_spec::{Blame, Malformed};
+use mig_core::transport::HangUp;
 
 use super::super::buffer::Buffer;
 use super::super::error::{Error, Result, Subject};
+use super::super::version::Version;
 use super::bitmaps::{Bitmaps, Fate};
+use super::bulk::Bulk;
 use super::course::{Course, Reaction};
-use super::disk::{Body, Disk};
-use super::limits::{MAX_DEVICES, MAX_LISTED};
+use super::disk::{Body, Counts, Disk};
+use super::limits::{MAX_DEVICES, MAX_LISTED, TAIL_LIMIT};
 use super::options::IncomingOptions;
 use crate::Observer;
+use crate::observe::interruptible;
 
 /// What a stream brought.
 pub(super) struct Received<'o> {
@@ -42,6 +48,7 @@ struct State<'w, 'o> {
     course: Course,
     disks: Vec<Disk<'o>>,
     bitmaps: Bitmaps<'o>,
+    bulk: Bulk,
     dropped: Dropped,
     has_content: bool,
     has_ended: bool,
@@ -77,6 +84,7 @@ impl<'w, 'o, R: Read> Session<'w, 'o, R> {
             course,
             disks,
             bitmaps,
+            bulk: Bulk::default(),
             dropped,
             has_content: false,
             has_ended: false,
@@ -87,7 +95,7 @@ impl<'w, 'o, R: Read> Session<'w, 'o, R> {
     }
 
     /// Receives everything.
-    pub(super) fn receive(&mut self, observer: &dyn Observer) -> Result<()> {
+    pub(super) fn receive(&mut self, line: &dyn HangUp, observer: &dyn Observer) -> Result<()> {
         loop {
             let at = self.decoder.offset();
             let step = self.decoder.next(self.buffer.bytes(), self.buffer.is_whole());
@@ -110,9 +118,7 @@ impl<'w, 'o, R: Read> Session<'w, 'o, R> {
                     )));
                 }
                 Step::Need(needed) => {
-                    if let Err(error) = self.buffer.fill(needed) {
-                        return Err(self.lost(error));
-                    }
+                    self.fill(needed, line, observer)?;
                 }
             }
             if self.decoder.has_ended() || (self.state.has_ended && self.state.course.is_postcopy())
@@ -121,7 +127,31 @@ impl<'w, 'o, R: Read> Session<'w, 'o, R> {
             }
         }
         self.state.dropped.tell(observer, self.state.options.devices.is_some());
-        self.state.check_content(self.decoder.offset())
+        let at = self.decoder.offset();
+        self.state.check_content(at).and_then(|()| self.state.check_arrived(at))
+    }
+
+    /// Waits for more. A source that waits for the outcome, and is not to send the description of
+    /// its machine, says nothing more: the end could be in doubt, since a device's is not told.
+    fn fill(&mut self, needed: usize, line: &dyn HangUp, observer: &dyn Observer) -> Result<()> {
+        let is_last = self.state.has_ended && self.awaits_outcome();
+        if !is_last {
+            return self.buffer.fill(needed).map_err(|error| self.lost(error));
+        }
+        let (buffer, begun) = (&mut self.buffer, Instant::now());
+        let filled = interruptible(observer, line, Some(TAIL_LIMIT), || buffer.fill(needed));
+        let is_over = begun.elapsed() >= TAIL_LIMIT;
+        if is_over && (filled.is_err() || self.buffer.is_whole()) {
+            let reason = "no description of the machine follows the end of the stream; without \
+                          suppress-vmdesc=on at the source, or without return-path, it ends";
+            return Err(self.lost(io::Error::new(io::ErrorKind::TimedOut, reason)));
+        }
+        filled.map_err(|error| self.lost(error))
+    }
+
+    /// Whether the source listens.
+    pub(super) fn has_return_path(&self) -> bool {
+        self.state.course.has_return_path()
     }
 
     /// Whether the source waits to be told how it went.
@@ -129,11 +159,13 @@ impl<'w, 'o, R: Read> Session<'w, 'o, R> {
         self.state.course.has_return_path() && !self.state.options.is_one_way
     }
 
-    /// All that came, which is complete if [`receive`](Self::receive) has ended well.
-    pub(super) fn into_received(self) -> Received<'o> {
+    /// All that came, which is complete if [`receive`](Self::receive) has ended well, and what it
+    /// came from.
+    pub(super) fn into_received(self) -> (Received<'o>, R) {
         let State { disks, bitmaps, .. } = self.state;
         let wire_bytes = self.decoder.offset();
-        Received { disks, bitmaps: bitmaps.into_fates(), wire_bytes }
+        let received = Received { disks, bitmaps: bitmaps.into_fates(), wire_bytes };
+        (received, self.buffer.into_reader())
     }
 
     fn lost(&self, source: io::Error) -> Error {
@@ -157,6 +189,16 @@ impl State<'_, '_> {
                 self.dropped.memory = self.dropped.memory.max(*bytes);
                 Ok(())
             }
+            Item::Ram(ram::Record::Page { .. }) => {
+                self.bulk.page();
+                Ok(())
+            }
+            Item::Ram(ram::Record::MultifdFlush) => Err(Error::Unsupported {
+                offset: at,
+                reason: "the source sends its memory over other connections, and nothing is taken \
+                         from those here: switch the capability multifd off at the source"
+                    .to_owned(),
+            }),
             Item::NativeStart | Item::Native(_) => Err(Error::Unsupported {
                 offset: at,
                 reason: "this is our own dialect and not QEMU's; leave --dialect out".to_owned(),
@@ -195,19 +237,53 @@ impl State<'_, '_> {
 
     fn element(&mut self, element: &Element<'_>, at: u64) -> Result<()> {
         match element {
-            Element::Command(command) => {
-                if let Reaction::Pong(value) = self.course.command(command, at)? {
-                    self.answer(&Reply::Pong(value))?;
-                }
-            }
+            Element::Command(command) => match self.course.command(command, at)? {
+                Reaction::None => {}
+                Reaction::Pong(value) => self.answer(&Reply::Pong(value))?,
+                Reaction::SwitchoverAck => self.answer(&Reply::SwitchoverAck)?,
+            },
             Element::Section(section) => {
                 self.has_content |= section.name.is_some_and(|s| s.name == block::SECTION);
+                self.bitmaps.has_section |=
+                    section.name.is_some_and(|s| s.name == dirty_bitmap::SECTION);
+                self.bulk.section(section.kind);
+                if section.name.is_some_and(|s| s.name == ram::SECTION) {
+                    self.bulk.memory();
+                }
                 self.dropped.section(section.name, at);
             }
             Element::Eof => self.has_ended = true,
-            Element::Configuration(_) | Element::VmDescription(_) => {}
+            Element::Configuration(configuration) => self.configuration(configuration, at)?,
+            Element::VmDescription(_) => {}
         }
         Ok(())
+    }
+
+    /// What the source says of its machine.
+    fn configuration(&mut self, configuration: &Configuration<'_>, at: u64) -> Result<()> {
+        // Neither is newer than the source's QEMU.
+        let version = Version::of_machine(configuration.machine).max(self.options.version);
+        self.course.takes_switchover_ack = version.is_some_and(Version::has_switchover_ack);
+        let uuid = configuration.subsections.iter().find_map(|subsection| match subsection {
+            Subsection::Uuid(uuid) => Some(*uuid),
+            _ => None,
+        });
+        let differs = |reason| Err(Error::Unsupported { offset: at, reason });
+        match (&self.options.machine, self.options.uuid) {
+            (Some(wanted), _) if wanted != configuration.machine => differs(format!(
+                "the source's machine is {:?}, and {wanted:?} was asked for",
+                configuration.machine
+            )),
+            (_, Some(_)) if uuid.is_none() => differs(
+                "the source does not say the UUID of its machine: it needs -uuid and the \
+                 capability validate-uuid"
+                    .to_owned(),
+            ),
+            (_, Some(wanted)) if uuid != Some(wanted) => {
+                differs("the UUID of the source's machine is another one than --uuid".to_owned())
+            }
+            _ => Ok(()),
+        }
     }
 
     fn answer(&mut self, reply: &Reply<'_>) -> Result<()> {
@@ -229,11 +305,17 @@ impl State<'_, '_> {
         let (device, content): (&str, Option<&[u8; CHUNK_BYTES]>) = match record.body {
             block::Body::Data { device, content } => (device, Some(content)),
             block::Body::Zeroes { device } => (device, None),
-            block::Body::Progress | block::Body::None => return Ok(()),
+            block::Body::Progress => {
+                self.bulk.progress(record.percent());
+                return Ok(());
+            }
+            block::Body::None => return Ok(()),
         };
         let disk = self.disks.iter_mut().find(|disk| disk.place.id == device);
         let Some(disk) = disk else { return Err(self.no_place(device, at)) };
-        disk.write(record.offset(), content, (at, self.options.allow_backing), observer)?;
+        let is_again =
+            disk.write(record.offset(), content, (at, self.options.allow_backing), observer)?;
+        self.bulk.chunk(is_again, disk.is_last(record.offset()));
         let sum = |bytes: &dyn Fn(&Disk<'_>) -> u64| {
             self.disks.iter().fold(0u64, |sum, disk| sum.saturating_add(bytes(disk)))
         };
@@ -246,21 +328,69 @@ impl State<'_, '_> {
     /// QEMU 7.2 goes over to its end when little is left to send, and does not count what it has
     /// not read yet: it may leave out most of a disk and call that completed.
     fn check_content(&self, at: u64) -> Result<()> {
-        if !self.has_content || self.options.shared_base {
+        let is_all_seen = self.bulk.is_over(self.disks.len());
+        if !self.has_content || (self.options.shared_base && is_all_seen) {
             return Ok(());
         }
-        let missing = |disk: &&Disk<'_>| disk.missing_chunks().is_some_and(|(n, _)| n > 0);
-        let Some(disk) = self.disks.iter().find(missing) else { return Ok(()) };
-        let (missing, all) = disk.missing_chunks().unwrap_or_default();
+        let missing = |disk: &&Disk<'_>| match disk.missing_chunks() {
+            Some((missing, _)) => missing > 0,
+            None => !is_all_seen,
+        };
+        let Some(disk) = self.disks.iter().find(missing) else { return self.check_size(at) };
+        let (missing, all) = disk.missing_chunks().unwrap_or((0, disk.size.div_ceil(1 << 20)));
+        let why = if self.options.shared_base {
+            "and nothing shows that QEMU had looked through all of its disks by then"
+        } else {
+            "with `migrate -i` say --shared-base: that what is not allocated is there already"
+        };
         Err(Error::Misfit {
             subject: Subject { disk: disk.place.id.clone(), bitmap: None },
             offset: at,
             reason: format!(
                 "the stream ends, and {missing} of {all} MiB did not come. QEMU 7.2 ends too early \
                  where its bandwidth times downtime-limit is more than 1 MiB: set downtime-limit \
-                 to 0 until `info migrate` shows at most 1 MiB of each disk as remaining. With \
-                 `migrate -i` say --shared-base: that the rest is there already"
+                 to 0 until `info migrate` shows at most 1 MiB of each disk as remaining; {why}"
             ),
+            blame: Blame::PeerBehaviour,
+        })
+    }
+
+    /// All chunks came, of which the last may have been cut.
+    fn check_size(&self, at: u64) -> Result<()> {
+        let [disk] = self.disks.as_slice() else { return Ok(()) };
+        if self.bulk.fits(disk.size) {
+            return Ok(());
+        }
+        Err(Error::Misfit {
+            subject: Subject { disk: disk.place.id.clone(), bitmap: None },
+            offset: at,
+            reason: format!(
+                "the image has {} bytes, and the source's disk another size, as what it told of \
+                 its progress shows (unless it migrates with -i: then say --shared-base)",
+                disk.size
+            ),
+            blame: Blame::Bytes,
+        })
+    }
+
+    /// A disk that was named gets something: its content, its bitmaps, or, above a base, the word
+    /// that nothing is missing.
+    fn check_arrived(&self, at: u64) -> Result<()> {
+        let is_named_only = |disk: &&Disk<'_>| {
+            disk.counts == Counts::default() && !self.bitmaps.has_any(&disk.place.id)
+        };
+        let disk = self.disks.iter().find(is_named_only);
+        let Some(disk) = disk.filter(|_| !self.has_content) else { return Ok(()) };
+        let hint = if self.bitmaps.has_section {
+            "the source has no bitmap of a disk of this name, and sends no contents"
+        } else {
+            "switch on the capability dirty-bitmaps at the source for its bitmaps; QEMU up to 9.0 \
+             sends its content with `migrate -b`"
+        };
+        Err(Error::Misfit {
+            subject: Subject { disk: disk.place.id.clone(), bitmap: None },
+            offset: at,
+            reason: format!("the stream ends, and nothing came for this disk: {hint}"),
             blame: Blame::PeerBehaviour,
         })
     }

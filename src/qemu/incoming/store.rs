@@ -13,7 +13,7 @@ use super::bitmaps::Fate;
 use super::disk::{Body, Disk};
 use super::options::IncomingOptions;
 use crate::copy::{BitmapSelection, difference, invalidated};
-use crate::disk::{Disk as OpenDisk, Stored};
+use crate::disk::{Disk as OpenDisk, Stored as Listed};
 use crate::report::{BitmapOutcome, BitmapReport, DiskReport, ONLY_BITMAPS, Verified};
 use crate::{Observer, Phase};
 
@@ -29,14 +29,24 @@ struct Ready<'d, 'o> {
     editor: Option<BitmapEditor>,
 }
 
-/// Stores everything, and says what became of it. An error leaves images that were written marked
-/// as unfinished, and the others without the new bitmaps.
+/// What is stored and may have to be taken out again.
+#[derive(Debug, Default)]
+pub(super) struct Stored {
+    pub(super) reports: Vec<DiskReport>,
+    /// Names of bitmaps in the images, by the disks' order.
+    added: Vec<Vec<String>>,
+}
+
+/// Stores everything, and says what became of it, unless the source turns out to have left before.
+/// An error leaves images that were written marked as unfinished, and the others without the new
+/// bitmaps.
 pub(super) fn store(
     disks: &mut [Disk<'_>],
     mut fates: BTreeMap<String, Fates>,
     options: &IncomingOptions,
+    is_there: &dyn Fn() -> Result<()>,
     observer: &dyn Observer,
-) -> Result<Vec<DiskReport>> {
+) -> Result<Stored> {
     observer.phase(Phase::Seal);
     for disk in disks.iter() {
         match &disk.body {
@@ -54,24 +64,63 @@ pub(super) fn store(
     if observer.is_cancelled() {
         return Err(Error::Interrupted);
     }
+    is_there()?;
     observer.phase(Phase::Publish);
-    for index in 0..ready.len() {
-        let committed = ready.get_mut(index).map_or(Ok(()), commit);
-        if let Err(error) = committed {
-            take_back(ready.get(..index).unwrap_or_default());
+    let mut done: usize = 0;
+    let committed = ready.iter_mut().try_for_each(|ready| {
+        commit(ready)?;
+        done = done.saturating_add(1);
+        Ok(())
+    });
+    let names = |ready: &Ready<'_, '_>| ready.stored.iter().map(|b| b.name.clone()).collect();
+    let mut added: Vec<Vec<String>> = ready.iter().map(names).collect();
+    observer.phase(Phase::Prove);
+    let reports = committed.and_then(|()| ready.into_iter().map(report).collect());
+    let mut reports: Vec<DiskReport> = match reports {
+        Ok(reports) => reports,
+        Err(error) => {
+            added.truncate(done);
+            take_back(disks, &added)?;
             return Err(error);
         }
-    }
-    observer.phase(Phase::Prove);
-    let mut reports = Vec::new();
-    for ready in ready {
-        reports.push(report(ready)?);
-    }
-    if let Some(first) = reports.first_mut() {
-        first.bitmaps.extend(missing(options, &first.bitmaps));
-    }
+    };
     reports.extend(fates.into_iter().map(|(id, fates)| homeless(id, fates)));
-    Ok(reports)
+    add_missing(options, &mut reports);
+    Ok(Stored { reports, added })
+}
+
+impl Stored {
+    /// Takes the bitmaps out of the images again: the source may go on with its own, of which
+    /// these are then stale.
+    pub(super) fn take_back(&mut self, disks: &[Disk<'_>], why: &str) -> Result<()> {
+        take_back(disks, &self.added)?;
+        let bitmaps = self.reports.iter_mut().flat_map(|disk| &mut disk.bitmaps);
+        for bitmap in bitmaps.filter(|b| b.outcome == BitmapOutcome::Preserved) {
+            (bitmap.outcome, bitmap.reason) = (BitmapOutcome::Dropped, Some(why.to_owned()));
+        }
+        Ok(())
+    }
+}
+
+/// Removes bitmaps by the disks' order: all that can be, and answers for the first that cannot.
+fn take_back(disks: &[Disk<'_>], added: &[Vec<String>]) -> Result<()> {
+    let mut result = Ok(());
+    for (disk, names) in disks.iter().zip(added) {
+        let Some(first) = names.first() else { continue };
+        let removed = remove(disk, names).map_err(|source| Error::Stale {
+            bitmap: first.clone(),
+            path: disk.place.path.clone(),
+            source: Box::new(source.into()),
+        });
+        result = result.and(removed);
+    }
+    result
+}
+
+fn remove(disk: &Disk<'_>, names: &[String]) -> qcow2_file::Result<()> {
+    let mut editor = BitmapEditor::open(Arc::clone(disk.chain.top().file()))?;
+    names.iter().try_for_each(|name| editor.remove(name))?;
+    editor.commit()
 }
 
 /// Gets the changes of a disk ready. Nothing is written.
@@ -136,20 +185,6 @@ fn commit(ready: &mut Ready<'_, '_>) -> Result<()> {
     }
 }
 
-/// Removes bitmaps again that were stored into images without content: the source goes on with its
-/// own. Whoever calls has an error to tell already.
-fn take_back(ready: &[Ready<'_, '_>]) {
-    for Ready { disk, stored, .. } in ready.iter().filter(|r| r.disk.counts == Default::default()) {
-        let Ok(mut editor) = BitmapEditor::open(Arc::clone(disk.chain.top().file())) else {
-            continue;
-        };
-        let is_removed = |bitmap: &PersistentBitmap| editor.remove(&bitmap.name).is_ok();
-        if stored.iter().map(is_removed).filter(|removed| *removed).count() > 0 {
-            let _ = editor.commit();
-        }
-    }
-}
-
 fn bitmap_report(name: &str, fate: &Fate) -> BitmapReport {
     let dropped = |reason: &str, is_wanted| BitmapReport {
         name: name.to_owned(),
@@ -206,7 +241,7 @@ fn report(ready: Ready<'_, '_>) -> Result<DiskReport> {
 fn reopen(path: &Path) -> Result<OpenDisk> {
     let opener = Opener::new().format(Some(Format::Qcow2)).without_named_files(true);
     let chain = opener.open(path)?;
-    let bitmaps = chain.top().as_qcow2().map_or(Stored::None, Stored::of);
+    let bitmaps = chain.top().as_qcow2().map_or(Listed::None, Listed::of);
     Ok(OpenDisk { chain, bitmaps })
 }
 
@@ -218,6 +253,14 @@ fn not_carried(disk: &Disk<'_>, has_content: bool, has_bitmaps: bool) -> Vec<Str
              own content"
         )),
         _ => {}
+    }
+    if disk.padding > 0 {
+        // QEMU sends what its buffer held before.
+        phrases.push(format!(
+            "{} bytes beyond the end of the image: memory of QEMU's without meaning if the \
+             source's disk has {} bytes, too, else part of the disk",
+            disk.padding, disk.size
+        ));
     }
     if !has_content && has_bitmaps {
         phrases.push(ONLY_BITMAPS.to_owned());
@@ -231,18 +274,28 @@ fn not_carried(disk: &Disk<'_>, has_content: bool, has_bitmaps: bool) -> Vec<Str
     phrases
 }
 
-/// Bitmaps that were asked for by name and did not come.
-fn missing(options: &IncomingOptions, arrived: &[BitmapReport]) -> Vec<BitmapReport> {
-    let BitmapSelection::Named(names) = &options.bitmaps else { return Vec::new() };
-    let is_missing = |name: &&String| arrived.iter().all(|b| b.name != **name);
-    let report = |name: &String| BitmapReport {
-        name: name.clone(),
-        outcome: BitmapOutcome::Dropped,
-        changed: Vec::new(),
-        reason: Some("the source sent no bitmap of this name".to_owned()),
-        is_wanted: true,
+/// Adds bitmaps that were asked for by name, or were to get another one, and did not come.
+fn add_missing(options: &IncomingOptions, reports: &mut [DiskReport]) {
+    let named: &[String] = match &options.bitmaps {
+        BitmapSelection::Named(names) => names,
+        BitmapSelection::All | BitmapSelection::None => &[],
     };
-    names.iter().filter(is_missing).map(report).collect()
+    let renamed = options.renames.iter().map(|rename| (rename.node.as_deref(), &rename.old));
+    for (disk, name) in named.iter().map(|name| (None, name)).chain(renamed) {
+        let is_meant = |report: &DiskReport| disk.is_none_or(|disk| disk == report.id);
+        let has_it = |report: &DiskReport| report.bitmaps.iter().any(|b| b.name == *name);
+        if reports.iter().any(|report| is_meant(report) && has_it(report)) {
+            continue;
+        }
+        let Some(report) = reports.iter_mut().find(|report| is_meant(report)) else { continue };
+        report.bitmaps.push(BitmapReport {
+            name: name.clone(),
+            outcome: BitmapOutcome::Dropped,
+            changed: Vec::new(),
+            reason: Some("the source sent no bitmap of this name".to_owned()),
+            is_wanted: true,
+        });
+    }
 }
 
 /// What is said of a disk of the stream for which there is no image, and whose bitmaps nobody

@@ -97,6 +97,18 @@ impl InPlace {
         index.map(|index| found.swap_remove(index).1).unwrap_or_default()
     }
 
+    /// The same of all disks.
+    pub(super) fn take_all_invalidated(&self) -> Vec<(String, Vec<BitmapReport>)> {
+        std::mem::take(&mut *lock(&self.invalidated))
+    }
+
+    /// The last attempt has the last word.
+    fn note_invalidated(&self, id: &str, bitmaps: Vec<BitmapReport>) {
+        let mut found = lock(&self.invalidated);
+        found.retain(|(of, _)| of != id);
+        found.push((id.to_owned(), bitmaps));
+    }
+
     /// What is known of a session.
     fn look(&self, session: SessionId) -> Result<SessionState> {
         let traces = self.targets.iter().map(|target| target.trace(session));
@@ -139,7 +151,7 @@ impl InPlace {
         let places = std::mem::take(&mut lock(&self.state).places);
         for place in &places {
             let invalidated = place.finish()?;
-            lock(&self.invalidated).push((place.target().id.clone(), invalidated));
+            self.note_invalidated(&place.target().id, invalidated);
         }
         // Until all are finished each of them can be gone on with.
         places.iter().try_for_each(|place| place.end())
@@ -182,6 +194,11 @@ impl Destination for InPlace {
         for place in std::mem::take(&mut lock(&self.state).places) {
             if let Err(error) = place.leave(fate) {
                 tracing::warn!(%error, "what arrived last will be sent again");
+            }
+            // It was written to, or made ready for that: what that cost is told with the failure.
+            match place.target().untrusted() {
+                Ok(bitmaps) => self.note_invalidated(&place.target().id, bitmaps),
+                Err(error) => tracing::warn!(%error, "what became of its bitmaps is not known"),
             }
         }
     }

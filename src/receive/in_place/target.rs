@@ -187,6 +187,11 @@ impl Target {
         }
     }
 
+    /// Which of its own bitmaps cannot be trusted, as it stands.
+    pub(super) fn untrusted(&self) -> Result<Vec<BitmapReport>> {
+        Ok(invalidated(&self.reopen()?))
+    }
+
     /// The file that takes the guest's data.
     pub(super) fn data_path(&self) -> &Path {
         let own = self.chain.files().first();

@@ -162,7 +162,6 @@ fn not_paths(world: &World) {
     let secret = world.secret.display();
     let names = [
         format!("json:{{\"driver\":\"file\",\"filename\":\"{secret}\"}}"),
-        format!("file:{secret}"),
         "nbd:unix:/nowhere/socket".to_owned(),
         "nbd://127.0.0.1:1/x".to_owned(),
         "https://127.0.0.1:1/x".to_owned(),
