@@ -9,9 +9,11 @@ use std::sync::Arc;
 use qcow2_file::bitmaps::{
     self, BitmapCheck, BitmapEditor, Bitmaps, Bits, MergeSource, RepairOptions, Repaired,
 };
+use qcow2_file::chain::{PROBE_BYTES, probe};
 use qcow2_file::lock::{self, Lock, Mode};
-use qcow2_file::{Access, Chain, HostFile, Opener, Storage};
+use qcow2_file::{Access, Chain, Format, HostFile, Opener, Storage};
 
+use crate::disk::is_named_qcow2;
 use crate::{Error, Result};
 
 /// One change. Several are made in one step, in their order.
@@ -149,9 +151,27 @@ pub fn repair(image: &Path, repair: Repair) -> Result<Repaired> {
     }
 }
 
+/// Why it is not certain that an image is one, if so: only its content says it, which the guest of
+/// a raw disk can have written. A sentence for whoever has just changed it.
+pub fn doubt(image: &Path) -> Option<String> {
+    (!is_named_qcow2(image)).then(|| {
+        format!(
+            "{} is taken for qcow2 because of its content, which the guest of a raw disk could have \
+             written; a raw disk has been changed for its guest now",
+            image.display()
+        )
+    })
+}
+
 fn open_for_writing(image: &Path) -> Result<(Arc<dyn Storage>, Lock)> {
     let file = HostFile::open(image, Access::ReadWrite)?;
     let lock = lock::acquire(file.file(), &file.name(), Mode::Write)?;
+    let mut first = [0; PROBE_BYTES];
+    let failed = |source| Error::File { action: "read", path: image.to_owned(), source };
+    file.read_at(&mut first, 0).map_err(failed)?;
+    if probe(&first) != Format::Qcow2 {
+        return Err(not_qcow2(image));
+    }
     Ok((Arc::new(file), lock))
 }
 
@@ -178,5 +198,5 @@ fn open_for_reading(image: &Path) -> Result<Chain> {
 }
 
 fn not_qcow2(image: &Path) -> Error {
-    Error::Usage { reason: format!("{} is no qcow2 image and holds no bitmaps", image.display()) }
+    Error::NotQcow2 { path: image.to_owned() }
 }

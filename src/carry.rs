@@ -57,9 +57,11 @@ pub(crate) fn listed(stored: &Stored) -> Vec<BitmapInfo> {
 /// Decides about the bitmaps of an image.
 pub(crate) fn plan(stored: &Stored, asked: &Asked, holder: &Holder) -> BitmapPlan {
     let decision = decide(&listed(stored), &wish(asked), holder);
-    let mut refusals: Vec<Error> =
-        decision.problems.iter().map(|problem| refusal(problem, asked.hint)).collect();
     let unlistable = stored.unlistable();
+    // Where they cannot be listed, one that is named may be among them.
+    let is_missing = |problem: &&Problem| matches!(problem, Problem::Missing(_));
+    let problems = decision.problems.iter().filter(|p| unlistable.is_none() || !is_missing(p));
+    let mut refusals: Vec<Error> = problems.map(|problem| refusal(problem, asked.hint)).collect();
     let is_accepted = asked.skips_broken || asked.bitmaps == BitmapSelection::None;
     if let Some(reason) = unlistable.clone().filter(|_| !is_accepted) {
         let hint = "use --skip-broken-bitmaps to go on without them, or `bitferry bitmap repair`";
@@ -85,6 +87,9 @@ fn wish(asked: &Asked) -> Wish {
 fn refusal(problem: &Problem, hint: &str) -> Error {
     match problem {
         Problem::Wrong(reason) => Error::Usage { reason: reason.clone() },
+        Problem::Missing(name) => {
+            Error::Usage { reason: format!("the source has no bitmap {name:?}") }
+        }
         Problem::Loses { name, reason, is_broken } => Error::WouldLose {
             reason: format!("bitmap {name:?}: {reason}"),
             hint: if *is_broken {

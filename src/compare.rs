@@ -78,12 +78,13 @@ impl Comparison {
 
 /// Compares two images. Stops reading at the first difference of content.
 pub fn run(options: &CompareOptions, observer: &dyn Observer) -> Result<Comparison> {
-    let open = |path, format| {
-        let request = Request { allow_named: options.allow_backing, ..Request::new(path, format) };
+    let open = |path, format, format_option| {
+        let allow_named = options.allow_backing;
+        let request = Request { allow_named, format_option, ..Request::new(path, format) };
         Disk::open(&request, observer)
     };
-    let a = open(&options.a, options.format_a)?;
-    let b = open(&options.b, options.format_b)?;
+    let a = open(&options.a, options.format_a, "-f ")?;
+    let b = open(&options.b, options.format_b, "-F ")?;
     let both_can = a.image().is_some() && b.image().is_some();
     let names = match &options.bitmaps {
         None if both_can => all_names(&a, &b),

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use qcow2_file::bitmaps::{Bitmaps, stale_extension};
-use qcow2_file::chain::Backing;
+use qcow2_file::chain::{Backing, LayerFiles};
 use qcow2_file::storage::FileId;
 use qcow2_file::{Chain, HostFile, Image, Layer, Opener};
 
@@ -21,6 +21,8 @@ const QCOW2_ENDINGS: [&str; 2] = ["qcow2", "qcow"];
 pub(crate) struct Request<'a> {
     pub(crate) path: &'a Path,
     pub(crate) format: Option<Format>,
+    /// What the user says before the name of the format, for a hint.
+    pub(crate) format_option: &'static str,
     /// Whether files that the image names may be opened.
     pub(crate) allow_named: bool,
     pub(crate) backing: Backing,
@@ -39,6 +41,7 @@ impl<'a> Request<'a> {
         Self {
             path,
             format,
+            format_option: "-f ",
             allow_named: false,
             backing: Backing::Named,
             only_top: false,
@@ -110,7 +113,7 @@ impl Disk {
     /// Opens and locks an image. What the user should know goes to `observer`.
     pub(crate) fn open(request: &Request<'_>, observer: &dyn Observer) -> Result<Self> {
         let chain = opener(request).open(request.path)?;
-        check_probe(request.path, &chain, observer)?;
+        check_probe((request.path, request.format_option), &chain, observer)?;
         for (file, warning) in chain.warnings() {
             observer.warning(&format!("{file} {warning}"));
         }
@@ -118,10 +121,15 @@ impl Disk {
         Ok(Self { chain, bitmaps })
     }
 
-    /// The format that a file has by its content, if that is a safe guess.
-    pub(crate) fn guess(path: &Path, opener: &Opener, observer: &dyn Observer) -> Result<Format> {
+    /// The format that a file has by its content, if that is a safe guess. `option`: what the user
+    /// says before the name of a format.
+    pub(crate) fn guess(
+        (path, option): (&Path, &'static str),
+        opener: &Opener,
+        observer: &dyn Observer,
+    ) -> Result<Format> {
         let chain = opener.open(path)?;
-        check_probe(path, &chain, observer)?;
+        check_probe((path, option), &chain, observer)?;
         Ok(chain.top().format().into())
     }
 
@@ -145,6 +153,29 @@ impl Disk {
     pub(crate) fn flattened(&self) -> Option<String> {
         let count = self.chain.layers().len().saturating_sub(1);
         (count > 0).then(|| format!("backing chain of {count} layers: flattened into the copy"))
+    }
+
+    /// The bitmaps of layers below the image, of which `layers` with it are read through: only the
+    /// image's own are carried.
+    pub(crate) fn bitmaps_below(&self, layers: usize) -> Vec<String> {
+        let below = self.chain.layers().iter().zip(self.chain.files()).take(layers).skip(1);
+        let phrase = |(layer, files): (&Layer, &LayerFiles)| {
+            let stored = Stored::of(layer.as_qcow2()?);
+            let names: Vec<_> = match stored.directory() {
+                Some(directory) => {
+                    directory.list().iter().map(|entry| format!("{:?}", entry.name())).collect()
+                }
+                None => {
+                    let unknown = stored.unlistable().map(|_| "that cannot be listed".to_owned());
+                    unknown.into_iter().collect()
+                }
+            };
+            let file = files.file.path().display();
+            (!names.is_empty()).then(|| {
+                format!("bitmaps {} of {file}, below the image: only its own are", names.join(", "))
+            })
+        };
+        below.filter_map(phrase).collect()
     }
 
     /// Every file of every layer.
@@ -176,23 +207,27 @@ fn opener(request: &Request<'_>) -> Opener {
 
 /// A guest can write a qcow2 header to the start of its raw disk: who has only looked at the
 /// content does not take it for qcow2 without a word.
-pub(crate) fn check_probe(path: &Path, chain: &Chain, observer: &dyn Observer) -> Result<()> {
+pub(crate) fn check_probe(
+    (path, option): (&Path, &str),
+    chain: &Chain,
+    observer: &dyn Observer,
+) -> Result<()> {
     if !chain.is_probed() || matches!(chain.top(), Layer::Raw(_)) {
         return Ok(());
     }
     let name = path.display();
     let is_device = chain.files().first().is_some_and(|f| f.file.is_device());
-    if is_device || RAW_ENDINGS.contains(&ending(path).as_str()) {
+    if is_device || is_named_raw(path) {
         let reason = format!(
             "{name} holds a qcow2 header, which the guest of a raw disk could have written; \
-             say which it is: -f raw or -f qcow2"
+             say which it is: {option}raw or {option}qcow2"
         );
         return Err(Error::Usage { reason });
     }
     if !is_named_qcow2(path) {
         observer.warning(&format!(
             "{name} is taken for qcow2 because of its content, which the guest of a raw disk could \
-             have written; use -f qcow2 or -f raw to be sure"
+             have written; use {option}qcow2 or {option}raw to be sure"
         ));
     }
     Ok(())
@@ -201,6 +236,11 @@ pub(crate) fn check_probe(path: &Path, chain: &Chain, observer: &dyn Observer) -
 /// Whether the name says qcow2.
 pub(crate) fn is_named_qcow2(path: &Path) -> bool {
     QCOW2_ENDINGS.contains(&ending(path).as_str())
+}
+
+/// Whether the name says raw.
+pub(crate) fn is_named_raw(path: &Path) -> bool {
+    RAW_ENDINGS.contains(&ending(path).as_str())
 }
 
 fn ending(path: &Path) -> String {

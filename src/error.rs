@@ -50,6 +50,20 @@ pub enum Error {
         /// The destination.
         path: PathBuf,
     },
+    /// A device stands where a new file is to be made.
+    #[error("{} is a device, in the place of which no file can be made", .path.display())]
+    IsDevice {
+        /// The device.
+        path: PathBuf,
+        /// What to do.
+        hint: String,
+    },
+    /// What was asked is about named bitmaps, and the image is not qcow2.
+    #[error("{} is no qcow2 image and has no place for bitmaps", .path.display())]
+    NotQcow2 {
+        /// The image.
+        path: PathBuf,
+    },
     /// There is not enough room for the destination.
     #[error("{} has {free} bytes free, the copy needs about {needed}", .path.display())]
     NoSpace {
@@ -132,6 +146,16 @@ pub enum Error {
     /// A migration from or to QEMU stopped.
     #[error(transparent)]
     Qemu(crate::qemu::Error),
+    /// A command to a running migration was refused, by whoever drives that.
+    #[error("{text}")]
+    Control {
+        /// The command.
+        command: String,
+        /// Whether there is no such command.
+        is_unknown: bool,
+        /// Its own words.
+        text: String,
+    },
     /// There is no connection, or none that could be used.
     #[cfg(feature = "net")]
     #[error(transparent)]
@@ -202,7 +226,10 @@ impl Error {
     /// Whose fault it is.
     pub fn blame(&self) -> Blame {
         match self {
-            Self::Usage { .. } | Self::NeverProved { .. } => Blame::Caller,
+            Self::Usage { .. }
+            | Self::NeverProved { .. }
+            | Self::NotQcow2 { .. }
+            | Self::IsDevice { .. } => Blame::Caller,
             Self::Unfit { .. } => Blame::PeerBehaviour,
             Self::WouldLose { .. } => Blame::WouldLose,
             Self::Exists { .. }
@@ -220,6 +247,7 @@ impl Error {
             Self::Stream(e) => self.transport().map_or(e.blame(), |found| found.1),
             Self::Qemu(e) => e.blame(),
             Self::Capture { .. } => Blame::Bytes,
+            Self::Control { .. } => Blame::PeerFeatures,
             #[cfg(feature = "net")]
             Self::Connect(e) => e.blame(),
         }
@@ -259,28 +287,43 @@ impl Error {
         use mig_core::stream::Error as Stream;
         use qcow2_file::Error as Image;
         let text = match self {
-            Self::WouldLose { hint, .. } => hint.clone(),
+            Self::WouldLose { hint, .. } | Self::IsDevice { hint, .. } => hint.clone(),
             Self::Exists { .. } => {
                 "use --force to replace it at the end, or --in-place to write into it".into()
             }
+            Self::NotQcow2 { .. } => "a raw disk has bitmaps in an overlay: copy it with -O qcow2 \
+                 -o data_file=FILE,data_file_raw=on"
+                .into(),
             Self::NoSpace { .. } => "free some room or choose another place".into(),
             Self::TooLarge { .. } => "a qcow2 image of it may have room there".into(),
             Self::ProofMismatch { .. } => {
                 "storage or memory returned other bytes than were written; check the device".into()
             }
             Self::NeverProved { .. } => {
-                "with --no-verify it is complete; to have it proved send it anew with --fresh, to a \
-                 destination that replaces it (--force) or writes into it (--in-place)"
+                "with --no-verify it is complete; to have it proved send it anew with --fresh, to \
+                 a destination that replaces it (--force) or writes into it (--in-place)"
                     .into()
             }
             Self::Changed { .. } => {
-                "find out who writes there; the same commands send again what is not as it was".into()
+                "find out who writes there; the same commands send again what it changed".into()
             }
             Self::HalfPublished { source, .. } if matches!(**source, Self::Changed { .. }) => {
                 "begin all of them anew, with --fresh at both sides and --force".into()
             }
             Self::Image(Image::NotAllowed { .. }) => {
                 "if you trust this image, use --allow-backing".into()
+            }
+            Self::Image(Image::Condition { file, condition }) => condition.remedy(file),
+            Self::Image(Image::Foreign { .. }) => {
+                "`qemu-img convert` may be able to read it; if it is a raw disk all the same, say \
+                 so: -f raw, for a second image -F raw, behind --disk format=raw"
+                    .into()
+            }
+            Self::Image(Image::NotAPath { file, role: "backing file", .. }) => {
+                format!("`qemu-img rebase -u -b PATH -F FORMAT {file}` names it by its path")
+            }
+            Self::Image(Image::NotAPath { file, .. }) => {
+                format!("`qemu-img amend -o data_file=PATH {file}` names it by its path")
             }
             Self::Image(Image::InUse { .. }) => {
                 "stop whoever uses the image, or copy it through that program".into()
@@ -301,7 +344,13 @@ impl Error {
                 "somebody stopped it there; the same commands go on where this stopped".into()
             }
             Self::Stream(Stream::Peer { blame, .. }) => peer_hint(*blame).into(),
+            Self::Control { command, is_unknown, .. } => control_hint(command, *is_unknown).into(),
             _ if is_full(self) => "free some room or choose another place".into(),
+            _ if has_cause(self, &[io::ErrorKind::FileTooLarge]) => {
+                "no file may grow so large: raise the limit (`ulimit -f`), or choose a file system \
+                 that can hold it"
+                    .into()
+            }
             _ => return self.transport()?.0,
         };
         Some(text)
@@ -351,12 +400,32 @@ fn peer_hint(blame: Blame) -> &'static str {
     }
 }
 
+/// What to do when a command to a running migration was refused.
+fn control_hint(command: &str, is_unknown: bool) -> &'static str {
+    match command {
+        _ if is_unknown => "the command query-commands lists those that there are",
+        "migrate-set-parameters" => {
+            "query-migrate-parameters shows what can be set, as whole numbers: bytes per second, \
+             milliseconds; the source is who keeps to it"
+        }
+        "migrate-start-postcopy" | "migrate-pause" | "migrate-recover" | "migrate-continue" => {
+            "query-migrate shows how the migration stands"
+        }
+        _ => "`bitferry help control` shows how a command and its arguments are given",
+    }
+}
+
 /// Whether a file system that is full is at the root of it.
 pub(crate) fn is_full(error: &(dyn std::error::Error + 'static)) -> bool {
+    has_cause(error, &[io::ErrorKind::StorageFull, io::ErrorKind::QuotaExceeded])
+}
+
+/// Whether the system's answer at the root of it is one of these.
+fn has_cause(error: &(dyn std::error::Error + 'static), kinds: &[io::ErrorKind]) -> bool {
     let mut cause = Some(error);
     while let Some(error) = cause {
         let found = error.downcast_ref::<io::Error>().map(io::Error::kind);
-        if matches!(found, Some(io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)) {
+        if found.is_some_and(|found| kinds.contains(&found)) {
             return true;
         }
         cause = error.source();

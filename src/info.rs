@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use qcow2_file::bitmaps::{Bitmaps, Entry, State};
 use qcow2_file::chain::LayerFiles;
-use qcow2_file::{Chain, HostFile, Layer, Opener};
+use qcow2_file::{Chain, HostFile, Image, Layer, Opener, Storage, lock};
 use serde::Serialize;
 
 use crate::Result;
@@ -36,6 +36,9 @@ pub struct LayerInfo {
     pub virtual_size: u64,
     /// Bytes that the file system allocated for it.
     pub disk_size: u64,
+    /// Names of its bitmaps, which no copy of the whole chain carries.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub bitmaps: Vec<String>,
 }
 
 /// One bitmap of an image.
@@ -79,6 +82,13 @@ pub struct ImageInfo {
     /// The layers below the image, the nearest first; `None` where they were not to be opened.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub backing_chain: Option<Vec<LayerInfo>>,
+    /// Whether a process has the image open for writing. What is shown may be changing then, and a
+    /// bitmap that this process records is inconsistent before it has closed the image.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub in_use: bool,
+    /// Those processes, as "name (pid N)", where that is known.
+    #[serde(skip)]
+    pub users: Vec<String>,
     /// Other things worth knowing, one phrase each: snapshots, dirty bit, unfinished copy, …
     pub notes: Vec<String>,
     /// In the image's order.
@@ -98,6 +108,7 @@ pub fn run(options: &InfoOptions) -> Result<ImageInfo> {
     if is_guess && chain.top().as_qcow2().is_some() {
         notes.push("taken for qcow2 because of its content".into());
     }
+    let users = writers(&chain)?;
     let (mut bitmaps, mut header) = (Vec::new(), None);
     if let Some(image) = chain.top().as_qcow2() {
         if image.snapshot_count() > 0 {
@@ -120,9 +131,21 @@ pub fn run(options: &InfoOptions) -> Result<ImageInfo> {
         backing_filename: header.and_then(|h| h.backing_file.as_deref()).map(lossy),
         data_file: header.and_then(|h| h.data_file()).map(lossy),
         backing_chain: options.allow_backing.then(|| layers_below(&chain)),
+        in_use: users.is_some(),
+        users: users.unwrap_or_default(),
         notes,
         bitmaps,
     })
+}
+
+/// Who writes to the image, or to its data file; `None` where nobody does.
+fn writers(chain: &Chain) -> Result<Option<Vec<String>>> {
+    let Some(files) = chain.files().first() else { return Ok(None) };
+    let mut found = None;
+    for file in std::iter::once(&files.file).chain(files.data.as_ref()) {
+        found = found.or(lock::writers(file.file(), &file.name())?);
+    }
+    Ok(found)
 }
 
 /// A name for people and JSON: what is not UTF-8 in it is shown as such.
@@ -136,8 +159,15 @@ fn layers_below(chain: &Chain) -> Vec<LayerInfo> {
         format: layer.format().into(),
         virtual_size: layer.virtual_size(),
         disk_size: allocated_bytes(&files.file),
+        bitmaps: layer.as_qcow2().map(names_of_bitmaps).unwrap_or_default(),
     };
     chain.layers().iter().zip(chain.files()).skip(1).map(layer).collect()
+}
+
+fn names_of_bitmaps(image: &Image) -> Vec<String> {
+    let stored = Stored::of(image);
+    let listed = stored.directory().map(Bitmaps::list).unwrap_or_default();
+    listed.iter().map(|entry| entry.name().to_owned()).collect()
 }
 
 /// Bytes that the file system allocated for a file.

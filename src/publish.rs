@@ -245,7 +245,7 @@ fn already_there(path: &Path) -> impl Fn(io::Error) -> Error {
 }
 
 /// Where a destination really stands: the target of a symbolic link to an existing file.
-fn followed(target: &Path) -> Result<PathBuf> {
+pub(crate) fn followed(target: &Path) -> Result<PathBuf> {
     let is_link = fs::symlink_metadata(target).is_ok_and(|m| m.file_type().is_symlink());
     if is_link && target.exists() {
         return fs::canonicalize(target).map_err(failed("follow", target));
@@ -284,6 +284,14 @@ pub(crate) fn left_bytes(target: &Path) -> u64 {
 /// The directory of a path; `.` for a bare name.
 pub(crate) fn directory(path: &Path) -> &Path {
     path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+/// Whether a path is a symbolic link to a file that has another directory: what is named relative
+/// to it has two meanings.
+pub(crate) fn leads_elsewhere(path: &Path) -> bool {
+    let is_link = fs::symlink_metadata(path).is_ok_and(|m| m.file_type().is_symlink());
+    let real = fs::canonicalize(path).ok().filter(|_| is_link);
+    real.is_some_and(|real| fs::canonicalize(directory(path)).ok().as_deref() != real.parent())
 }
 
 fn temporary_path(target: &Path) -> Result<PathBuf> {

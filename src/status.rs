@@ -66,7 +66,7 @@ pub struct Amounts {
     pub dirty_sync_count: u64,
     /// Bytes per second that get dirty.
     pub dirty_bytes_rate: u64,
-    /// Megabits per second on the wire.
+    /// Megabits per second that are sent, or copied.
     pub mbps: f64,
 }
 

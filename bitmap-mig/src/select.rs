@@ -72,6 +72,8 @@ pub struct Choice {
 pub enum Problem {
     /// The wish contradicts itself or what is there: the user's mistake.
     Wrong(String),
+    /// The source lists no bitmap of this name: the user's mistake, where it lists all it has.
+    Missing(String),
     /// Going on would lose a bitmap that is wanted.
     Loses {
         /// The bitmap.
@@ -97,7 +99,7 @@ pub fn decide(bitmaps: &[BitmapInfo], wish: &Wish, holder: &Holder) -> Decision 
     let mut decision = Decision::default();
     for name in named(wish) {
         if !bitmaps.iter().any(|b| b.name == name) {
-            decision.problems.push(Problem::Wrong(format!("the source has no bitmap {name:?}")));
+            decision.problems.push(Problem::Missing(name.to_owned()));
         }
     }
     let mut taken = BTreeSet::new();
@@ -224,7 +226,7 @@ mod tests {
         let some = wish(Wanted::Named(vec!["b".into()]));
         assert_eq!(carried(&decide(&list, &some, &holder())), [None, Some("b")]);
         let missing = wish(Wanted::Named(vec!["c".into()]));
-        assert!(matches!(decide(&list, &missing, &holder()).problems[..], [Problem::Wrong(_)]));
+        assert!(matches!(decide(&list, &missing, &holder()).problems[..], [Problem::Missing(_)]));
     }
 
     #[test]

@@ -22,6 +22,7 @@ enum Owned {
     Update((u32, u32), (bool, bool)),
     Remove((u32, u32)),
     Seal((u32, u32), Option<[u8; 32]>),
+    DiskContent(u32, u64),
 }
 
 #[derive(Debug, Clone)]
@@ -87,6 +88,9 @@ impl Owned {
                 version: version(*v),
                 digest: digest.map(BitmapDigest),
             }),
+            Self::DiskContent(disk, bytes) => {
+                BlockRecord::DiskContent(DiskContent { disk: DiskId(*disk), bytes: *bytes })
+            }
         };
         let mut out = Vec::new();
         record.encode(&mut out);
@@ -138,6 +142,7 @@ fn block_records() -> impl Strategy<Value = Owned> {
         (versions(), any::<(bool, bool)>()).prop_map(|(v, f)| Owned::Update(v, f)),
         versions().prop_map(Owned::Remove),
         (versions(), any::<Option<[u8; 32]>>()).prop_map(|(v, h)| Owned::Seal(v, h)),
+        any::<(u32, u64)>().prop_map(|(disk, bytes)| Owned::DiskContent(disk, bytes)),
     ]
 }
 
@@ -239,6 +244,7 @@ fn every_cut_and_every_flip_of_a_small_record_is_refused() {
         Owned::Run(1, RunContent::None, pieces),
         Owned::Create((7, 1), 1, (65536, 64), (true, true), "bm".into()),
         Owned::Seal((7, 1), Some([9; 32])),
+        Owned::DiskContent(3, 1 << 40),
     ] {
         let bytes = record.encode();
         for at in 0..bytes.len() {

@@ -73,15 +73,15 @@ fn modules() -> BTreeMap<&'static str, Constants> {
         (
             "native::block",
             constants!(block: DISK RUN DISK_SEAL BITMAP_CREATE BITMAP_UPDATE BITMAP_REMOVE
-                BITMAP_SEAL KEEPS_REST HAS_BLOCK HAS_BITMAPS ZERO_BLOCK HAS_HASH ENABLED
-                PERSISTENT PIECE_BYTES RUN_HEAD_BYTES PIECE_HEAD_BYTES MAX_DISK_NAME
+                BITMAP_SEAL DISK_CONTENT KEEPS_REST HAS_BLOCK HAS_BITMAPS ZERO_BLOCK HAS_HASH
+                ENABLED PERSISTENT PIECE_BYTES RUN_HEAD_BYTES PIECE_HEAD_BYTES MAX_DISK_NAME
                 MAX_BITMAP_NAME MIN_GRANULARITY MAX_GRANULARITY),
         ),
         ("native::control", constants!(control: BARRIER PREPARE COMMIT ABORT KEEPALIVE DURABLE)),
         (
             "native::answer",
             constants!(answer: ACK HAVE HAVE_ZEROES HAVE_DONE READY COMMITTED FAILED HAVE_BITMAP
-                PUBLISHED KEEPALIVE UNKNOWN_OFFSET UNCHANGED),
+                PUBLISHED KEEPALIVE UNKNOWN_OFFSET UNCHANGED BITMAPS_ALONE),
         ),
         (
             "native::journal",

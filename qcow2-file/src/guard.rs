@@ -7,12 +7,12 @@ use crate::allocate::Allocate;
 use crate::bitmaps::change::{Change, Content, Slot, marks};
 use crate::bitmaps::header::{self, KNOWN_AUTOCLEAR, read_writable};
 use crate::bitmaps::load::{image_facts, load_bits};
-use crate::bitmaps::store::{check_new, new_entry, refuse};
+use crate::bitmaps::store::{check_new, new_entry, refuse, unusable};
 use crate::bitmaps::table::Table;
 use crate::bitmaps::tracker::Tracker;
 use crate::bitmaps::{Bitmaps, Bits, Entry, PersistentBitmap, State};
 use crate::edit::refcounts::Refcounts;
-use crate::error::{Error, Result};
+use crate::error::{Condition, Error, Result};
 use crate::layout::bitmap_directory::{DirectoryEntry, ImageFacts, encode_directory, flags};
 use crate::layout::extension::BitmapsExtension;
 use crate::layout::header::{Header, autoclear};
@@ -294,7 +294,7 @@ impl Guard {
         let live = live.ok_or_else(|| self.no_bitmap(name))?;
         match State::of(&live.entry) {
             State::Consistent => Ok(live),
-            state => Err(refuse(&*self.file, name, state.reason())),
+            state => Err(unusable(&*self.file, name, state)),
         }
     }
 
@@ -405,10 +405,10 @@ fn refuse_shared_directory(
         if refcount != 1 {
             let at = cluster << g.cluster_bits();
             let reason = format!(
-                "is corrupt: the cluster of its bitmap directory at {at:#x} has refcount \
-                 {refcount} instead of 1; repair it with qemu-img check -r all"
+                ": the cluster of its bitmap directory at {at:#x} has refcount {refcount} instead \
+                 of 1"
             );
-            return Err(Error::Refused { file: file.name(), reason });
+            return Err(Error::condition(file.name(), Condition::Corrupt(reason)));
         }
     }
     Ok(())

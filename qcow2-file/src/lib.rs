@@ -38,7 +38,7 @@ pub mod storage;
 mod zeroes;
 
 pub use chain::{Chain, ChainExtent, ChainKind, Format, Layer, Opener};
-pub use error::{Error, Result};
+pub use error::{Condition, Error, Result};
 pub use guard::Guard;
 pub use image::{Image, LayerExtent, LayerKind};
 pub use layout::units::{GuestOffset, HostOffset};

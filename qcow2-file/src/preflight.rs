@@ -6,7 +6,7 @@ use std::fmt;
 
 use format_spec::{Malformed, Problem};
 
-use crate::error::{Error, Result};
+use crate::error::{Condition, Error, Result};
 use crate::layout::extension::Extension;
 use crate::layout::header::{Header, MAGIC, incompatible};
 use crate::limits;
@@ -92,11 +92,7 @@ pub fn check_readable(
     }
     let is_set = |bit: u64| header.incompatible_features & bit != 0;
     if is_set(incompatible::UNFINISHED_COPY) && !accept_unfinished {
-        let reason = "an in-place copy into this image was not finished, so its content is partly \
-                      old and partly new; run the copy again, or clear the mark with \
-                      `bitferry bitmap repair --clear-unfinished`"
-            .to_owned();
-        return Err(Error::Refused { file: file.name(), reason });
+        return Err(Error::condition(file.name(), Condition::UnfinishedCopy));
     }
     let all = [
         (incompatible::DIRTY, Warning::Dirty),

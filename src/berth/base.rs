@@ -44,7 +44,7 @@ impl Base {
         }
         let opener = Opener::new().format(format.map(Into::into)).allow_named_files(allow_named);
         let chain = opener.lock(true).open(path)?;
-        check_probe(path, &chain, observer)?;
+        check_probe((path, "format="), &chain, observer)?;
         let format: Format = chain.top().format().into();
         let files = chain.paths().map(Path::to_owned).collect();
         let backing = Backing {
@@ -73,8 +73,8 @@ impl Base {
 }
 
 /// Lets the base be seen wherever `known` knows nothing: whatever a crash left half written there,
-/// what the source does not send is to read as what is below. A cluster of which a part is not known
-/// is not known.
+/// what the source does not send is to read as what is below. A cluster of which a part is not
+/// known is not known.
 pub(super) fn uncover_unknown(image: &NewImage, known: &mut Ledger) -> Result<()> {
     let (size, all) = (image.virtual_size(), known.units());
     let per_cluster = image.geometry().cluster_size().div_ceil(UNIT_BYTES);

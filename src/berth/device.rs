@@ -2,6 +2,7 @@
 
 use std::fs::Metadata;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::Path;
 
 use rustix::fs::{major, minor};
 
@@ -25,4 +26,11 @@ impl Device {
     pub(crate) fn file_name(&self) -> String {
         format!("block-{}:{}", self.major, self.minor)
     }
+}
+
+/// Whether what these files hold can change without a word in their own attributes: one of them is
+/// a device, to which there are other ways, or cannot be looked at.
+pub(crate) fn change_unseen<P: AsRef<Path>>(files: impl IntoIterator<Item = P>) -> bool {
+    let is_file = |path: P| std::fs::metadata(path).is_ok_and(|found| found.is_file());
+    !files.into_iter().all(is_file)
 }

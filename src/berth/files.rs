@@ -15,12 +15,13 @@ use super::log::Log;
 use super::place::{FilePlace, Known, bitmaps_of};
 use super::receipt::Receipt;
 use super::recover::{Half, give_up, recover};
+use super::room::{self, Need};
 use super::size;
 use super::trace::{Trace, state};
 use super::unfinished::{NewDisk, NewKind, publish_together};
 use crate::copy::{DataFileTarget, Format, Shape, TargetOptions};
-use crate::incoming::{Destination, Place, SessionId, Wanted};
-use crate::publish::{directory, hold};
+use crate::incoming::{Destination, Introduced, Place, SessionId, Wanted};
+use crate::publish::hold;
 use crate::{Error, Observer, Renames, Result, Silent};
 
 /// Where one disk goes, as the user configured it.
@@ -43,9 +44,7 @@ pub struct DiskPlace {
 impl DiskPlace {
     /// The file that takes its data, where that is another.
     pub(super) fn data_file(&self) -> Option<DataFileTarget> {
-        let name = self.target.data_file.clone()?;
-        let path = directory(&self.path).join(&name);
-        Some(DataFileTarget { name, path, is_raw: self.target.data_file_raw.unwrap_or(false) })
+        DataFileTarget::of(&self.path, &self.target)
     }
 
     /// All files that it reads from, once it is published: what its receipt is of.
@@ -226,6 +225,24 @@ impl Files {
         Ok(held)
     }
 
+    /// All disks have come that will.
+    fn judge(&self, disks: &[Introduced]) -> Result<()> {
+        let came = disks.iter().map(|disk| disk.name.as_str());
+        all_came(self.disks.iter().map(|disk| disk.name.as_str()), came)?;
+        let place = |disk: &Introduced| self.disks.iter().find(|place| place.name == disk.name);
+        let placed = disks.iter().filter_map(|disk| place(disk).zip(Some(disk)));
+        Renames::check_introduced(placed.clone().map(|(place, disk)| (&place.renames, disk)))?;
+        // All that was proved is there.
+        if self.lock().found == SessionState::Ready {
+            return Ok(());
+        }
+        let need = |(place, disk): (&DiskPlace, &Introduced)| {
+            let path = place.data_file().map_or_else(|| place.path.clone(), |data| data.path);
+            disk.content.map(|bytes| Need::of_new(&path, bytes))
+        };
+        room::check(placed.filter_map(need))
+    }
+
     fn commit_all(&self) -> Result<()> {
         let places = std::mem::take(&mut self.lock().places);
         let open: Vec<_> = places.iter().filter(|place| place.unfinished().is_some()).collect();
@@ -272,10 +289,8 @@ impl Destination for Files {
         Ok(place)
     }
 
-    fn complete(&self) -> stream::Result<()> {
-        let state = self.lock();
-        let came = state.places.iter().map(|place| place.name());
-        all_came(self.disks.iter().map(|disk| disk.name.as_str()), came).map_err(failed)
+    fn introduced(&self, disks: &[Introduced]) -> stream::Result<()> {
+        self.judge(disks).map_err(failed)
     }
 
     fn commit(&self) -> stream::Result<()> {
@@ -304,7 +319,8 @@ pub(crate) fn no_place<'a>(name: &str, places: impl Iterator<Item = &'a str>) ->
     Error::Unfit { reason }
 }
 
-/// Fails where a place stays empty: who named it would miss its disk.
+/// Fails where a place stays empty: who named it would miss its disk. A migration of no disk at all
+/// is no user's wish.
 pub(crate) fn all_came<'a>(
     mut places: impl Iterator<Item = &'a str>,
     came: impl Iterator<Item = &'a str>,
@@ -312,7 +328,7 @@ pub(crate) fn all_came<'a>(
     let came: Vec<_> = came.collect();
     let Some(missing) = places.find(|place| !came.contains(place)) else { return Ok(()) };
     let reason = format!("there is a place for a disk {missing:?}, and the source sends {came:?}");
-    Err(Error::Unfit { reason })
+    Err(if came.is_empty() { Error::Unfit { reason } } else { Error::Usage { reason } })
 }
 
 /// What a stream hears of an error here.

@@ -8,6 +8,7 @@
 //! base         what a new disk stands on
 //! device       what the journal of a block device is named after
 //! receipt      what is left when it was published
+//! room         whether what is to come fits
 //! recover      a publication that a crash interrupted is finished
 //! trace        what is answered to a source because of what lies there
 //! proved       whether what was proved is still as it was
@@ -25,6 +26,7 @@ mod proved;
 mod prover;
 mod receipt;
 mod recover;
+pub(crate) mod room;
 mod sink;
 mod size;
 #[cfg(test)]
@@ -33,6 +35,7 @@ mod trace;
 mod unfinished;
 
 pub use base::Base;
+pub(crate) use device::change_unseen;
 pub use files::{DiskPlace, FileOptions, Files};
 pub(crate) use files::{all_came, gone, no_place};
 pub(crate) use kept::{Kept, log_of};

@@ -12,6 +12,7 @@ use format_spec::native::answer::{Published, PublishedBitmap};
 use format_spec::native::frame::{Record, encode_end};
 use format_spec::native::journal::{JournalRecord, RECEIPT_MAGIC, decode_start, encode_start};
 
+use super::device::change_unseen;
 use super::log::Log;
 use super::proved::stamps;
 use crate::facts::{Stamp, stamp_of};
@@ -81,9 +82,10 @@ impl Receipt {
         Self { session, size, content, is_bitmaps_alone, target, stamp, bitmaps }
     }
 
-    /// Whether nobody has written to the disk since, as far as its files tell.
+    /// Whether nobody has written to the disk since. A device among its files does not tell.
     pub(crate) fn is_unchanged<'p>(&self, files: impl Iterator<Item = &'p Path>) -> bool {
-        stamp_now(files).is_ok_and(|stamp| stamp == self.stamp)
+        let files: Vec<_> = files.collect();
+        !change_unseen(&files) && stamp_now(files.into_iter()).is_ok_and(|now| now == self.stamp)
     }
 
     /// Notes what the disk's files are like now, which nobody writes to any more.

@@ -178,10 +178,16 @@ pub(crate) struct CopyArgs {
     #[arg(help_heading = "Transport")]
     pub(crate) compress: super::transport::Compress,
     /// To or from another host: how long a cut is waited for before giving up; 0, the default: not
-    /// at all
+    /// at all. A connection on which no byte moves for 180 seconds counts as cut
     #[arg(long, value_name = "SECONDS", value_parser = super::transport::seconds)]
     #[arg(help_heading = "Transport", allow_negative_numbers = true)]
     pub(crate) reconnect: Option<std::time::Duration>,
+    /// Not here: ssh encrypts
+    #[arg(long, hide = true, value_name = "DIR")]
+    pub(crate) tls_dir: Option<PathBuf>,
+    /// Not here: ssh knows who is there
+    #[arg(long, hide = true, value_name = "NAME")]
+    pub(crate) tls_peer: Option<String>,
     #[command(flatten)]
     pub(crate) control: super::supervise::ControlArgs,
     /// Leave out the proof that DST reads back as SRC

@@ -13,12 +13,13 @@ use super::outcome::Asked;
 use super::remote::{self, Route};
 use super::size::{human, human_time};
 use super::watch::{Summary, Watch};
-use super::{Outcome, Output, WOULD_LOSE, outcome, table, target_options};
+use super::{Outcome, Output, outcome, table, target_options};
 
 pub(crate) fn run(args: CopyArgs, output: &Output) -> Outcome {
     let start = Instant::now();
     let asked = Asked::copy(&args.destination);
-    let result = match remote::route(&args.source, &args.destination) {
+    let route = refuse_tls(&args).and_then(|()| remote::route(&args.source, &args.destination));
+    let result = match route {
         Ok(Route::To(_) | Route::From(_))
             if args.preserve.is_some() || args.no_preserve.is_some() =>
         {
@@ -34,10 +35,22 @@ pub(crate) fn run(args: CopyArgs, output: &Output) -> Outcome {
     result
 }
 
+/// Certificates are for sockets: there are none.
+fn refuse_tls(args: &CopyArgs) -> bitferry::Result<()> {
+    if args.tls_dir.is_none() && args.tls_peer.is_none() {
+        return Ok(());
+    }
+    let reason = "--tls-dir is for `send` and `receive`: what is copied to or from another host \
+                  goes through ssh, which encrypts it and knows who is there, and what is copied \
+                  on one host goes over no connection";
+    Err(Error::Usage { reason: reason.to_owned() })
+}
+
 fn here(args: CopyArgs, output: &Output) -> Outcome {
     let (is_dry_run, control) = (args.dry_run, args.control.clone());
     let options = options(args)?;
-    let watch = Watch::with_events(output, !options.no_verify)?;
+    let watch = Watch::with_events(output, !options.no_verify, Asked::copy(&options.destination))?;
+    let watch = watch.limited(&options.meter);
     if is_dry_run {
         return dry_run(&options, &watch, output);
     }
@@ -45,7 +58,7 @@ fn here(args: CopyArgs, output: &Output) -> Outcome {
     let report = control.supervise(limits, &watch, |observer| copy::run(&options, observer))?;
     watch.finish();
     if output.is_json {
-        output.event(&Summary::new("summary", &report))?;
+        output.summary(&report)?;
     } else {
         output.text(report_text(&options, &report, output))?;
     }
@@ -120,18 +133,28 @@ fn dry_run(options: &CopyOptions, watch: &Watch<'_>, output: &Output) -> Outcome
     } else {
         output.text(plan_text(&plan, output))?;
     }
-    Ok(if plan.refusals.is_empty() { 0 } else { WOULD_LOSE })
+    Ok(plan.exit_status)
 }
 
 fn report_text(options: &CopyOptions, report: &Report, output: &Output) -> String {
-    let verb = if report.status == Status::AlreadyComplete { "already complete" } else { "copied" };
+    let verb = match report.status {
+        Status::AlreadyComplete => output.strong("already complete"),
+        Status::Failed => output.bad("NOT COPIED"),
+        _ => output.strong("copied"),
+    };
     let mut text = format!(
-        "{} {} -> {} in {}\n",
-        output.strong(verb),
+        "{verb} {} -> {} in {}\n",
         options.source.display(),
         options.destination.display(),
         human_time(Duration::from_millis(report.total_time_ms)),
     );
+    if let Some(error) = &report.error {
+        let left = match options.existing {
+            Existing::InPlace => "the destination, written in place, holds what cannot be used",
+            _ => "nothing was published",
+        };
+        text.push_str(&format!("  {error}; {left}\n"));
+    }
     for disk in &report.disks {
         text.push_str(&outcome::disk_text(disk, output));
     }
@@ -153,6 +176,9 @@ fn plan_text(plan: &Plan, output: &Output) -> String {
         ),
     ];
     fields.extend(plan.not_carried.iter().map(|what| ("not carried", what.clone())));
+    if plan.already_complete {
+        fields.push(("already complete", "nothing would be done".to_owned()));
+    }
     for why in &plan.refusals {
         fields.push(("refused", output.bad(outcome::without_prefix(why))));
     }
@@ -160,4 +186,25 @@ fn plan_text(plan: &Plan, output: &Output) -> String {
     text.push_str(&outcome::planned_bitmaps(&plan.bitmaps));
     text.push_str(&output.strong("nothing was written\n"));
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_copy_that_is_not_what_was_sent_is_not_said_to_be_made() {
+        let mut report = Report::failure(&Error::Interrupted, 7);
+        report.error = Some("the copy does not read back as what was sent: …".to_owned());
+        let output = Output::json(false);
+        let text = |existing| {
+            let (source, destination) = ("a".into(), "b".into());
+            let options = CopyOptions { source, destination, existing, ..CopyOptions::default() };
+            report_text(&options, &report, &output)
+        };
+        let new = text(Existing::Refuse);
+        assert!(new.starts_with("NOT COPIED a -> b in 7 ms\n  the copy does not"), "{new}");
+        assert!(new.contains("nothing was published"), "{new}");
+        assert!(text(Existing::InPlace).contains("cannot be used"));
+    }
 }

@@ -13,8 +13,25 @@ pub(crate) fn run(args: InfoArgs, output: &Output) -> Outcome {
         allow_backing: args.allow_backing,
     };
     let info = bitferry::info::run(&options)?;
+    warn_of_users(&info, output);
     output.answer(&info, || text(&info))?;
     Ok(0)
+}
+
+/// Says on stderr that the image is in use, and what that means for what is shown.
+pub(crate) fn warn_of_users(info: &ImageInfo, output: &Output) {
+    if !info.in_use {
+        return;
+    }
+    let by = match info.users.as_slice() {
+        [] => String::new(),
+        users => format!(" by {}", users.join(", ")),
+    };
+    output.warn(&format!(
+        "{} is in use{by}: what is shown may be changing, and bitmaps that are recorded there are \
+         not stored before it is closed",
+        info.filename
+    ));
 }
 
 fn text(info: &ImageInfo) -> String {
@@ -34,7 +51,12 @@ fn text(info: &ImageInfo) -> String {
     for layer in info.backing_chain.iter().flatten() {
         let (name, format) = (table::name(&layer.filename), layer.format);
         let (size, on_disk) = (human(layer.virtual_size), human(layer.disk_size));
-        fields.push(("  below", format!("{name}, {format}, {size}, {on_disk} on disk")));
+        let mut text = format!("{name}, {format}, {size}, {on_disk} on disk");
+        if !layer.bitmaps.is_empty() {
+            let names: Vec<_> = layer.bitmaps.iter().map(|name| table::name(name)).collect();
+            text.push_str(&format!(", bitmaps {}", names.join(", ")));
+        }
+        fields.push(("  below", text));
     }
     if let Some(file) = &info.data_file {
         fields.push(("data file", format!("{}{opened}", table::name(file))));
@@ -45,20 +67,21 @@ fn text(info: &ImageInfo) -> String {
     text.truncate(text.trim_end().len());
     text.push('\n');
     if !info.bitmaps.is_empty() {
-        text.push_str(&bitmap_table(&info.bitmaps));
+        text.push_str(&bitmap_table(info));
     }
     text
 }
 
 /// The bitmaps of an image, one per line.
-pub(crate) fn bitmap_table(bitmaps: &[BitmapSummary]) -> String {
-    let rows: Vec<[String; 4]> = bitmaps
+pub(crate) fn bitmap_table(info: &ImageInfo) -> String {
+    let rows: Vec<[String; 4]> = info
+        .bitmaps
         .iter()
         .map(|bitmap| {
             [
                 table::name(&bitmap.name),
                 human(bitmap.granularity),
-                flags(bitmap),
+                state(bitmap, info.in_use).to_owned(),
                 bitmap.dirty_bytes.map_or_else(|| "unknown".to_owned(), human),
             ]
         })
@@ -66,11 +89,14 @@ pub(crate) fn bitmap_table(bitmaps: &[BitmapSummary]) -> String {
     table::columns(["NAME", "GRANULARITY", "STATE", "DIRTY"], &rows)
 }
 
-fn flags(bitmap: &BitmapSummary) -> String {
-    if bitmap.inconsistent {
-        return "inconsistent".to_owned();
+/// Whether a bitmap of an image in use was inconsistent before that nobody can tell but its user.
+fn state(bitmap: &BitmapSummary, is_in_use: bool) -> &'static str {
+    match (bitmap.inconsistent, bitmap.enabled) {
+        (true, _) if is_in_use => "in use",
+        (true, _) => "inconsistent",
+        (false, true) => "enabled",
+        (false, false) => "disabled",
     }
-    if bitmap.enabled { "enabled" } else { "disabled" }.to_owned()
 }
 
 #[cfg(test)]
@@ -89,6 +115,8 @@ mod tests {
             backing_filename: Some("base image.qcow2".into()),
             data_file: None,
             backing_chain: None,
+            in_use: false,
+            users: vec![],
             notes: vec![],
             bitmaps: vec![BitmapSummary {
                 name: "daily".into(),
@@ -111,5 +139,10 @@ bitmaps:
   daily  64 KiB       enabled  192 KiB
 ";
         assert_eq!(text(&info), expected);
+        let mut info = info;
+        info.bitmaps[0].inconsistent = true;
+        assert!(text(&info).contains("64 KiB       inconsistent"));
+        info.in_use = true;
+        assert!(text(&info).contains("64 KiB       in use"));
     }
 }

@@ -60,7 +60,7 @@ pub(crate) fn main() -> ExitCode {
     };
     start_log(args.common.verbose);
     let output = Output::new(&args.common, args.verb.streams_to_stdout());
-    match run(args.verb, &output) {
+    match interrupt::outlive_file_size_limit().and_then(|()| run(args.verb, &output)) {
         Ok(status) => ExitCode::from(status),
         Err(error) => {
             output.failure(&error);

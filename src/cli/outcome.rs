@@ -10,7 +10,6 @@ use bitferry::{Blame, Error, Report, connect};
 use mig_core::stream;
 
 use super::size::{human, human_time};
-use super::watch::Summary;
 use super::{NOT_PRESERVED, Outcome, Output, UNKNOWN, table};
 
 /// Of a whole migration. `done` says what was done, in two or three words.
@@ -18,6 +17,7 @@ pub(crate) fn report_text(report: &Report, done: &str, output: &Output) -> Strin
     let verdict = match report.status {
         Status::AlreadyComplete => output.strong("already complete"),
         Status::Unknown => output.bad("outcome unknown"),
+        Status::Failed => output.bad(&format!("NOT {done}")),
         _ => output.strong(done),
     };
     let took = human_time(Duration::from_millis(report.total_time_ms));
@@ -36,7 +36,7 @@ pub(crate) fn report_text(report: &Report, done: &str, output: &Output) -> Strin
 /// Tells the report, and the exit status that it stands for.
 pub(crate) fn finish(report: &Report, done: &str, output: &Output) -> Outcome {
     if output.is_json {
-        output.event(&Summary::new("summary", report))?;
+        output.summary(report)?;
     } else {
         output.text(report_text(report, done, output))?;
     }
@@ -90,7 +90,11 @@ pub(crate) fn finish_with(
     }
     let status = told(&mut report, peer, error.exit_code());
     report.error.get_or_insert_with(|| error_chain(&error));
-    finish(&report, done, output)?;
+    let own = finish(&report, done, output)?;
+    if status == NOT_PRESERVED && own != status {
+        let what = format!("not preserved at the other end: {}", error_chain(&error));
+        super::failure::print_lines(&what, "what it said itself, above, names it");
+    }
     Ok(status)
 }
 
@@ -149,14 +153,22 @@ pub(crate) fn failed(
     asked: &[Asked],
     output: &Output,
 ) -> bitferry::Result<()> {
-    if let (Err(error), true) = (result, output.is_json) {
-        let elapsed_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
-        let is_only = asked.len() == 1;
-        let disks = asked.iter().map(|disk| disk.report(error, is_only)).collect();
-        let report = Report { disks, ..Report::failure(error, elapsed_ms) };
-        output.event(&Summary::new("summary", &report))?;
+    match result {
+        Err(error) if output.is_json => output.summary(&failure(error, started, asked)),
+        _ => Ok(()),
     }
-    Ok(())
+}
+
+/// The summary of an operation that is not waited for any more.
+pub(crate) fn interrupted(started: Instant, asked: &[Asked]) -> Report {
+    failure(&Error::Interrupted, started, asked)
+}
+
+fn failure(error: &Error, started: Instant, asked: &[Asked]) -> Report {
+    let elapsed_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
+    let is_only = asked.len() == 1;
+    let disks = asked.iter().map(|disk| disk.report(error, is_only)).collect();
+    Report { disks, ..Report::failure(error, elapsed_ms) }
 }
 
 /// What became of one disk.
@@ -221,6 +233,16 @@ pub(crate) fn without_prefix(why: &str) -> &str {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_failed_is_not_said_to_be_done() {
+        let report = Report::failure(&Error::Interrupted, 7);
+        let output = Output::json(false);
+        let text = report_text(&report, "copied a -> h:b", &output);
+        assert!(text.starts_with("NOT copied a -> h:b in 7 ms"), "{text}");
+        let done = Report { status: Status::Completed, ..report };
+        assert!(report_text(&done, "copied a -> h:b", &output).starts_with("copied a -> h:b"));
+    }
 
     #[test]
     fn what_the_other_end_says_comes_on_top() {

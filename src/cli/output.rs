@@ -8,7 +8,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use serde::Serialize;
 
 use super::args::{Common, When};
-use super::failure::Failure;
+use super::failure::{Failure, one_line};
+use super::interrupt;
+use super::watch::Summary;
 
 /// Where results go and in which form. A reader that went away is not an error: what is still to
 /// be said is dropped, and the exit status stays that of the work.
@@ -70,6 +72,14 @@ impl Output {
         }
     }
 
+    /// A line on stderr about what is shown. Not printed with `-q`.
+    pub(crate) fn warn(&self, message: &str) {
+        if !self.is_quiet {
+            // Not `eprintln`, which panics where nobody reads.
+            let _ = writeln!(io::stderr(), "warning: {}", one_line(message));
+        }
+    }
+
     /// The document of a failure, for a program that would read nothing otherwise. Who writes
     /// events ends them with a summary, and a document that has begun ends by itself.
     pub(crate) fn failure(&self, error: &bitferry::Error) {
@@ -102,6 +112,23 @@ impl Output {
         let mut line = serde_json::to_vec(event).map_err(|e| stdout_error(e.into()))?;
         line.push(b'\n');
         self.write(&line)
+    }
+
+    /// The last event of a long operation, unless another thread has said by now how it ended.
+    pub(crate) fn summary(&self, report: &bitferry::Report) -> bitferry::Result<()> {
+        match interrupt::claim_last_word() {
+            true => self.event(&Summary::new("summary", report)),
+            false => Ok(()),
+        }
+    }
+
+    /// The same output for a thread of its own.
+    pub(crate) fn twin(&self) -> Self {
+        Self {
+            is_closed: AtomicBool::new(self.is_closed.load(Ordering::Relaxed)),
+            has_spoken: AtomicBool::new(true),
+            ..*self
+        }
     }
 
     /// A long answer, written piece by piece. Not printed with `-q`.

@@ -104,7 +104,7 @@ struct Listening {
 pub(crate) fn run(args: ReceiveArgs, output: &Output) -> Outcome {
     let started = Instant::now();
     let asked = Asked::disks(&args.disk);
-    let watch = Watch::with_events(output, !args.no_verify)?;
+    let watch = Watch::with_events(output, !args.no_verify, Asked::disks(&args.disk))?;
     let result = go(args, &watch, output);
     outcome::failed(&result, watch.met().unwrap_or(started), &asked, output)?;
     result

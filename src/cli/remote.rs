@@ -8,12 +8,12 @@ use bitferry::connect::{self, Location, Options, Remote};
 use bitferry::copy::{BitmapSelection, Format, Rename};
 use bitferry::options::{BackingOption, DiskOption, doubled};
 use bitferry::receive::{self, Arrivals, ReceiveOptions};
-use bitferry::report::Report;
+use bitferry::report::{Report, Status, Verified};
 use bitferry::send::{self, SendOptions};
-use bitferry::{Error, Observer as _, Result};
+use bitferry::{Error, Observer as _, Renames, Result};
 
 use super::args::CopyArgs;
-use super::outcome::Peer;
+use super::outcome::{Asked, Peer};
 use super::watch::Watch;
 use super::{Outcome, Output, WOULD_LOSE, outcome, target_options};
 
@@ -46,9 +46,10 @@ pub(super) fn route(source: &Path, destination: &Path) -> Result<Route> {
 
 /// Sends to a `bitferry receive` at the other host.
 pub(super) fn to(args: CopyArgs, remote: &Remote, output: &Output) -> Outcome {
-    check_backing(&args)?;
-    let watch = Watch::with_events(output, !args.no_verify)?;
+    check(&args)?;
     let mut options = send_options(&args);
+    let watch = Watch::with_events(output, !args.no_verify, Asked::copy(&args.destination))?;
+    let watch = watch.limited(&options.meter);
     let plan = send::plan(&options, &watch)?;
     let has_shape = !args.target_options.is_empty();
     // As with a local copy: the source's format, unless something else is asked for.
@@ -83,8 +84,9 @@ pub(super) fn to(args: CopyArgs, remote: &Remote, output: &Output) -> Outcome {
 /// Receives from a `bitferry send` at the other host.
 pub(super) fn from(args: CopyArgs, remote: &Remote, output: &Output) -> Outcome {
     let started = Instant::now();
-    check_backing(&args)?;
-    let watch = Watch::with_events(output, !args.no_verify)?;
+    check(&args)?;
+    let watch = Watch::with_events(output, !args.no_verify, Asked::copy(&args.destination))?;
+    let watch = watch.limited(&super::copy::meter(args.bandwidth));
     if args.dry_run {
         return plan_there((&args, remote), &watch, output);
     }
@@ -118,6 +120,7 @@ pub(super) fn from(args: CopyArgs, remote: &Remote, output: &Output) -> Outcome 
     });
     let mut report = received.map_err(|error| refused_there(error, remote))?;
     watch.finish();
+    proved_if_wanted(&report, args.no_verify, remote)?;
     // Here the one that is waited for was started.
     report.total_time_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
     name(&mut report, &args.destination.display().to_string());
@@ -125,11 +128,21 @@ pub(super) fn from(args: CopyArgs, remote: &Remote, output: &Output) -> Outcome 
     outcome::finish_with(report, (Peer::Source, listener.end()), &done, output)
 }
 
+/// What an earlier run did without proof is not what one that asks for a proof asks for: the other
+/// end says so too, and here it is what the exit status is about.
+fn proved_if_wanted(report: &Report, no_verify: bool, remote: &Remote) -> Result<()> {
+    let is_unproved = report.disks.iter().any(|disk| disk.verified == Verified::No);
+    if no_verify || report.status != Status::AlreadyComplete || !is_unproved {
+        return Ok(());
+    }
+    Err(Error::NeverProved { name: remote.to_string() })
+}
+
 /// What would be sent is known at the other end, which is asked there.
 fn plan_there((args, remote): (&CopyArgs, &Remote), watch: &Watch<'_>, output: &Output) -> Outcome {
     let form = if output.is_json { "--json" } else { "--progress=never" };
     let words = send_args(args, remote, &[form, "--dry-run", "file:/dev/null"]);
-    let (said, status) = ask(remote, (&words, &[WOULD_LOSE]), watch)?;
+    let (said, status) = ask(remote, (&words, &[2, 3, 5, WOULD_LOSE]), watch)?;
     output.stream(|out| out.write_all(&said))?;
     Ok(status)
 }
@@ -213,6 +226,12 @@ fn disk(path: std::path::PathBuf, format: Option<Format>) -> DiskOption {
 /// The backing file of a destination here.
 fn base(path: &Path) -> BackingOption {
     BackingOption { id: None, path: path.to_owned(), format: None }
+}
+
+/// What makes no sense is refused before the other end is asked.
+fn check(args: &CopyArgs) -> Result<()> {
+    Renames::check_of_one_disk(&args.rename_bitmap)?;
+    check_backing(args)
 }
 
 /// The two ends do not see each other's backing file: what stands above the one is sent, and

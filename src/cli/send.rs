@@ -17,7 +17,7 @@ use super::outcome::{Asked, Peer};
 use super::size::{self, human};
 use super::transport::{Compress, TransportArgs, pause};
 use super::watch::{Summary, Watch};
-use super::{Outcome, Output, WOULD_LOSE, outcome, table};
+use super::{Outcome, Output, outcome, table};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -118,7 +118,8 @@ fn go(args: SendArgs, output: &Output) -> Outcome {
                       the backing file, and receive --backing says what stands below it there";
         return Err(bitferry::Error::Usage { reason: reason.to_owned() });
     }
-    let watch = Watch::with_events(output, !args.no_verify)?;
+    let watch = Watch::with_events(output, !args.no_verify, Asked::disks(&args.disk))?;
+    let watch = watch.limited(&super::copy::meter(args.bandwidth));
     match args.qemu.dialect {
         DialectArg::Native => native(args, &watch, output),
         DialectArg::Qemu(version) => to_qemu(args, version, &watch, output),
@@ -247,7 +248,7 @@ fn show_plan(plan: &Plan, watch: &Watch<'_>, output: &Output) -> Outcome {
     } else {
         output.text(plan_text(plan, output))?;
     }
-    Ok(if plan.refusals.is_empty() { 0 } else { WOULD_LOSE })
+    Ok(plan.exit_status)
 }
 
 fn plan_text(plan: &Plan, output: &Output) -> String {

@@ -31,7 +31,8 @@ pub(crate) struct TransportArgs {
     /// Name that the other side's certificate must have, where it is not the HOST of the URI
     #[arg(long, value_name = "NAME", requires = "tls_dir", help_heading = "Transport")]
     pub(crate) tls_peer: Option<String>,
-    /// How long a cut is waited for before giving up; 0, the default: not at all
+    /// How long a cut is waited for before giving up; 0, the default: not at all. A connection on
+    /// which no byte moves for 180 seconds counts as cut
     #[arg(long, value_name = "SECONDS", value_parser = seconds, help_heading = "Transport")]
     #[arg(allow_negative_numbers = true)]
     pub(crate) reconnect: Option<Duration>,

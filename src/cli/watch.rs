@@ -8,7 +8,9 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 
 use bitferry::{Observer, Phase};
+use mig_core::meter::Meter;
 
+use super::outcome::{self, Asked};
 use super::output::Output;
 use super::progress::Bar;
 use super::{failure, interrupt};
@@ -59,28 +61,49 @@ impl<'a, T: Serialize> Summary<'a, T> {
 }
 
 impl<'a> Watch<'a> {
-    /// For a verb whose JSON is a sequence of events. `has_proof`: what is written is read again.
-    pub(crate) fn with_events(output: &'a Output, has_proof: bool) -> bitferry::Result<Self> {
-        Self::new(output, output.is_json.then_some(output), has_proof)
+    /// For a verb whose JSON is a sequence of events, about these disks. `has_proof`: what is
+    /// written is read again.
+    pub(crate) fn with_events(
+        output: &'a Output,
+        has_proof: bool,
+        asked: Vec<Asked>,
+    ) -> bitferry::Result<Self> {
+        let (twin, started) = (output.twin(), Instant::now());
+        let last_word = move || {
+            if twin.is_json {
+                // Who does not hear it sees the exit status.
+                let _ = twin.summary(&outcome::interrupted(started, &asked));
+            }
+            say_that_it_ended();
+        };
+        let is_interrupted = interrupt::watch(last_word)?;
+        Ok(Self::new(output, output.is_json.then_some(output), has_proof, is_interrupted))
     }
 
     /// For a verb whose JSON is one document.
     pub(crate) fn quiet_unless_asked(output: &'a Output) -> bitferry::Result<Self> {
-        Self::new(output, None, false)
+        Ok(Self::new(output, None, false, interrupt::watch(say_that_it_ended)?))
     }
 
     fn new(
         output: &'a Output,
         events: Option<&'a Output>,
         has_proof: bool,
-    ) -> bitferry::Result<Self> {
-        Ok(Self {
+        is_interrupted: Arc<AtomicBool>,
+    ) -> Self {
+        Self {
             events,
             bar: output.shows_progress.then(|| Bar::new(has_proof)),
             is_quiet: output.is_quiet,
-            is_interrupted: interrupt::watch()?,
+            is_interrupted,
             state: Mutex::new(State { phase: Phase::Plan, last_event: None, met: None }),
-        })
+        }
+    }
+
+    /// A transfer goes at the rate of `meter` at most, the proof does not.
+    pub(crate) fn limited(mut self, meter: &Arc<Meter>) -> Self {
+        self.bar = self.bar.take().map(|bar| bar.limited(meter));
+        self
     }
 
     /// Clears the bar, so that results stand where it stood.
@@ -102,6 +125,12 @@ impl<'a> Watch<'a> {
             let _ = output.event(event);
         }
     }
+}
+
+/// What is said of the second signal, whose sender did not want to wait.
+fn say_that_it_ended() {
+    let hint = "what was kept so far is gone on with by the same command";
+    failure::print_lines("interrupted again: ended at once", hint);
 }
 
 impl Drop for Watch<'_> {

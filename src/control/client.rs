@@ -8,7 +8,7 @@ use std::time::Duration;
 use mig_core::stream::Error as Stream;
 use serde_json::{Map, Value, json};
 
-use crate::{Blame, Error, Result};
+use crate::{Error, Result};
 
 /// How long an answer may take.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -40,8 +40,12 @@ pub fn ask(socket: &Path, command: &str, arguments: Map<String, Value>) -> Resul
             return Ok(value);
         }
         if let Some(error) = answer.get("error") {
-            let text = error.get("desc").and_then(Value::as_str).unwrap_or("no reason given");
-            return Err(Stream::Peer { blame: Blame::Caller, text: text.to_owned() }.into());
+            let of = |key| error.get(key).and_then(Value::as_str);
+            return Err(Error::Control {
+                command: command.to_owned(),
+                is_unknown: of("class") == Some("CommandNotFound"),
+                text: of("desc").unwrap_or("no reason given").to_owned(),
+            });
         }
         // A greeting or an event.
     }

@@ -52,7 +52,7 @@ struct Done {
 pub fn run(options: &CopyOptions, observer: &dyn Observer) -> Result<Report> {
     let started = Instant::now();
     let mut job = Job::decide(options, observer)?;
-    if new::recover_publication(&job)? {
+    if new::recover_publication(&mut job)? {
         job = Job::decide(options, observer)?;
     }
     if let Some(content) = receipt::finished(&job)? {

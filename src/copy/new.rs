@@ -106,7 +106,7 @@ fn disk<'a>(job: &'a Job<'_>) -> Result<NewDisk<'a>> {
 
 /// Finishes the publication of this very copy, which a crash interrupted. Where it was another
 /// copy's, that one is to be given again: nothing is published that was not asked for.
-pub(super) fn recover_publication(job: &Job<'_>) -> Result<bool> {
+pub(super) fn recover_publication(job: &mut Job<'_>) -> Result<bool> {
     let options = job.options;
     if options.existing == Existing::InPlace || options.fresh {
         return Ok(false);
@@ -124,6 +124,9 @@ pub(super) fn recover_publication(job: &Job<'_>) -> Result<bool> {
         );
         return Err(Error::Usage { reason });
     }
+    // Whoever finishes it holds what it replaces.
+    job.let_go();
+    let job = &*job;
     let targets: Vec<_> = job.target.data_file().into_iter().chain([destination]).collect();
     let place = Half { files: targets, below: receipt::below(job), target: None };
     recover(&[place], options.existing == Existing::Replace, |_, log, found| {

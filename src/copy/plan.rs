@@ -11,11 +11,13 @@ use super::bitmaps::{self, BitmapPlan};
 use super::in_place;
 use super::new::session;
 use super::options::{BackingChoice, CopyOptions, Format};
+use super::receipt;
 use super::resolve::Source;
 use super::space::{self, Space};
 use super::target::{self, Places, Target};
 use crate::info::allocated_bytes;
 use crate::publish::{self, directory};
+use crate::renames::Renames;
 use crate::report::error_chain;
 use crate::{Error, Observer, Phase, Result};
 
@@ -59,8 +61,14 @@ pub struct Plan {
     pub not_carried: Vec<String>,
     /// Every bitmap of the source.
     pub bitmaps: Vec<PlannedBitmap>,
+    /// Whether an earlier run had made this very copy, so that nothing would be done.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub already_complete: bool,
     /// Why the copy would be refused, one sentence each; empty where it would go on.
     pub refusals: Vec<String>,
+    /// The exit status of the copy itself, as far as it is known before. Not part of the JSON.
+    #[serde(skip)]
+    pub exit_status: u8,
 }
 
 /// A copy that is decided.
@@ -79,18 +87,26 @@ pub(super) struct Job<'a> {
     pub(super) session: [u8; 16],
     /// What stands in the way, the most telling first.
     pub(super) refusals: Vec<Error>,
-    _places: Places,
+    places: Places,
 }
 
 /// Decides what a copy would do. Writes nothing.
 pub fn plan(options: &CopyOptions, observer: &dyn Observer) -> Result<Plan> {
-    Ok(Job::decide(options, observer)?.describe())
+    let mut job = Job::decide(options, observer)?;
+    let already_complete = receipt::finished(&job)?.is_some();
+    if already_complete {
+        job.refusals.clear();
+    } else if let Err(refusal) = in_place::check(&job) {
+        job.refusals.push(refusal);
+    }
+    Ok(Plan { already_complete, ..job.describe() })
 }
 
 impl<'a> Job<'a> {
     /// Opens the source and decides everything.
     pub(super) fn decide(options: &'a CopyOptions, observer: &dyn Observer) -> Result<Self> {
         observer.phase(Phase::Plan);
+        Renames::check_of_one_disk(&options.renames)?;
         let source = Source::open(options, observer)?;
         let target = Target::decide(options, &source, observer)?;
         let mut places = target::places(options, &source, &target);
@@ -111,7 +127,7 @@ impl<'a> Job<'a> {
             target,
             bitmaps,
             refusals,
-            _places: places,
+            places,
         };
         job.check_space()?;
         Ok(job)
@@ -123,6 +139,11 @@ impl<'a> Job<'a> {
             true => Ok(()),
             false => Err(self.refusals.swap_remove(0)),
         }
+    }
+
+    /// Lets go of what is to be replaced, for who takes it anew.
+    pub(super) fn let_go(&mut self) {
+        self.places = Places::default();
     }
 
     /// Whether compressed clusters can be passed on.
@@ -200,7 +221,9 @@ impl<'a> Job<'a> {
                 .zip(names.chain(std::iter::repeat(None)))
                 .map(|(report, name)| bitmap(report, name))
                 .collect(),
+            already_complete: false,
             refusals: self.refusals.iter().map(|e| error_chain(e)).collect(),
+            exit_status: self.refusals.first().map_or(0, Error::exit_status),
         }
     }
 }
@@ -246,6 +269,8 @@ fn not_carried(
     if !matches!(options.backing, BackingChoice::Keep(_)) {
         phrases.extend(source.disk.flattened());
     }
+    let layers = source.kept.as_ref().map_or(usize::MAX, |kept| kept.layers);
+    phrases.extend(source.disk.bitmaps_below(layers));
     if survey.compressed > 0 && !passes_compressed(source, target) {
         phrases.push(format!("compression of {} bytes: stored plain", survey.compressed));
     }

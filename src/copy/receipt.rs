@@ -12,7 +12,7 @@ use super::options::Format;
 use super::plan::Job;
 use super::prove::Proof;
 use super::target::Target;
-use crate::berth::{Log, Receipt, ReceiptBitmap, Recovered, log_of, short_words};
+use crate::berth::{Log, Receipt, ReceiptBitmap, Recovered, change_unseen, log_of, short_words};
 use crate::facts::Stamp;
 use crate::report::error_chain;
 use crate::{Observer, Result};
@@ -90,10 +90,10 @@ pub(super) fn of_recovered(job: &Job<'_>, log: &Log, found: &Recovered) -> Resul
     }
 }
 
-/// Whether a write to the source shows in its files. One to a device need not: there are other
-/// ways to it.
+/// Whether a write to the source or to the copy shows in their files. One to a device need not:
+/// there are other ways to it.
 fn is_known_by_its_files(job: &Job<'_>) -> bool {
-    !job.source.disk.files().any(|file| file.is_device())
+    !job.source.disk.files().any(|file| file.is_device()) && !change_unseen(files(job))
 }
 
 /// All files that the copy reads from: in the order of their renames, and those below.

@@ -8,12 +8,12 @@ use std::path::{Path, PathBuf};
 use block_mig::device::{AboveSource, ChainSource};
 use block_mig::plan::Scope;
 use mig_core::block::BlockSource;
-use qcow2_file::chain::Backing;
+use qcow2_file::chain::{Backing, has_protocol, named_path};
 use qcow2_file::{Access, HostFile, Opener, Storage};
 
 use super::options::{BackingChoice, CopyOptions, Format};
 use crate::disk::{Disk, Request};
-use crate::publish::directory;
+use crate::publish::{directory, leads_elsewhere};
 use crate::{Error, Observer, Result};
 
 /// The backing file that the destination is to keep.
@@ -117,7 +117,10 @@ impl Source {
         }
         let format = match depth.and_then(|depth| disk.chain.layers().get(depth)) {
             Some(layer) => layer.format().into(),
-            None => Disk::guess(path, &Opener::new().without_named_files(true), observer)?,
+            None => {
+                let opener = Opener::new().without_named_files(true);
+                Disk::guess((path, "-f "), &opener, observer)?
+            }
         };
         let name = recorded_name(path, &options.destination)?;
         Self::new(disk, Some(Kept { path: path.to_owned(), name, format, layers }))
@@ -172,7 +175,11 @@ fn recorded(request: &Request<'_>) -> Result<(Option<PathBuf>, Option<qcow2_file
     let header = chain.top().as_qcow2().map(qcow2_file::Image::header);
     let named = header.and_then(|header| header.backing_file.as_deref());
     let format = header.and_then(qcow2_file::layout::header::Header::backing_format);
-    let path = named.map(|named| directory(request.path).join(named));
+    // What is no path is looked for as if it were one, and not found.
+    let path = named.map(|named| {
+        let path = named_path(request.path, named);
+        path.unwrap_or_else(|| directory(request.path).join(named))
+    });
     Ok((path, format.and_then(|name| name.parse().ok())))
 }
 
@@ -209,8 +216,12 @@ fn is_that(
 /// How a backing file is named inside the destination: by its file name where both are in the same
 /// directory and the user gave no absolute path, else absolutely.
 pub(crate) fn recorded_name(path: &Path, destination: &Path) -> Result<OsString> {
-    let is_neighbour = path.is_relative() && directory(path) == directory(destination);
+    let is_neighbour = path.is_relative()
+        && directory(path) == directory(destination)
+        && !leads_elsewhere(destination);
     let named = match path.file_name() {
+        // What has a colon would be taken for a protocol.
+        Some(name) if is_neighbour && has_protocol(name) => Path::new(".").join(name),
         Some(name) if is_neighbour => PathBuf::from(name),
         _ => std::path::absolute(path).map_err(|source| Error::File {
             action: "find",

@@ -53,7 +53,7 @@ fn rounded(bytes: u64, geometry: Geometry) -> u64 {
 }
 
 /// Bytes that a file system gives to us, by a directory in it.
-pub(super) fn free_bytes(directory: &Path) -> Result<u64> {
+pub(crate) fn free_bytes(directory: &Path) -> Result<u64> {
     let found = rustix::fs::statvfs(directory).map_err(|errno| Error::File {
         action: "find the free space of",
         path: directory.to_owned(),

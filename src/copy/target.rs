@@ -1,18 +1,20 @@
 //! What the destination is to be, and whether its place is free.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::io;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
+use qcow2_file::chain::has_protocol;
 use qcow2_file::lock::{self, Lock, Mode};
 use qcow2_file::{Access, HostFile, Storage};
 
 use super::in_place;
-use super::options::{CopyOptions, Existing, Format};
+use super::options::{CopyOptions, Existing, Format, TargetOptions};
 use super::resolve::Source;
 use super::shape::Shape;
-use crate::publish::directory;
+use crate::publish::{directory, followed, leads_elsewhere};
 use crate::{Error, Observer, Result, destinations};
 
 /// The file that holds the guest's data beside a qcow2 destination.
@@ -24,6 +26,43 @@ pub(crate) struct DataFileTarget {
     pub(crate) path: PathBuf,
     /// Whether it reads as a raw disk by itself.
     pub(crate) is_raw: bool,
+}
+
+impl DataFileTarget {
+    /// The data file that is asked for beside a new image. It stands where whoever opens that image
+    /// by this path will look for it.
+    pub(crate) fn of(destination: &Path, wish: &TargetOptions) -> Option<Self> {
+        let given = wish.data_file.as_deref()?;
+        // As QEMU does: it says that what follows is a path.
+        let given = given.strip_prefix("file:").unwrap_or(given);
+        let path = directory(destination).join(given);
+        let name = match has_protocol(OsStr::new(given)) {
+            true => format!("./{given}"),
+            false => given.to_owned(),
+        };
+        Some(Self { name, path, is_raw: wish.data_file_raw.unwrap_or(false) })
+    }
+
+    /// Refuses names by which nobody would find it.
+    pub(crate) fn check(destination: &Path, wish: &TargetOptions) -> Result<()> {
+        let Some(given) = wish.data_file.as_deref() else { return Ok(()) };
+        if given.starts_with("json:") || given.contains("://") {
+            return usage(format!(
+                "data_file={given} is no plain path: a data file is a file here, and one of that \
+                 name is ./{given}"
+            ));
+        }
+        let is_relative = !Path::new(given.strip_prefix("file:").unwrap_or(given)).is_absolute();
+        if is_relative && leads_elsewhere(destination) {
+            return usage(format!(
+                "{} is a symbolic link into another directory, and data_file={given} would be \
+                 looked for beside the one or the other: give the path that the link leads to, or \
+                 an absolute data_file",
+                destination.display()
+            ));
+        }
+        Ok(())
+    }
 }
 
 /// What the destination is to be.
@@ -99,7 +138,10 @@ impl Target {
 
     fn in_place(options: &CopyOptions, source: &Source, observer: &dyn Observer) -> Result<Self> {
         if options.target != super::TargetOptions::default() {
-            return usage("-o options shape new images; --in-place writes into what exists".into());
+            let reason = "-o options shape new images, and --in-place writes into what exists, with \
+                          the shape and the data file that it has: leave -o out, or make the image \
+                          with `qemu-img create -o` first";
+            return usage(reason.into());
         }
         if source.kept.is_some() {
             return usage("--backing is for new images; --in-place writes into what exists".into());
@@ -140,18 +182,16 @@ fn is_device(metadata: &fs::Metadata) -> bool {
 }
 
 fn data_file(options: &CopyOptions) -> Result<Option<DataFileTarget>> {
-    let wish = &options.target;
-    let Some(name) = &wish.data_file else {
+    let (destination, wish) = (options.destination.as_path(), &options.target);
+    let Some(data) = DataFileTarget::of(destination, wish) else {
         return match wish.data_file_raw {
             Some(true) => usage("data_file_raw=on needs data_file=".into()),
             _ => Ok(None),
         };
     };
-    // As whoever opens the destination will find it.
-    let path = directory(&options.destination).join(name);
-    destinations::check(&[&options.destination, &path])?;
-    let is_raw = wish.data_file_raw.unwrap_or(false);
-    Ok(Some(DataFileTarget { name: name.clone(), path, is_raw }))
+    DataFileTarget::check(destination, wish)?;
+    destinations::check(&[&data.path])?;
+    Ok(Some(data))
 }
 
 /// What stands where files are to be made.
@@ -169,6 +209,11 @@ pub(super) fn places(options: &CopyOptions, source: &Source, target: &Target) ->
     let mut found = Places::default();
     let mut places = vec![options.destination.as_path()];
     if let Target::Qcow2 { data_file: Some(data), .. } = target {
+        if is_same_place(&data.path, &options.destination) {
+            let reason = "the data file and the image are the same file".to_owned();
+            found.refusals.push(Error::Usage { reason });
+            return found;
+        }
         places.push(&data.path);
     }
     for path in places {
@@ -178,6 +223,17 @@ pub(super) fn places(options: &CopyOptions, source: &Source, target: &Target) ->
         }
     }
     found
+}
+
+/// Whether two paths lead to one file, or to one place where a file is to be made.
+fn is_same_place(a: &Path, b: &Path) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    let file = |path: &Path| fs::metadata(path).map(|found| (found.dev(), found.ino())).ok();
+    if let (Some(a), Some(b)) = (file(a), file(b)) {
+        return a == b;
+    }
+    let place = |path: &Path| Some(fs::canonicalize(directory(path)).ok()?.join(path.file_name()?));
+    a == b || place(a).is_some_and(|a| Some(a) == place(b))
 }
 
 /// Looks at one place; what is to be replaced is locked.
@@ -206,13 +262,36 @@ fn look_at(path: &Path, options: &CopyOptions, source: &Source) -> Result<Option
         ));
     }
     match options.existing {
-        Existing::Refuse => Err(Error::Exists { path: path.to_owned() }),
-        Existing::Replace if !found.is_file() => {
-            usage(format!("{} is a device: only --in-place writes to it", path.display()))
+        Existing::Refuse | Existing::Replace if !found.is_file() => {
+            Err(Error::IsDevice { path: path.to_owned(), hint: device_hint(path, options, source) })
         }
-        Existing::Replace => Ok(Some(lock::acquire(file.file(), &file.name(), Mode::Write)?)),
+        Existing::Refuse => Err(Error::Exists { path: path.to_owned() }),
+        Existing::Replace => {
+            may_make(path)?;
+            Ok(Some(lock::acquire(file.file(), &file.name(), Mode::Write)?))
+        }
         // Whoever writes takes the lock.
         Existing::InPlace => Ok(None),
+    }
+}
+
+/// What leads to a copy on a device.
+fn device_hint(path: &Path, options: &CopyOptions, source: &Source) -> String {
+    let (device, size) = (path.display(), source.disk.chain.virtual_size());
+    let image = options.destination.display();
+    if path != options.destination {
+        let raw = if options.target.data_file_raw == Some(true) { ",data_file_raw=on" } else { "" };
+        return format!(
+            "`qemu-img create -f qcow2 -o data_file={device}{raw} {image} {size}` makes an image \
+             whose data is there; then copy into it with --in-place --allow-backing and without -o"
+        );
+    }
+    match options.target_format.unwrap_or(source.disk.format()) {
+        Format::Raw => "--in-place writes to it".to_owned(),
+        Format::Qcow2 => format!(
+            "--in-place -O raw writes the disk to it as it is; for an image on it, first \
+             `qemu-img create -f qcow2 {device} {size}`, then --in-place -O qcow2"
+        ),
     }
 }
 
@@ -231,6 +310,19 @@ fn missing(path: &Path, options: &CopyOptions) -> Result<()> {
         action: "look at",
         path: parent.to_owned(),
         source,
+    })?;
+    may_make(path)
+}
+
+/// Whether this user may make files beside `path`, where it will stand.
+fn may_make(path: &Path) -> Result<()> {
+    let place = followed(path)?;
+    let parent = directory(&place);
+    let asked = rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK;
+    rustix::fs::access(parent, asked).map_err(|errno| Error::File {
+        action: "make files in",
+        path: parent.to_owned(),
+        source: errno.into(),
     })
 }
 

@@ -28,23 +28,22 @@ impl Back {
         self.writer.is_none()
     }
 
-    /// Says that this side is still there, if nothing was said since the last call.
-    pub(super) fn keepalive(&self) {
+    /// Says that this side is still there, if nothing was said since the last call. An error where
+    /// nobody can hear it.
+    pub(super) fn keepalive(&self) -> Result<()> {
         let written = self.written.load(Ordering::Relaxed);
         if self.seen.swap(written, Ordering::Relaxed) != written {
-            return;
+            return Ok(());
         }
-        let Some(writer) = &self.writer else { return };
+        let Some(writer) = &self.writer else { return Ok(()) };
         let mut writer = match writer.try_lock() {
             Ok(writer) => writer,
             Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
-            Err(TryLockError::WouldBlock) => return,
+            Err(TryLockError::WouldBlock) => return Ok(()),
         };
         let said = writer.record(|out| Answer::Keepalive.encode(out)).and_then(|()| writer.flush());
-        if let Err(error) = said {
-            tracing::debug!(%error, "cannot say that this side is alive");
-        }
         self.seen.store(self.written.load(Ordering::Relaxed), Ordering::Relaxed);
+        said
     }
 }
 

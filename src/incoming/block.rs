@@ -17,7 +17,7 @@ use format_spec::{Blame, Malformed};
 use mig_core::section::{Fate, LoadContext, LoadHandler};
 use mig_core::stream::{Arrival, Error, Result};
 
-use super::{Destination, Place, ReceivedDisk, Sealed, Wanted};
+use super::{Destination, Introduced, Place, ReceivedDisk, Sealed, Wanted};
 use crate::DiskProof;
 
 /// Receives disks with their bitmaps.
@@ -29,8 +29,17 @@ pub(super) struct BlockSection {
     /// barrier of a session that goes on.
     tells: AtomicBool,
     places: Mutex<BTreeMap<DiskId, Arc<dyn Place>>>,
+    /// What was introduced so far; `None` once it has been judged.
+    introduced: Mutex<Option<Introductions>>,
     /// What became of each disk, once it was prepared.
     prepared: Mutex<Vec<Prepared>>,
+}
+
+/// What the source says of its disks before any content comes.
+#[derive(Default)]
+struct Introductions {
+    content: BTreeMap<DiskId, u64>,
+    bitmaps: BTreeMap<BitmapVersion, (DiskId, String, u32)>,
 }
 
 /// What the source says of a bitmap.
@@ -58,6 +67,7 @@ impl BlockSection {
             bitmaps: kept.map_or_else(LoadBitmaps::new, LoadBitmaps::resumed),
             tells: AtomicBool::new(known == Known::Some),
             places: Mutex::default(),
+            introduced: Mutex::new(Some(Introductions::default())),
             prepared: Mutex::default(),
         }
     }
@@ -65,6 +75,30 @@ impl BlockSection {
     /// Takes the bitmaps of an attempt that failed.
     pub(super) fn keep_bitmaps(&self) -> KeptBitmaps {
         self.bitmaps.keep()
+    }
+
+    /// Whether all disks were introduced, and nothing spoke against them.
+    pub(super) fn is_introduced(&self) -> bool {
+        lock(&self.introduced).is_none()
+    }
+
+    /// The first barrier: all disks have been introduced.
+    fn judge(&self) -> Result<()> {
+        let mut introduced = lock(&self.introduced);
+        let Some(Introductions { content, bitmaps }) = introduced.as_ref() else { return Ok(()) };
+        let disk = |id: &DiskId| Introduced {
+            name: self.blocks.name(*id).unwrap_or_default(),
+            bitmaps: bitmaps
+                .values()
+                .filter(|(of, ..)| of == id)
+                .map(|(_, name, granularity)| (name.clone(), *granularity))
+                .collect(),
+            content: content.get(id).copied(),
+        };
+        let disks: Vec<_> = lock(&self.places).keys().map(disk).collect();
+        self.destination.introduced(&disks)?;
+        *introduced = None;
+        Ok(())
     }
 
     /// What was received, after it was prepared.
@@ -86,6 +120,9 @@ impl BlockSection {
     }
 
     fn introduce(&self, disk: &Disk<'_>, at: &Arrival, context: LoadContext<'_>) -> Result<()> {
+        if self.is_introduced() {
+            return Err(at.protocol("a disk is introduced behind the first barrier"));
+        }
         let mut found = None;
         self.blocks.introduce(disk, at, context.answers, || {
             let Disk { name, size, keeps_rest, .. } = *disk;
@@ -94,6 +131,21 @@ impl BlockSection {
             Ok(place as Arc<dyn Landing>)
         })?;
         lock(&self.places).extend(found.map(|place| (disk.disk, place)));
+        Ok(())
+    }
+
+    fn create(&self, create: &BitmapCreate<'_>, at: &Arrival, to: LoadContext<'_>) -> Result<()> {
+        self.name_of(create.disk, create.name)?;
+        let (disk, size) = self.blocks.facts(create.disk, at)?;
+        self.bitmaps.create(create, (&disk, size), at)?;
+        if let Some(introduced) = &mut *lock(&self.introduced) {
+            let bitmap = (create.disk, create.name.to_owned(), create.shape.granularity);
+            introduced.bitmaps.insert(create.version, bitmap);
+        }
+        if self.tells.load(Ordering::Acquire) {
+            let leaves = self.bitmaps.leaves(create.version)?;
+            to.answers.answer(&Answer::HaveBitmap(create.version, leaves))?;
+        }
         Ok(())
     }
 
@@ -175,18 +227,18 @@ impl LoadHandler for BlockSection {
             None | Some(BlockRecord::End) => Ok(()),
             Some(BlockRecord::Disk(disk)) => self.introduce(&disk, at, context),
             Some(BlockRecord::DiskSeal(seal)) => self.blocks.seal(&seal, at),
-            Some(BlockRecord::BitmapCreate(create)) => {
-                self.name_of(create.disk, create.name)?;
-                let (disk, size) = self.blocks.facts(create.disk, at)?;
-                self.bitmaps.create(&create, (&disk, size), at)?;
-                if self.tells.load(Ordering::Acquire) {
-                    let leaves = self.bitmaps.leaves(create.version)?;
-                    context.answers.answer(&Answer::HaveBitmap(create.version, leaves))?;
-                }
+            Some(BlockRecord::DiskContent(content)) => {
+                self.blocks.facts(content.disk, at)?;
+                let said = &mut *lock(&self.introduced);
+                said.iter_mut().for_each(|s| _ = s.content.insert(content.disk, content.bytes));
                 Ok(())
             }
+            Some(BlockRecord::BitmapCreate(create)) => self.create(&create, at, context),
             Some(BlockRecord::BitmapUpdate(update)) => self.bitmaps.update(&update, at),
-            Some(BlockRecord::BitmapRemove(version)) => self.bitmaps.remove(version, at),
+            Some(BlockRecord::BitmapRemove(version)) => {
+                lock(&self.introduced).iter_mut().for_each(|s| _ = s.bitmaps.remove(&version));
+                self.bitmaps.remove(version, at)
+            }
             Some(BlockRecord::BitmapSeal(seal)) => self.bitmaps.seal(&seal, at),
             Some(BlockRecord::Run(run)) => {
                 let store = self.blocks.run(&run, at)?;
@@ -197,6 +249,7 @@ impl LoadHandler for BlockSection {
     }
 
     fn barrier(&self, is_durable: bool) -> Result<()> {
+        self.judge()?;
         if self.tells.swap(false, Ordering::AcqRel) {
             self.bitmaps.drop_kept();
         }
@@ -208,7 +261,6 @@ impl LoadHandler for BlockSection {
         let unsealed = |what: String| {
             Error::protocol(0, 0, format!("everything is said to be sent, {what} is not sealed"))
         };
-        self.destination.complete()?;
         let sealed = self.blocks.sealed();
         let mut prepared = Vec::new();
         for sealed in sealed.map_err(|name| unsealed(format!("disk {name:?}")))? {

@@ -31,7 +31,7 @@ use mig_core::transport::{Connection, HangUp, Listen};
 use self::accept::Accepted;
 pub(crate) use self::accept::{is_worth_an_answer, turn_away};
 use self::block::BlockSection;
-pub use self::place::{Destination, Place, Sealed, SessionId, Wanted};
+pub use self::place::{Destination, Introduced, Place, Sealed, SessionId, Wanted};
 use self::read::{LOOK_INTERVAL, Session};
 use crate::Timing;
 
@@ -160,7 +160,9 @@ pub fn receive(
         // Once it was asked to commit, the destination knows by itself where it stands.
         Err(error) if session.has_committed() => return Err(error),
         Err(error) => {
-            session.abort(fate(&error, resumes));
+            // Of an attempt that has not come so far there is nothing worth keeping.
+            let keeps = resumes && (received.resumed || block.is_introduced());
+            session.abort(fate(&error, keeps));
             if resumes {
                 options.kept.put(received.session, block.keep_bitmaps());
             }

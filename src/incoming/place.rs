@@ -3,8 +3,8 @@
 //! ```text
 //! begin        what is known of this session: nothing, a part, all of it, that it is finished
 //! place        once for each disk, before its content
+//! introduced   all disks have a place
 //!   Landing    content arrives, durable barriers (block_mig::Landing)
-//! complete     no more disks come
 //!   prepare    once for each disk, when all of it has arrived
 //! commit       all disks together get their final names
 //! abort        or none does
@@ -34,6 +34,18 @@ pub struct Wanted<'a> {
     pub size: u64,
     /// Whether what is not sent keeps the content that this side has.
     pub keeps_rest: bool,
+}
+
+/// A disk that has a place, before any of its content comes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Introduced {
+    /// Its name on the wire.
+    pub name: String,
+    /// Its bitmaps, as the source calls them, with their granularities in bytes.
+    pub bitmaps: Vec<(String, u32)>,
+    /// Bytes of content that come, as far as the source knows that from its maps; `None` where it
+    /// does not say.
+    pub content: Option<u64>,
 }
 
 /// What the source says of a disk that arrived whole.
@@ -87,9 +99,10 @@ pub trait Destination: Send + Sync {
     /// Finds or makes the place of a disk, at least as large as wanted.
     fn place(&self, wanted: &Wanted<'_>) -> Result<Arc<dyn Place>>;
 
-    /// The source has sent all that it has, and asks to prove it: an error where a disk is missing
-    /// that this side's user named. Nothing to do for whoever takes what comes.
-    fn complete(&self) -> Result<()> {
+    /// The source has introduced all its disks and the bitmaps that they have so far, and no
+    /// content has come: an error where a disk is missing that this side's user named, and
+    /// whatever else can be known to go wrong. Nothing to do for whoever takes what comes.
+    fn introduced(&self, _disks: &[Introduced]) -> Result<()> {
         Ok(())
     }
 

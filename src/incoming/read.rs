@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io::Write;
+use std::sync::atomic::Ordering::AcqRel;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
@@ -23,6 +24,8 @@ use super::back::Back;
 
 /// How often it is looked whether the user wants to stop.
 pub(super) const LOOK_INTERVAL: Duration = Duration::from_millis(200);
+/// Longest silence of this side while connections are awaited.
+const JOINING_INTERVAL: Duration = Duration::from_secs(1);
 
 /// How far the handover is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -53,6 +56,8 @@ pub(super) struct Session {
     method: Option<Method>,
     progress: Mutex<Progress>,
     is_over: AtomicBool,
+    /// Whether somebody has said why the session fails.
+    has_reason: AtomicBool,
     linger: Duration,
 }
 
@@ -83,6 +88,7 @@ impl Session {
             method: Method::chosen(choice.features),
             progress: Mutex::new(Progress::Receiving),
             is_over: AtomicBool::new(false),
+            has_reason: AtomicBool::new(false),
             linger: options.timing.linger,
         }
     }
@@ -270,8 +276,10 @@ impl Session {
     /// reported, unless it came from there.
     fn note(&self, error: Error) -> Option<Answer<'static>> {
         let failed = failed(&error);
-        let is_news = !matches!(error, Error::Peer { .. } | Error::Ended);
-        let is_first = self.breaker.note(error);
+        // Who only ends because others do may come before who knows why.
+        let is_first = !matches!(error, Error::Ended) && !self.has_reason.swap(true, AcqRel);
+        let is_news = !matches!(error, Error::Peer { .. });
+        self.breaker.note(error);
         (is_first && is_news).then_some(failed)
     }
 
@@ -307,9 +315,17 @@ impl Session {
                 self.fail_before_commit(Error::Interrupted);
             }
             silence += step;
-            if silence >= options.timing.keepalive {
+            let has_all = self.has_all();
+            let keepalive = options.timing.keepalive;
+            if silence >= if has_all { keepalive } else { keepalive.min(JOINING_INTERVAL) } {
                 silence = Duration::ZERO;
-                self.back.keepalive();
+                match self.back.keepalive() {
+                    // Main may wait at a barrier for connections that will not come, and does not
+                    // see that the source has gone.
+                    Err(error) if !has_all => self.fail_before_commit(error),
+                    Err(error) => tracing::debug!(%error, "cannot say that this side is alive"),
+                    Ok(()) => {}
+                }
             }
         }
     }

@@ -168,6 +168,9 @@ fn block_value(record: &BlockRecord<'_>) -> Value {
             "generation": seal.version.generation,
             "digest": seal.digest.map(|digest| digest.to_string()),
         }),
+        BlockRecord::DiskContent(content) => json!({
+            "type": "disk-content", "disk": content.disk.0, "bytes": content.bytes,
+        }),
     }
 }
 
@@ -268,6 +271,9 @@ fn write_block(f: &mut fmt::Formatter<'_>, record: &BlockRecord<'_>) -> fmt::Res
         BlockRecord::BitmapSeal(seal) => {
             write!(f, "bitmap {} sealed", seal.version.bitmap)?;
             seal.digest.map_or(Ok(()), |digest| write!(f, ": {digest}"))
+        }
+        BlockRecord::DiskContent(content) => {
+            write!(f, "disk {}: {:#x} bytes of content to come", content.disk.0, content.bytes)
         }
     }
 }

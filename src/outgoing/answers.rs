@@ -58,6 +58,8 @@ struct State {
     ready: Option<Ready>,
     is_committed: bool,
     is_over: bool,
+    /// Why one of the connections is of no use any more.
+    lost: Option<Error>,
 }
 
 /// What the destination has already.
@@ -86,9 +88,15 @@ impl Answers {
                 break error;
             }
         };
-        let is_committed = self.lock().is_committed;
+        let (is_committed, is_deaf) = {
+            let state = self.lock();
+            (state.is_committed, state.is_deaf)
+        };
         if !is_committed {
-            breaker.note(error);
+            // How it ends once this side has given up is no reason for that.
+            if !(is_deaf && error.is_secondary()) {
+                breaker.note(error);
+            }
             breaker.hang_up();
         }
         self.lock().is_over = true;
@@ -176,6 +184,16 @@ impl Answers {
         Err(Error::protocol(0, 0, "it tells more of what it has than was asked for"))
     }
 
+    /// One of the connections is of no use any more, and nobody may write to it for long: who waits
+    /// for an answer would wait in vain. Once COMMIT is on its way nothing but its answer counts.
+    pub(super) fn lose(&self, error: Error) {
+        let mut state = self.lock();
+        if state.asked_to_commit.is_none() {
+            state.lost.get_or_insert(error);
+            self.changed.notify_all();
+        }
+    }
+
     /// This side gives up, and listens only for the end.
     pub(super) fn stop_listening(&self) {
         let mut state = self.lock();
@@ -198,7 +216,8 @@ impl Answers {
 
     /// COMMIT is about to be written.
     pub(super) fn expect_committed(&self, session: [u8; 16]) {
-        self.lock().asked_to_commit = Some(session);
+        let mut state = self.lock();
+        (state.asked_to_commit, state.lost) = (Some(session), None);
     }
 
     /// Waits until this barrier is acknowledged.
@@ -239,6 +258,9 @@ impl Answers {
             }
             if state.is_over {
                 return Err(Error::Ended);
+            }
+            if let Some(lost) = state.lost.take() {
+                return Err(lost);
             }
             if monitor.is_cancelled()
                 && cancelled.get_or_insert_with(Instant::now).elapsed() >= linger

@@ -51,7 +51,7 @@ pub(super) fn drive(
     let is_one_way = reader.is_none();
     let result = std::thread::scope(|scope| {
         let _ending = Ending { heart: &heart, answers: &answers, breaker: &breaker };
-        scope.spawn(|| tend(&heart, &channels, &breaker, options));
+        scope.spawn(|| tend(&heart, &channels, (&breaker, &answers), options));
         if let Some(reader) = reader {
             scope.spawn(|| answers.read(reader, &breaker));
         }
@@ -112,7 +112,12 @@ impl Drop for Ending<'_> {
 
 /// Says now and then that this side lives, and lets go of those who wait for bandwidth when all is
 /// to stop.
-fn tend(heart: &Heart, channels: &Channels, breaker: &Breaker, options: &OutgoingOptions<'_>) {
+fn tend(
+    heart: &Heart,
+    channels: &Channels,
+    (breaker, answers): (&Breaker, &Answers),
+    options: &OutgoingOptions<'_>,
+) {
     let mut silence = Duration::ZERO;
     let mut called_off: Option<Instant> = None;
     let step = LOOK_INTERVAL.min(options.timing.keepalive);
@@ -129,9 +134,10 @@ fn tend(heart: &Heart, channels: &Channels, breaker: &Breaker, options: &Outgoin
         silence = silence.saturating_add(step);
         if silence >= options.timing.keepalive {
             silence = Duration::ZERO;
-            // A lane that fails is seen by whoever writes to it next.
+            // A lane that fails is seen by whoever writes to it next, or waits.
             if let Err(error) = channels.keepalive() {
                 tracing::debug!(%error, "cannot say that this side is alive");
+                answers.lose(error);
             }
         }
     });

@@ -52,12 +52,13 @@ pub fn send_image(dial: &dyn Dial, image: &Path, observer: &dyn Observer) -> Res
     let disk = Disk::open(&Request::new(image, None), observer)?;
     let bitmaps = usable_bitmaps(image, &disk)?;
     let source = ChainSource(&disk.chain);
-    let content = survey(&source, Scope::Whole, UNIT_BYTES)?.content;
-    let progress = Progress::begin(observer, Phase::Transfer, content);
+    let found = survey(&source, Scope::Whole, UNIT_BYTES)?;
+    let progress = Progress::begin(observer, Phase::Transfer, found.content);
     let (id, size) = (DiskId(0), source.size());
     let saved = SaveDisk { id, name: "disk0".to_owned(), source: &source, dirty: None };
     let options = SaveOptions { hashes: true, workers: workers(None), monitor: &progress };
-    let blocks = SaveBlocks::new(vec![saved], options)?;
+    let content = found.data.saturating_add(found.compressed);
+    let blocks = SaveBlocks::new(vec![saved], options)?.telling(id, content);
     let counts = blocks.counts();
     let of_disk = |bitmap| SaveBitmap { disk: id, disk_size: size, bitmap };
     let bitmap_handler = SaveBitmaps::new(bitmaps.iter().map(of_disk).collect(), true)?;

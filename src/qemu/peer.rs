@@ -34,6 +34,9 @@ pub struct Node {
     pub is_read_only: bool,
     /// Its named bitmaps.
     pub bitmaps: Vec<NodeBitmap>,
+    /// Names of bitmaps that its image holds and that are not marked as in use: those that it loads
+    /// when it takes the image over.
+    pub stored: Vec<String>,
 }
 
 /// A bitmap as QEMU describes it.
@@ -243,8 +246,20 @@ impl Node {
             size: number(&node["image"], "virtual-size", command)?,
             is_read_only: flag(node, "ro"),
             bitmaps,
+            stored: stored(&node["image"]),
         })
     }
+}
+
+/// The bitmaps in an image that are loaded with it. Only qcow2 has them, and only from version 3.
+fn stored(image: &Value) -> Vec<String> {
+    let listed = image["format-specific"]["data"]["bitmaps"].as_array();
+    let is_loaded = |bitmap: &&Value| {
+        let flags = bitmap["flags"].as_array();
+        !flags.is_some_and(|flags| flags.iter().any(|flag| flag == "in-use"))
+    };
+    let names = listed.into_iter().flatten().filter(is_loaded);
+    names.filter_map(|bitmap| bitmap["name"].as_str().map(str::to_owned)).collect()
 }
 
 impl NodeBitmap {

@@ -15,7 +15,8 @@ use mig_core::transport::{Connection, Listen};
 
 use super::{Arrivals, Dialect, first};
 use crate::incoming::{
-    Destination, IncomingOptions, Place, Received, ReceivedDisk, SessionId, Wanted, receive,
+    Destination, IncomingOptions, Introduced, Place, Received, ReceivedDisk, SessionId, Wanted,
+    receive,
 };
 use crate::reconnect::{Counted, Passed, Patience, RETRY_PAUSE};
 use crate::report::error_chain;
@@ -188,8 +189,8 @@ impl Destination for Door {
         self.inner.place(wanted)
     }
 
-    fn complete(&self) -> stream::Result<()> {
-        self.inner.complete()
+    fn introduced(&self, disks: &[Introduced]) -> stream::Result<()> {
+        self.inner.introduced(disks)
     }
 
     fn commit(&self) -> stream::Result<()> {

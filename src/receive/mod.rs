@@ -30,7 +30,7 @@ use self::in_place::InPlace;
 pub use self::options::ReceiveOptions;
 use self::relay::Relay;
 use crate::berth::{Base, DiskPlace, FileOptions, Files};
-use crate::copy::{Existing, Format, Rename};
+use crate::copy::{Existing, Format};
 use crate::incoming::{Destination, IncomingOptions, Received, ReceivedDisk, turn_away};
 use crate::observe::Stops;
 use crate::options::{BackingOption, DiskOption};
@@ -213,9 +213,6 @@ fn native(
     for disk in &mut report.disks {
         disk.bitmaps.extend(in_place.iter().flat_map(|p| p.take_invalidated(&disk.id)));
     }
-    for name in unused(options, &report) {
-        observer.warning(&format!("no bitmap {name:?} came that could be renamed"));
-    }
     Ok(report)
 }
 
@@ -248,16 +245,6 @@ fn new_files(options: &ReceiveOptions, bases: &[Option<Base>], is_fresh: bool) -
         ..FileOptions::default()
     };
     Files::new(options.disks.iter().zip(bases).map(place).collect(), files)
-}
-
-/// Names that were to be changed, of bitmaps that did not come.
-fn unused<'a>(options: &'a ReceiveOptions, report: &Report) -> Vec<&'a str> {
-    let came = |rename: &Rename| {
-        let is_meant = |disk: &&DiskReport| rename.node.as_ref().is_none_or(|n| *n == disk.id);
-        let mut disks = report.disks.iter().filter(is_meant);
-        disks.any(|disk| disk.bitmaps.iter().any(|bitmap| bitmap.name == rename.old))
-    };
-    options.renames.iter().filter(|r| !came(r)).map(|r| r.old.as_str()).collect()
 }
 
 fn report(options: &ReceiveOptions, received: Received, started: Instant) -> Report {

@@ -8,9 +8,9 @@ use format_spec::native::hello::MAX_CHANNELS;
 
 use super::Dialect;
 use crate::berth::has_traces;
-use crate::copy::{BitmapSelection, Existing, Format, Rename, TargetOptions};
+use crate::copy::{BitmapSelection, DataFileTarget, Existing, Format, Rename, TargetOptions};
 use crate::options::{BackingOption, DiskOption};
-use crate::publish::directory;
+use crate::renames::Renames;
 use crate::send::check_ids;
 use crate::{Error, Result, destinations};
 
@@ -74,6 +74,7 @@ impl ReceiveOptions {
     /// What makes no sense is refused before anybody connects.
     pub fn check(&self) -> Result<()> {
         check_ids(&self.disks)?;
+        Renames::check(&self.renames)?;
         self.dialect.map_or(Ok(()), |dialect| self.check_for(dialect))?;
         let usage = |reason| Err(Error::Usage { reason });
         let has_shape = self.target != TargetOptions::default();
@@ -92,6 +93,7 @@ impl ReceiveOptions {
             if has_shape && disk.format == Some(Format::Raw) {
                 return usage(format!("disk {:?} is raw and takes no -o options", disk.id));
             }
+            DataFileTarget::check(&disk.path, &self.target)?;
             self.check_place(disk)?;
         }
         let nodes = self.renames.iter().filter_map(|rename| rename.node.as_ref());
@@ -159,10 +161,10 @@ impl ReceiveOptions {
 
     /// No place is another's, nor what is kept beside one.
     fn check_places(&self) -> Result<()> {
-        let data = self.target.data_file.iter().zip(self.disks.first());
-        let data: Vec<_> = data.map(|(name, disk)| directory(&disk.path).join(name)).collect();
+        let data = |disk: &DiskOption| DataFileTarget::of(&disk.path, &self.target);
+        let data = self.disks.first().and_then(data).map(|data| data.path);
         let places = self.disks.iter().map(|disk| disk.path.as_path());
-        let places: Vec<_> = places.chain(data.iter().map(PathBuf::as_path)).collect();
+        let places: Vec<_> = places.chain(data.as_deref()).collect();
         destinations::check(&places)
     }
 

@@ -143,6 +143,8 @@ fn handlers<'a>(
             SaveBlocks::without_content(disks, save)?
         }
     };
+    let content = (0..).map(DiskId).zip(disks.iter().map(Planned::sent_content));
+    let blocks = content.fold(blocks, |blocks, (disk, bytes)| blocks.telling(disk, bytes));
     let counts = blocks.counts();
     let bitmaps = SaveBitmaps::new(saved_bitmaps, hashes)?;
     Ok((vec![Box::new(blocks), Box::new(bitmaps)], counts))

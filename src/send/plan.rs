@@ -12,9 +12,10 @@ use serde::Serialize;
 use super::SendOptions;
 use crate::carry::{self, Asked, BitmapPlan};
 use crate::copy::space::received_bytes;
-use crate::copy::{BitmapSelection, Format, PlannedBitmap, Rename};
+use crate::copy::{BitmapSelection, Format, PlannedBitmap};
 use crate::disk::{Disk, Request};
 use crate::options::DiskOption;
+use crate::renames::Renames;
 use crate::report::{BitmapOutcome, ONLY_BITMAPS, error_chain};
 use crate::{Error, Observer, Phase, Result};
 
@@ -60,12 +61,17 @@ pub struct Plan {
     pub space_needed: u64,
     /// Why it would be refused, one sentence each; empty where it would go on.
     pub refusals: Vec<String>,
+    /// The exit status of what is refused, 0 where nothing is. Not part of the JSON.
+    #[serde(skip)]
+    pub exit_status: u8,
 }
 
 impl Plan {
-    pub(crate) fn new(disks: Vec<PlannedDisk>, refusals: Vec<String>) -> Self {
+    pub(crate) fn new(disks: Vec<PlannedDisk>, refusals: &[Error]) -> Self {
         let space_needed = disks.iter().map(|disk| disk.space_needed).fold(0, u64::saturating_add);
-        Self { disks, space_needed, refusals }
+        let exit_status = refusals.first().map_or(0, Error::exit_status);
+        let refusals = refusals.iter().map(|error| error_chain(error)).collect();
+        Self { disks, space_needed, refusals, exit_status }
     }
 }
 
@@ -128,6 +134,7 @@ pub(super) fn decide(
 ) -> Result<(Vec<Planned>, Vec<Error>)> {
     observer.phase(Phase::Plan);
     check_ids(&options.disks)?;
+    Renames::check(&options.renames)?;
     let mut planned = Vec::new();
     for option in &options.disks {
         let request = Request {
@@ -196,26 +203,22 @@ fn asked(options: &SendOptions, option: &DiskOption, disk: &Disk) -> Asked {
             }
             all_or_none => all_or_none.clone(),
         },
-        renames: options
-            .renames
-            .iter()
-            .filter(|rename| is_for(rename, option) && has(&rename.old))
-            .cloned()
-            .collect(),
+        renames: Renames::of(&options.renames, &option.id).only(has),
         skips_broken: options.skip_broken_bitmaps,
         hint: HINT,
     }
-}
-
-fn is_for(rename: &Rename, option: &DiskOption) -> bool {
-    rename.node.as_ref().is_none_or(|node| *node == option.id)
 }
 
 /// Names in the user's wishes that are on no disk.
 fn unknown_names(options: &SendOptions, disks: &[(DiskOption, Disk)]) -> Vec<Error> {
     let is_somewhere = |name: &str, node: Option<&String>| {
         let mut meant = disks.iter().filter(|(o, _)| node.is_none_or(|node| *node == o.id));
-        meant.any(|(_, disk)| carry::listed(&disk.bitmaps).iter().any(|b| b.name == name))
+        // Where they cannot be listed it may be among them.
+        let may_have = |disk: &Disk| {
+            disk.bitmaps.unlistable().is_some()
+                || carry::listed(&disk.bitmaps).iter().any(|b| b.name == name)
+        };
+        meant.any(|(_, disk)| may_have(disk))
     };
     let mut wanted: Vec<(&str, Option<&String>)> = match &options.bitmaps {
         BitmapSelection::Named(names) => names.iter().map(|n| (n.as_str(), None)).collect(),
@@ -236,6 +239,11 @@ impl Planned {
     /// Bytes that will be read and sent.
     pub(super) fn content_bytes(&self) -> u64 {
         self.content_bytes
+    }
+
+    /// Bytes of content that will be sent, as far as its maps tell.
+    pub(super) fn sent_content(&self) -> u64 {
+        self.survey.data.saturating_add(self.survey.compressed)
     }
 
     /// Whether only what its own image holds is sent.
@@ -259,8 +267,11 @@ impl Planned {
     pub(super) fn not_carried(&self) -> Vec<String> {
         let below = match self.reach {
             Reach::Nothing => return vec![ONLY_BITMAPS.to_owned()],
-            Reach::Whole => self.disk.flattened(),
-            Reach::Above => Some(BELOW.to_owned()),
+            Reach::Whole => {
+                let bitmaps = self.disk.bitmaps_below(usize::MAX);
+                self.disk.flattened().into_iter().chain(bitmaps).collect()
+            }
+            Reach::Above => vec![BELOW.to_owned()],
         };
         let mut phrases: Vec<String> = self.disk.snapshots().into_iter().chain(below).collect();
         if self.survey.compressed > 0 {
@@ -296,7 +307,7 @@ impl Planned {
             becomes,
             reason: report.reason,
         };
-        let bytes_data = self.survey.data.saturating_add(self.survey.compressed);
+        let bytes_data = self.sent_content();
         Ok(PlannedDisk {
             id: self.option.id.clone(),
             source: self.option.path.display().to_string(),
@@ -314,5 +325,5 @@ impl Planned {
 /// What would be sent, in words.
 pub(super) fn describe(disks: &[Planned], refusals: &[Error]) -> Result<Plan> {
     let disks = disks.iter().map(Planned::describe).collect::<Result<_>>()?;
-    Ok(Plan::new(disks, refusals.iter().map(|e| error_chain(e)).collect()))
+    Ok(Plan::new(disks, refusals))
 }

@@ -8,6 +8,7 @@
 pub mod bitferry;
 pub mod destination;
 pub mod device;
+pub mod faults;
 pub mod fuzz;
 pub mod image;
 #[cfg(feature = "programs")]

@@ -339,7 +339,7 @@ fn what_must_not_be_written_is_not() {
     for bit in [incompatible::DIRTY, incompatible::CORRUPT, 1 << 40] {
         bytes.put64(72, bit);
         let before = std::fs::read(&image).unwrap();
-        let refused = |e: &Error| matches!(e, Error::Refused { .. } | Error::Unsupported { .. });
+        let refused = |e: &Error| matches!(e, Error::Condition { .. } | Error::Unsupported { .. });
         assert!(refused(&BitmapEditor::open(writable(&image)).unwrap_err()));
         assert!(refused(&Guard::take(writable(&image)).unwrap_err()));
         assert!(refused(&strip(&writable(&image)).unwrap_err()));

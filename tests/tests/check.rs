@@ -8,8 +8,9 @@ use bitferry_tests::peer::{Peer, require_all};
 use bitferry_tests::random::{Random, seed};
 use bitferry_tests::scratch::Scratch;
 use bitferry_tests::{image, qemu};
-use qcow2_file::check::{CheckReport, FindingKind, check};
+use qcow2_file::check::{CheckReport, FindingKind, check, reclaim};
 use qcow2_file::layout::header::Header;
+use qcow2_file::preflight::read_header;
 use qcow2_file::{Access, HostFile, Storage};
 
 fn has_qemu() -> bool {
@@ -163,6 +164,36 @@ fn leaks_are_counted() {
     let path = path.write(1, 0, 1 << 20).done();
     image::Bytes::of(&path).put64(88, 0);
     assert_eq!(agree(&path).leaks, 3);
+}
+
+#[test]
+fn counts_that_are_too_high_are_lowered_where_flags_say_so() {
+    if !has_qemu() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let maker = image::make(&scratch, "shared.qcow2", 8 << 20).write(1, 0, 256 << 10);
+    let path = maker.snapshot("s").write(2, 0, 65536).write(3, 1 << 20, 128 << 10).done();
+    let bytes = image::Bytes::of(&path);
+    let offset = 0x00ff_ffff_ffff_fe00;
+    let (active, block) = (bytes.be64(bytes.be64(40)) & offset, bytes.be64(bytes.be64(48)));
+    let (head, word) = (bytes.be64(64), |at: u64| bytes.be64(at) & offset);
+    let old = word(word(word(head)));
+    // One that only the snapshot has, and one that both have.
+    for (cluster, count) in [(old >> 16, 2), (word(active + 8) >> 16, 3)] {
+        bytes.put16(block + cluster * 2, count);
+    }
+    assert_eq!(agree(&path).leaks, 2);
+    let reclaimed = |path: &Path| {
+        let file: Arc<dyn Storage> = Arc::new(HostFile::open(path, Access::ReadWrite).unwrap());
+        reclaim(&file, &read_header(&*file).unwrap()).unwrap()
+    };
+    assert_eq!(reclaimed(&path), 2);
+    qemu::check_is_clean(&path);
+    // One that the active image alone has, and does not say so.
+    let entry = active + 16 * 8;
+    bytes.put64(entry, word(entry)).put16(block + (word(entry) >> 16) * 2, 2);
+    assert_eq!((agree(&path).leaks, reclaimed(&path), agree(&path).leaks), (1, 0, 1));
 }
 
 #[test]

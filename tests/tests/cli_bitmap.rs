@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use bitferry_tests::image::make;
+use bitferry_tests::image::{Bytes, make};
 use bitferry_tests::process::PATIENCE;
 use bitferry_tests::{Exit, Output, Peer, Run, Scratch, bitferry, qemu, require_all};
 
@@ -65,6 +65,28 @@ fn bitmaps_of_another_image_are_merged() {
 }
 
 #[test]
+fn the_last_bitmap_named_takes_the_others_in_and_help_says_so() {
+    let usage = "bitmap merge [OPTIONS] <IMAGE> <SRC>... <DST>";
+    let help = bitferry().words("bitmap merge --help").output().expect_exit(Exit::Done).text();
+    assert!(help.contains(usage), "{help}");
+    let short = bitferry().words("bitmap merge a.qcow2 b").output().expect_exit(Exit::Usage);
+    assert!(short.complaint().contains("<DST>"), "{short}");
+    let scratch = Scratch::new();
+    bitferry().arg("man").arg(scratch.dir()).output().expect_exit(Exit::Done);
+    let page = std::fs::read_to_string(scratch.path("bitferry-bitmap-merge.1")).expect("page");
+    assert!(page.contains("<\\fIIMAGE\\fR> <\\fISRC\\fR>... <\\fIDST\\fR>"), "{page}");
+    if !has_qemu() {
+        return;
+    }
+    let image = make(&scratch, "a.qcow2", 64 * MIB).bitmap("b1", 65536).write(1, MIB, 512);
+    let image = image.bitmap("b2", 65536).write(1, 2 * MIB, 512).bitmap("b3", 65536).done();
+    run("bitmap merge a.qcow2 b1 b2 b3", &scratch).expect_exit(Exit::Done);
+    let ranges = |name| qemu::dirty_ranges(&image, name).unwrap();
+    assert_eq!(ranges("b3"), [MIB..MIB + 65536, 2 * MIB..2 * MIB + 65536]);
+    assert_eq!(ranges("b2"), [2 * MIB..2 * MIB + 65536]);
+}
+
+#[test]
 fn wrong_wishes_change_nothing() {
     if !has_qemu() {
         return;
@@ -83,12 +105,28 @@ fn wrong_wishes_change_nothing() {
         ("bitmap dump a.qcow2 nope", Exit::Usage),
         ("bitmap repair --strip --clear-unfinished a.qcow2", Exit::Usage),
         ("bitmap check raw.img", Exit::Usage),
-        ("bitmap add raw.img b", Exit::Malformed),
+        ("bitmap add raw.img b", Exit::Usage),
         ("bitmap check nowhere.qcow2", Exit::Device),
     ] {
         let output = run(line, &scratch).expect_exit(exit);
         assert!(output.complaint().starts_with("error: "), "{output}");
         assert_eq!(std::fs::read(&image).unwrap(), before, "{line}");
+    }
+}
+
+#[test]
+fn a_raw_disk_is_told_where_its_bitmaps_would_be() {
+    let scratch = Scratch::new();
+    for (name, bytes) in [("raw.img", 65536), ("short.img", 7), ("empty.img", 0)] {
+        std::fs::write(scratch.path(name), vec![0; bytes]).unwrap();
+        for verb in ["add", "remove", "clear", "check", "repair --strip", "repair"] {
+            let bitmap = if matches!(verb, "add" | "remove" | "clear") { "b" } else { "" };
+            let line = format!("bitmap {verb} {name} {bitmap}");
+            let complaint = run(&line, &scratch).expect_exit(Exit::Usage).complaint();
+            assert!(complaint.contains("is no qcow2 image"), "{line}: {complaint}");
+            assert!(complaint.contains("\nhint: a raw disk has bitmaps in an overlay"), "{line}");
+        }
+        assert_eq!(std::fs::read(scratch.path(name)).unwrap(), vec![0; bytes]);
     }
 }
 
@@ -118,11 +156,53 @@ fn an_image_in_use_is_refused_saying_by_whom() {
     // What the dead process had open is not to be trusted; check says so, repair removes it on
     // demand.
     run("bitmap check a.qcow2", &scratch).expect_exit(Exit::Different);
-    run("bitmap dump a.qcow2 b", &scratch).expect_exit(Exit::Usage);
+    run("bitmap dump a.qcow2 b", &scratch).expect_exit(Exit::Device);
     run("bitmap repair a.qcow2", &scratch).expect_exit(Exit::Different);
     run("bitmap repair --remove-inconsistent a.qcow2", &scratch).expect_exit(Exit::Done);
     run("bitmap check a.qcow2", &scratch).expect_exit(Exit::Done);
     qemu::check_is_clean(&image);
+}
+
+#[test]
+fn an_image_by_its_content_alone_is_changed_with_a_warning() {
+    if !has_qemu() {
+        return;
+    }
+    let scratch = Scratch::new();
+    make(&scratch, "a.qcow2", MIB).done();
+    std::fs::copy(scratch.path("a.qcow2"), scratch.path("disk.img")).unwrap();
+    for line in ["bitmap add disk.img b", "bitmap repair disk.img"] {
+        let output = run(line, &scratch).expect_exit(Exit::Done);
+        assert!(output.complaint().contains("the guest of a raw disk"), "{output}");
+    }
+    assert!(run("bitmap -q add disk.img d", &scratch).expect_exit(Exit::Done).stderr.is_empty());
+    assert!(run("bitmap add a.qcow2 b", &scratch).expect_exit(Exit::Done).stderr.is_empty());
+}
+
+#[test]
+fn a_stale_bitmap_that_is_asked_for_by_name_would_be_lost() {
+    if !has_qemu() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let image = make(&scratch, "a.qcow2", 64 * MIB).bitmap("b", 65536).done();
+    // Somebody who does not know bitmaps has written to it.
+    Bytes::of(&image).put64(88, 0);
+    for line in [
+        "copy --bitmaps b a.qcow2 c.qcow2",
+        "copy --bitmaps b --rename-bitmap b=x a.qcow2 c.qcow2",
+        "send --bitmaps b --disk vda=a.qcow2 unix:nobody",
+        "send --bitmaps b --rename-bitmap vda/b=x --disk vda=a.qcow2 unix:nobody",
+        "send --dialect qemu:7.2 --bitmaps b --disk vda=a.qcow2 unix:nobody",
+    ] {
+        let output = run(line, &scratch).expect_exit(Exit::Refused);
+        assert!(output.complaint().contains("made invalid"), "{output}");
+    }
+    run("copy --bitmaps b --skip-broken-bitmaps a.qcow2 c.qcow2", &scratch)
+        .expect_exit(Exit::NotPreserved);
+    // Where all are listed, a name that is not there is a slip.
+    make(&scratch, "d.qcow2", 64 * MIB).bitmap("b", 65536).done();
+    run("copy --bitmaps x d.qcow2 e.qcow2", &scratch).expect_exit(Exit::Usage);
 }
 
 #[test]

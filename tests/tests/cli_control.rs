@@ -1,6 +1,7 @@
 //! `--control` and `control`: a running migration is looked at, hurried and called off.
 
 use std::io::{Read, Write};
+use std::ops::Range;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -49,6 +50,19 @@ fn wait_for(socket: &Path, status: &str) -> Value {
     }
 }
 
+/// Waits until `query-migrate` says that it goes about so fast.
+fn wait_for_rate(socket: &Path, expected: Range<f64>) {
+    let begun = Instant::now();
+    loop {
+        let info = ask(socket, "query-migrate", &[]);
+        match info["disk"]["mbps"].as_f64() {
+            Some(rate) if expected.contains(&rate) => return,
+            _ => assert!(begun.elapsed() < PATIENCE, "it says another rate: {info}"),
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
 fn receive(scratch: &Scratch) -> Running {
     let place = format!("vda={}", scratch.path("target.qcow2").display());
     let running = bitferry().args(["receive", "--disk", &place, "--control"]);
@@ -74,6 +88,9 @@ fn a_slow_migration_is_looked_at_and_hurried() {
     let info = wait_for(&control, "active");
     assert_eq!(info["disk"]["total"], SIZE);
     assert!(info["disk"]["remaining"].as_u64().unwrap() > 0, "{info}");
+    // 256 KiB in a second are two megabits, but for what went at once.
+    wait_for_rate(&control, 0.5..20.0);
+    wait_for_rate(&scratch.path("receive.control"), 0.1..20.0);
     let parameters = ask(&control, "query-migrate-parameters", &[]);
     assert_eq!(parameters["max-bandwidth"], 256 << 10);
     let dance = bitferry().arg("control").arg(unix(&control)).arg("dance").output();
@@ -97,6 +114,7 @@ fn a_copy_is_looked_at_hurried_and_called_off() {
     let copying = start();
     let info = wait_for(&control, "active");
     assert_eq!(info["disk"]["total"], SIZE, "{info}");
+    wait_for_rate(&control, 0.5..20.0);
     ask(&control, "migrate-cancel", &[]);
     assert_eq!(copying.wait().code(), Some(130));
     assert!(!scratch.path("copy.raw").exists() && !control.exists());
@@ -177,6 +195,32 @@ fn a_destination_that_waits_is_called_off() {
     ask(&control, "migrate-cancel", &[]);
     let received = receiving.wait();
     assert_eq!(received.code(), Some(130), "{received}");
+}
+
+#[test]
+fn a_command_that_is_refused_comes_with_what_to_do() {
+    let scratch = Scratch::new();
+    let receiving = receive(&scratch);
+    let control = scratch.path("receive.control");
+    for (words, error, hint) in [
+        ("dance", "there is no command \"dance\"", "query-commands lists"),
+        ("dance a=1", "there is no command \"dance\"", "query-commands lists"),
+        ("query-migrate a=1", "no argument \"a\"", "`bitferry help control`"),
+        ("migrate-set-parameters speed=1", "no argument \"speed\"", "query-migrate-parameters"),
+        ("migrate-set-parameters downtime-limit=-1", "whole number", "milliseconds"),
+        ("migrate-set-parameters max-bandwidth=1", "the source keeps", "the source is who"),
+        ("migrate-start-postcopy", "postcopy is not enabled", "query-migrate shows"),
+        ("migrate-recover uri=tcp:a:1", "postcopy-paused", "query-migrate shows"),
+    ] {
+        let asked = bitferry().arg("control").arg(&control).words(words);
+        let complaint = asked.output().expect_exit(Exit::Transport).complaint();
+        let lines: Vec<_> = complaint.lines().collect();
+        assert!(lines[0].starts_with("error: ") && lines[0].contains(error), "{complaint}");
+        assert!(lines[1].starts_with("hint: ") && lines[1].contains(hint), "{complaint}");
+        assert_eq!(lines.len(), 2, "{complaint}");
+    }
+    ask(&control, "migrate-cancel", &[]);
+    assert_eq!(receiving.wait().code(), Some(130));
 }
 
 #[test]

@@ -4,6 +4,7 @@
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::time::{Duration, Instant, SystemTime};
 
+use bitferry_tests::device::Small;
 use bitferry_tests::image::make;
 use bitferry_tests::process::{PATIENCE, Run};
 use bitferry_tests::{Exit, Output, Peer, Scratch, bitferry, json, qemu, require_all};
@@ -268,6 +269,76 @@ fn a_dry_run_writes_nothing() {
     assert_eq!(json::summary(&output)["event"], "plan");
     assert!(json::summary(&output)["space-needed"].is_u64(), "{output}");
     assert_eq!(scratch.names(), ["a.qcow2"]);
+}
+
+/// The dry run ends as the command does, and says why.
+#[track_caller]
+fn foretells(words: &str, exit: Exit, scratch: &Scratch) {
+    let planned = run(&format!("copy --dry-run {words}"), scratch).expect_exit(exit);
+    let done = run(&format!("copy {words}"), scratch).expect_exit(exit);
+    let complaint = done.complaint();
+    let why = complaint.lines().next().expect("an error").trim_start_matches("error: ");
+    let why = why.trim_start_matches("refused, nothing was written: ");
+    let said = planned.text() + &planned.complaint();
+    assert!(said.contains(why), "{why}\n{planned}");
+}
+
+#[test]
+fn a_dry_run_foretells_what_the_command_says() {
+    let scratch = Scratch::new();
+    if !image(&scratch) {
+        return;
+    }
+    for (name, size) in [("long.raw", 65), ("short.raw", 63)] {
+        std::fs::File::create(scratch.path(name)).unwrap().set_len(size * MIB).unwrap();
+    }
+    make(&scratch, "small.qcow2", 32 * MIB).done();
+    make(&scratch, "used.qcow2", 64 * MIB).done();
+    let user = bitferry_tests::Run::new("qemu-io").args(["-c", "sleep 60000", "-c", "quit"]);
+    let user = user.arg(scratch.path("used.qcow2")).spawn();
+    let used = || run("copy --in-place --dry-run a.qcow2 used.qcow2", &scratch).code();
+    let begun = Instant::now();
+    while used() == Some(0) {
+        assert!(begun.elapsed() < PATIENCE, "nobody uses it");
+    }
+    foretells("--in-place a.qcow2 used.qcow2", Exit::Device, &scratch);
+    foretells("--in-place --bitmaps none a.qcow2 used.qcow2", Exit::Device, &scratch);
+    user.kill();
+    for (words, exit) in [
+        ("--in-place -O raw --bitmaps none a.qcow2 long.raw", Exit::Usage),
+        ("--in-place a.qcow2 small.qcow2", Exit::Usage),
+        ("--in-place a.qcow2 nowhere.qcow2", Exit::Device),
+        ("--in-place a.qcow2 a.qcow2", Exit::Usage),
+        ("a.qcow2 small.qcow2", Exit::Device),
+        ("a.qcow2 nowhere/b.qcow2", Exit::Device),
+        ("-O raw a.qcow2 b.raw", Exit::Refused),
+        ("--bitmaps nope a.qcow2 b.qcow2", Exit::Usage),
+        ("-o data_file=b.qcow2 a.qcow2 b.qcow2", Exit::Usage),
+    ] {
+        foretells(words, exit, &scratch);
+    }
+    if let Some(small) = Small::at(&scratch.path("small"), "size=1m") {
+        std::fs::write(scratch.path("small/old"), [0; 512]).unwrap();
+        small.resize("ro");
+        foretells("a.qcow2 small/new", Exit::Device, &scratch);
+        foretells("--force a.qcow2 small/old", Exit::Device, &scratch);
+        foretells("-o data_file=small/data a.qcow2 new", Exit::Device, &scratch);
+    }
+    // What would be done is: shorter files grow.
+    run("copy --dry-run --in-place -O raw --bitmaps none a.qcow2 short.raw", &scratch)
+        .expect_exit(Exit::Done);
+    assert_eq!(scratch.path("short.raw").metadata().unwrap().len(), 63 * MIB);
+    for words in ["a.qcow2 b.qcow2", "--in-place -O raw --bitmaps none a.qcow2 short.raw"] {
+        run(&format!("copy {words}"), &scratch).expect_exit(Exit::Done);
+        let plan = run(&format!("copy --dry-run --json {words}"), &scratch);
+        let plan = json::summary(&plan.expect_exit(Exit::Done));
+        let said = (&plan["already-complete"], &plan["refusals"]);
+        assert_eq!(said, (&true.into(), &serde_json::json!([])), "{plan}");
+        let plan = run(&format!("copy --dry-run {words}"), &scratch).expect_exit(Exit::Done);
+        assert!(plan.text().contains("already complete"), "{plan}");
+        let done = run(&format!("copy --json {words}"), &scratch).expect_exit(Exit::Done);
+        assert_eq!(json::summary(&done)["status"], "already-complete");
+    }
 }
 
 #[test]

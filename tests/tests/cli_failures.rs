@@ -1,7 +1,10 @@
 //! What a user and a program read where something failed: the lines on stderr, and with `--json` a
 //! last word on stdout, whoever found out, the parser of the arguments included.
 
+use std::time::{Duration, Instant};
+
 use bitferry_tests::{Exit, Output, Run, Scratch, bitferry, json};
+use rustix::process::Signal;
 
 fn run(scratch: &Scratch, line: &str) -> Run {
     bitferry().dir(scratch.dir()).words(line)
@@ -92,4 +95,33 @@ fn a_verb_with_one_document_prints_it_when_it_fails() {
     let output = run(&scratch, "inspect --json broken.qcow2").output();
     let document = json::document(output.expect_exit(Exit::Malformed).text().trim_end());
     assert!(document["error"].is_object(), "{document}");
+}
+
+#[test]
+fn a_second_signal_ends_it_at_once_with_a_summary() {
+    let scratch = Scratch::new();
+    std::fs::write(scratch.path("a.raw"), vec![7; 1 << 20]).expect("disk");
+    // It takes connections, and never says a word.
+    let silent = std::os::unix::net::UnixListener::bind(scratch.path("s")).expect("a socket");
+    for options in ["--json", ""] {
+        let line = format!("send {options} --disk vda=a.raw,format=raw unix:s");
+        let running = run(&scratch, &line).spawn();
+        let _held = silent.accept().expect("it comes");
+        running.signal(Signal::TERM);
+        std::thread::sleep(Duration::from_millis(100));
+        let begun = Instant::now();
+        running.signal(Signal::TERM);
+        let output = running.wait();
+        assert!(begun.elapsed() < Duration::from_secs(3), "{output}");
+        assert_eq!(output.code(), Some(130), "{output}");
+        has_error_and_hint(&output);
+        assert!(output.complaint().starts_with("error: interrupted again"), "{output}");
+        if options == "--json" {
+            let events = json::lines(&output.text());
+            let summaries = events.iter().filter(|event| event["event"] == "summary").count();
+            let summary = json::summary(&output);
+            assert_eq!((summaries, &summary["status"]), (1, &"interrupted".into()), "{output}");
+            assert_eq!(summary["disks"][0]["id"], "vda", "{output}");
+        }
+    }
 }

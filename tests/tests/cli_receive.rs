@@ -8,8 +8,9 @@ use std::path::Path;
 use std::time::Duration;
 
 use bitferry_tests::bitferry::binary;
-use bitferry_tests::migration::listening;
-use bitferry_tests::{Exit, Output, Run, Scratch, bitferry, json};
+use bitferry_tests::image::make;
+use bitferry_tests::migration::{both, command, done, listening};
+use bitferry_tests::{Exit, Output, Peer, Run, Scratch, bitferry, json, qemu, require_all};
 use serde_json::Value;
 
 const MIB: usize = 1 << 20;
@@ -216,6 +217,63 @@ fn a_failure_names_the_disks_that_were_asked_for() {
     check(bitferry(&format!("receive --json {disks} tcp::0")), Exit::Device, &["vda", "vdb"]);
     let nobody = "send --json --disk vda=a.raw,format=raw unix:nobody";
     check(bitferry(nobody), Exit::Transport, &["vda"]);
+}
+
+#[test]
+fn what_the_places_do_not_fit_is_refused_before_anything_comes() {
+    let scratch = Scratch::new();
+    if !require_all(&[Peer::QemuImg, Peer::QemuIo, Peer::QemuNbd]) {
+        return;
+    }
+    let source = make(&scratch, "a.qcow2", 16 << 20).write(1, 0, 4 << 20).bitmap("a", 65536);
+    let source = source.bitmap("b", 4096).write(2, 5 << 20, 512).done();
+    make(&scratch, "old.qcow2", 16 << 20).bitmap("mine", 65536).write(9, 0, 1 << 20).done();
+    make(&scratch, "old2.qcow2", 16 << 20).done();
+    let old = scratch.path("old.qcow2");
+    std::fs::copy(&old, scratch.path("before")).expect("copy");
+    let names = scratch.names();
+    for (words, said) in [
+        ("--disk vdb=other", "a place for a disk \"vdb\""),
+        ("--rename-bitmap a=x --rename-bitmap b=x", "are both to be called \"x\""),
+        ("--rename-bitmap a=b", "are both to be called \"b\""),
+        ("--rename-bitmap vda/a=b", "are both to be called \"b\""),
+        ("--rename-bitmap nope=x", "no bitmap \"nope\" comes"),
+    ] {
+        for place in ["--disk vda=out", "--in-place --disk vda=old.qcow2"] {
+            let words = match place.starts_with("--in-place") {
+                true => words.replace("=other", "=old2.qcow2"),
+                false => words.to_owned(),
+            };
+            let receive = format!("{place} {words} unix:s");
+            let (sent, received) = both(&scratch, "--disk vda=a.qcow2", &receive);
+            for output in [sent.expect_exit(Exit::Transport), received.expect_exit(Exit::Usage)] {
+                assert!(output.complaint().contains(said), "{output}");
+            }
+            assert_eq!(scratch.names(), names, "{receive}");
+            qemu::same_disk(&scratch.path("before"), &old, &["mine"]);
+        }
+    }
+    // Two names for one bitmap are a slip on either side.
+    let twice = "--rename-bitmap a=x --rename-bitmap a=y";
+    for line in [
+        format!("receive --disk vda=out {twice} unix:s"),
+        format!("receive --in-place --disk vda=old.qcow2 --dialect qemu:10.0 {twice} unix:s"),
+        format!("send --disk vda=a.qcow2 {twice} unix:s"),
+        format!("send --dialect qemu:10.0 --disk vda=a.qcow2 {twice} unix:s"),
+        format!("copy {twice} a.qcow2 out"),
+        "copy --rename-bitmap q/a=x --rename-bitmap a=y a.qcow2 out".to_owned(),
+        format!("copy {twice} a.qcow2 nobody:out"),
+        format!("copy {twice} nobody:a.qcow2 out"),
+    ] {
+        let output = command(&scratch, &line).output().expect_exit(Exit::Usage);
+        assert!(output.complaint().contains("both \"x\" and \"y\""), "{line}: {output}");
+    }
+    // What is said of one disk goes before what is said of all.
+    let renamed = "--disk vda=out --rename-bitmap a=x --rename-bitmap vda/a=y unix:s";
+    let (_, received) = done(&scratch, "--disk vda=a.qcow2", renamed);
+    assert_eq!(received["disks"][0]["bitmaps"][0]["changed"][0], "name: a -> y", "{received}");
+    let read = |image: &Path, name| qemu::dirty_ranges(image, name).expect("ranges");
+    assert_eq!(read(&source, "a"), read(&scratch.path("out"), "y"));
 }
 
 #[test]

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use bitferry_tests::bitferry::binary;
-use bitferry_tests::image::make;
+use bitferry_tests::image::{Bytes, make};
 use bitferry_tests::process::{PATIENCE, Running};
 use bitferry_tests::{Exit, Peer, Run, Scratch, bitferry, json, qemu, require_all};
 use serde_json::Value;
@@ -100,14 +100,35 @@ fn each_channel_has_an_ssh_of_its_own() {
 }
 
 #[test]
+fn a_proof_that_was_left_out_is_not_claimed_by_asking_again() {
+    let Some(hosts) = Hosts::new() else { return };
+    disk(&hosts.here, "a.qcow2");
+    disk(&hosts.there, "b.qcow2");
+    for words in [["a.qcow2", "host:up.qcow2"], ["host:b.qcow2", "down.qcow2"]] {
+        let copy = |how: &[&str]| hosts.copy(how).args(words).output().expect_no_crash();
+        copy(&["--no-verify"]).expect_exit(Exit::Done);
+        let output = copy(&[]).expect_exit(Exit::Usage);
+        assert!(output.complaint().contains("\nhint: with --no-verify"), "{output}");
+        let output = copy(&["--no-verify"]).expect_exit(Exit::Done);
+        assert_eq!(json::summary(&output)["status"], "already-complete", "{output}");
+        let output = copy(&["--fresh", "--force"]).expect_exit(Exit::Done);
+        assert_eq!(json::summary(&output)["disks"][0]["verified"], "yes", "{output}");
+    }
+}
+
+#[test]
 fn a_further_ssh_that_fails_ends_it_at_once() {
     let Some(hosts) = Hosts::new() else { return };
     disk(&hosts.here, "a.qcow2");
     disk(&hosts.there, "b.qcow2");
     for words in [["a.qcow2", "host:up.qcow2"], ["host:b.qcow2", "down.qcow2"]] {
+        let begun = Instant::now();
         let copying = hosts.copy(&["--channels", "3"]).args(words).env("ALONE", "1").spawn();
         assert!(copying.ends_within(Duration::from_secs(15)), "{words:?} waits");
+        // Its pipes end when the other end does.
         let output = copying.wait().expect_no_crash().expect_exit(Exit::Transport);
+        let is_over = begun.elapsed() < Duration::from_secs(20);
+        assert!(is_over || words[0] != "a.qcow2", "the destination waits on: {output}");
         assert!(output.complaint().contains("255"), "{output}");
     }
 }
@@ -348,10 +369,31 @@ fn what_the_other_end_says_after_publishing_comes_with_the_summary() {
             assert_eq!(summary["disks"][0]["bitmaps"][0]["outcome"], "preserved", "{output}");
             let error = summary["error"].as_str().unwrap_or_default();
             assert!(error.contains(&format!("exit status: {status}")), "{output}");
+            let complaint = output.complaint();
+            let is_said =
+                complaint.contains("error: not preserved at the other end: \"ssh host\" ended");
+            assert_eq!(is_said, expected.0 == 6, "{output}");
         }
         for (scratch, name) in [(&hosts.there, "up.qcow2"), (&hosts.here, "down.qcow2")] {
             std::fs::remove_file(scratch.path(name)).expect("published");
         }
+    }
+}
+
+#[test]
+fn what_is_not_preserved_is_named_by_a_quiet_copy_too() {
+    let Some(hosts) = Hosts::new() else { return };
+    for (scratch, source, destination) in
+        [(&hosts.here, "a.qcow2", "host:up.qcow2"), (&hosts.there, "host:a.qcow2", "down.qcow2")]
+    {
+        let image = make(scratch, "a.qcow2", 16 * MIB).bitmap("nightly", 65536).done();
+        // As a program that died has left it.
+        let bytes = Bytes::of(&image);
+        let (extension, _) = bytes.extension(0x2385_2875).expect("bitmaps");
+        bytes.put32(bytes.be64(extension + 16) + 12, 3);
+        let run = hosts.copy(&["--skip-broken-bitmaps", "-f", "qcow2", source, destination]);
+        let output = run.arg("-q").output().expect_no_crash().expect_exit(Exit::NotPreserved);
+        assert!(output.complaint().contains("error: not preserved: nightly\nhint: "), "{output}");
     }
 }
 

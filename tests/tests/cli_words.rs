@@ -76,6 +76,14 @@ fn numbers_without_sense_are_refused_with_those_that_have_some() {
 }
 
 #[test]
+fn a_copy_is_told_that_ssh_encrypts() {
+    for line in ["copy --tls-dir pki a b", "copy --tls-dir pki --tls-peer h a h:b"] {
+        let output = run(line).expect_exit(Exit::Usage);
+        assert!(output.complaint().contains("goes through ssh, which encrypts"), "{output}");
+    }
+}
+
+#[test]
 fn a_remote_operand_goes_through_ssh() {
     for (from, to) in [("host:a", "b"), ("./a", "user@host:/b")] {
         let run = bitferry().args(["copy", from, to]).env("BITFERRY_SSH", "false");

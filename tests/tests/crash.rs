@@ -445,7 +445,8 @@ fn a_file_size_limit_is_a_clear_error() {
     for limit in [512, 65536, MIB, 4 * MIB] {
         let run = bitferry().arg("copy").arg(&source).arg(&copy).file_size(limit);
         let output = run.output().expect_no_crash().expect_exit(Exit::Device);
-        assert!(output.complaint().contains("copy"), "{output}");
+        let said = output.complaint();
+        assert!(said.contains("copy") && said.contains("ulimit -f"), "{output}");
         nothing_else(&scratch, &output);
     }
     let output = bitferry().arg("info").arg(&source).output();

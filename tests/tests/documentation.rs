@@ -109,3 +109,15 @@ fn the_specification_names_the_limits_that_hold() {
         assert_eq!(written, held, "{module}");
     }
 }
+
+#[test]
+fn how_long_a_silent_peer_is_borne_with_is_said_where_it_is_looked_for() {
+    let limit = format!("{} seconds", connect::IDLE.as_secs());
+    for verb in ["send", "receive", "copy"] {
+        let text = bitferry().args([verb, "--help"]).output().expect_exit(Exit::Done).text();
+        let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
+        assert!(text.contains(&format!("no byte moves for {limit}")), "{verb}: {text}");
+    }
+    let readme = std::fs::read_to_string(workspace().join("README.md")).expect("README.md");
+    assert!(readme.contains(&format!("no byte moves for {limit}")));
+}

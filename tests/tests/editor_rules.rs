@@ -14,7 +14,7 @@ use qcow2_file::edit::{BitmapPolicy, Editor, EditorOptions, WriteObserver, ZeroM
 use qcow2_file::limits;
 use qcow2_file::preflight::read_header;
 use qcow2_file::storage::{Fault, OperationKind};
-use qcow2_file::{Access, Error, GuestOffset, HostFile, LayerKind, Memory, Storage};
+use qcow2_file::{Access, Condition, Error, GuestOffset, HostFile, LayerKind, Memory, Storage};
 
 fn has_qemu() -> bool {
     require_all(&[Peer::QemuImg, Peer::QemuIo, Peer::QemuNbd])
@@ -248,8 +248,12 @@ fn an_unfinished_copy_opens_nowhere_else() {
     let output = qemu::qemu_img("info").args(["-U"]).arg(&path).output();
     assert!(output.complaint().contains("bitferry: unfinished in-place copy"), "{output}");
     drop(editor);
-    let error = open(&path).unwrap_err().to_string();
-    assert!(error.contains("--clear-unfinished"), "{error}");
+    let error = open(&path).unwrap_err();
+    let condition = Condition::UnfinishedCopy;
+    assert!(
+        matches!(&error, Error::Condition { condition: found, .. } if *found == condition),
+        "{error}"
+    );
     let editor = Editor::open(open_file(&path), copying()).unwrap();
     assert!(editor.is_marked());
     editor.write_at(&[2; 100], GuestOffset(5000)).unwrap();

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use bitferry_tests::image::make;
 use bitferry_tests::qemu::{Nbd, qemu_img};
 use bitferry_tests::qmp::Qemu;
-use bitferry_tests::{Peer, Run, Scratch, require, require_all};
+use bitferry_tests::{Exit, Peer, Run, Scratch, bitferry, json, require, require_all};
 use qcow2_file::lock::{Lock, Mode, acquire, acquire_temporary};
 use qcow2_file::{Error, Result};
 
@@ -138,6 +138,43 @@ fn we_respect_ourselves() {
     assert!(take(&path, Mode::Read).is_err());
     drop(lock);
     drop(take(&path, Mode::Read).unwrap());
+}
+
+/// `info` and `bitmap list` look at what is in use, too, and say that it is, and by whom.
+#[test]
+fn what_is_looked_at_while_it_is_in_use_is_said_to_be() {
+    let _alone = alone();
+    if !require_all(&[Peer::QemuImg, Peer::QemuIo, Peer::QemuNbd]) {
+        return;
+    }
+    let scratch = Scratch::new();
+    let image = make(&scratch, "a.qcow2", MIB).bitmap("b", 65536).done();
+    let look = |words: &str| bitferry().words(words).arg(&image).output().expect_exit(Exit::Done);
+    let nbd = Nbd::serve(&image, "qcow2", [""; 0]);
+    let named = format!("is in use by qemu-nbd (pid {})", nbd.id());
+    for words in ["info", "bitmap list"] {
+        let output = look(words);
+        assert!(output.complaint().contains(&named), "{output}");
+        assert!(output.complaint().contains("not stored before it is closed"), "{output}");
+        let text = output.text();
+        assert!(text.contains("64 KiB       in use") && !text.contains("inconsistent"), "{output}");
+        let document = json::document(&look(&format!("{words} --json")).text());
+        assert_eq!(document["in-use"], true, "{document}");
+        assert!(look(&format!("{words} -q")).stderr.is_empty());
+    }
+    // Nobody was kept off by that.
+    assert_eq!(holders(take(&image, Mode::Read)).len(), 1);
+    nbd.quit();
+    for nbd in [Some(Nbd::serve(&image, "qcow2", ["-r"])), None] {
+        for words in ["info --json", "bitmap list --json"] {
+            let output = look(words);
+            let document = json::document(&output.text());
+            assert_eq!(document.get("in-use"), None, "{document}");
+            assert_eq!(document["bitmaps"][0]["inconsistent"], false, "{document}");
+            assert!(output.stderr.is_empty(), "{output}");
+        }
+        drop(nbd);
+    }
 }
 
 #[test]

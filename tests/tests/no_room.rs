@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use bitferry_tests::device::{Loop, Small};
 use bitferry_tests::image::make;
-use bitferry_tests::migration::both;
+use bitferry_tests::migration::{both, command, listening};
 use bitferry_tests::qemu::{check_is_clean, dirty_ranges, same_content};
 use bitferry_tests::scratch::names_in;
 use bitferry_tests::{Exit, Output, Peer, Scratch, json, require_all};
@@ -14,6 +14,8 @@ use serde_json::Value;
 const MIB: u64 = 1 << 20;
 const ROOM: &str = "size=512m,nr_inodes=1000";
 const FULL: &str = "No space left on device";
+/// What is said of what has no room from the beginning.
+const NEEDS: &str = " bytes free, the copy needs about ";
 
 fn has_peers() -> bool {
     require_all(&[Peer::QemuImg, Peer::QemuIo, Peer::QemuNbd])
@@ -63,23 +65,91 @@ fn done((sent, received): (Output, Output)) -> Value {
     json::summary(&sent.expect_exit(Exit::Done))
 }
 
+/// Runs both to their ends, and does something once some of it has arrived: what has no room from
+/// the beginning is not begun.
+fn both_until(
+    scratch: &Scratch,
+    send: &str,
+    receive: &str,
+    then: impl FnOnce(),
+) -> (Output, Output) {
+    let receiver = command(scratch, &format!("receive --json {receive}")).spawn();
+    let uri = listening(&receiver);
+    let send = format!("send --json --bandwidth 48M {send}");
+    let sender = command(scratch, &send).arg(uri).spawn();
+    sender.wait_for(false, |line| {
+        let event: Value = serde_json::from_str(line).ok()?;
+        (event["phase"] == "transfer" && event["done"].as_u64()? >= 4 * MIB).then_some(())
+    });
+    then();
+    (sender.wait().expect_no_crash(), receiver.wait().expect_no_crash())
+}
+
+/// What has no room is refused before it comes; both say so.
+#[track_caller]
+fn is_refused((sent, received): (Output, Output), place: &str) {
+    let received = received.expect_exit(Exit::Device);
+    let said = received.complaint();
+    assert!(said.contains(NEEDS) && said.contains(place), "{said}");
+    assert!(said.contains("\nhint: free some room"), "{received}");
+    assert!(sent.expect_exit(Exit::Transport).complaint().contains(NEEDS));
+}
+
+#[test]
+fn what_has_no_room_is_refused_before_it_comes() {
+    if !has_peers() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let Some(small) = Small::at(&scratch.path("small"), "size=16m") else { return };
+    make(&scratch, "a.qcow2", 64 * MIB).write(1, 0, 10 * MIB).bitmap("b0", 65536).done();
+    make(&scratch, "b.qcow2", 64 * MIB).write(2, 0, 10 * MIB).done();
+    make(&scratch, "c.qcow2", 64 * MIB).io("write -c -P 3 0 24M").done();
+    let refused = |send: &str, receive: &str| {
+        is_refused(both(&scratch, send, &format!("{receive} unix:s")), "small");
+        assert!(names_in(&scratch.path("small")).iter().all(|name| name == "old"), "{receive}");
+    };
+    let (a, b) = ("--disk vda=a.qcow2", "--disk vdb=b.qcow2");
+    // Each has room, both together have not; and what is compressed arrives plain.
+    refused(&format!("{a} {b}"), "--disk vda=small/a --disk vdb=small/b");
+    refused("--disk vdc=c.qcow2", "--disk vdc=small/c");
+    refused("--disk vdc=c.qcow2", "--disk vdc=small/c -o data_file=c.raw,data_file_raw=on");
+    let old = scratch.path("small/old");
+    std::fs::File::create(&old).unwrap().set_len(64 * MIB).unwrap();
+    let in_place = "--in-place --disk vdc=small/old,format=raw";
+    refused("--disk vdc=c.qcow2 --bitmaps none", in_place);
+    assert_eq!(std::os::unix::fs::MetadataExt::blocks(&old.metadata().unwrap()), 0);
+    std::fs::remove_file(old).unwrap();
+    // What goes elsewhere is not counted there, nor is what stands on no disk here.
+    let receive = "--disk vda=small/a --disk vdb=b.out unix:s";
+    done(both(&scratch, &format!("{a} {b}"), receive));
+    small.resize(ROOM);
+    done(both(&scratch, "--disk vdc=c.qcow2", "--disk vdc=small/c unix:s"));
+}
+
 #[test]
 fn what_arrived_before_it_was_full_is_not_sent_again() {
     if !has_peers() {
         return;
     }
     let scratch = Scratch::new();
-    let Some(small) = Small::at(&scratch.path("small"), "size=150m") else { return };
+    let Some(small) = Small::at(&scratch.path("small"), ROOM) else { return };
     let source = make(&scratch, "a.qcow2", 256 * MIB).write(1, 0, 100 * MIB).bitmap("b0", 65536);
     let source = source.write(2, 120 * MIB, 120 * MIB).bitmap("b1", 4096).write(3, MIB, 512).done();
     let send = "--disk vda=a.qcow2 --channels 2";
     let receive = "--disk vda=small/out unix:socket";
+    let (sent, received) = both_until(&scratch, send, receive, || small.resize("size=150m"));
+    has_no_room(&sent, received, "small/.out.bitferry-part");
     // It stays as it is, however often it is tried in vain.
     for _ in 0..2 {
-        let (sent, received) = both(&scratch, send, receive);
-        has_no_room(&sent, received, "small/.out.bitferry-part");
         let left = names_in(&scratch.path("small"));
         assert_eq!(left, [".out.bitferry-journal", ".out.bitferry-part"]);
+        // With nothing left not even what is there may be opened.
+        let (sent, received) = both(&scratch, send, receive);
+        let complaint = received.expect_exit(Exit::Device).complaint();
+        assert!(complaint.contains(NEEDS) || complaint.contains(FULL), "{complaint}");
+        let complaint = sent.expect_exit(Exit::Transport).complaint();
+        assert!(complaint.contains(NEEDS) || complaint.contains(FULL), "{complaint}");
     }
     small.resize(ROOM);
     let summary = done(both(&scratch, send, receive));
@@ -100,10 +170,10 @@ fn what_arrived_before_the_first_checkpoint_is_kept_too() {
     let source = make(&scratch, "a.qcow2", 1024 * MIB).write(1, 0, 30 * MIB);
     let source = source.write(2, 900 * MIB, 30 * MIB).done();
     for format in ["qcow2", "raw"] {
-        let Some(small) = Small::at(&scratch.path("small"), "size=50m") else { return };
+        let Some(small) = Small::at(&scratch.path("small"), ROOM) else { return };
         let send = "--disk vda=a.qcow2";
         let receive = format!("--disk vda=small/out,format={format} unix:socket");
-        let (sent, received) = both(&scratch, send, &receive);
+        let (sent, received) = both_until(&scratch, send, &receive, || small.resize("size=50m"));
         let name = if format == "raw" { "destination" } else { "small/.out.bitferry-part" };
         has_no_room(&sent, received, name);
         small.resize(ROOM);
@@ -214,15 +284,14 @@ fn an_image_that_is_written_into_may_not_be_able_to_grow() {
         return;
     }
     let scratch = Scratch::new();
-    let Some(small) = Small::at(&scratch.path("small"), "size=40m") else { return };
+    let Some(small) = Small::at(&scratch.path("small"), ROOM) else { return };
     let source = make(&scratch, "a.qcow2", 96 * MIB).write(1, 0, 80 * MIB).bitmap("b0", 65536);
     let source = source.write(2, 90 * MIB, MIB).bitmap("b1", 4096).write(3, MIB, 512).done();
     let out = make(&scratch, "small/out", 96 * MIB).done();
     let (send, receive) = ("--disk vda=a.qcow2", "--in-place --disk vda=small/out unix:socket");
-    for _ in 0..2 {
-        let (sent, received) = both(&scratch, send, receive);
-        has_no_room(&sent, received, "small/out");
-    }
+    let (sent, received) = both_until(&scratch, send, receive, || small.resize("size=40m"));
+    has_no_room(&sent, received, "small/out");
+    is_refused(both(&scratch, send, receive), "small");
     small.resize(ROOM);
     assert_eq!(done(both(&scratch, send, receive))["status"], "completed");
     same_content((&source, "qcow2"), (&out, "qcow2"));

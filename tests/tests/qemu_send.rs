@@ -373,3 +373,41 @@ fn broken_bitmaps_are_left_only_on_request() {
     assert_eq!(bitmap(&report, "good").outcome, BitmapOutcome::Preserved);
     assert_eq!(exit_status(&report), 6);
 }
+
+/// A QEMU that took such a bitmap would be without the disk from `cont` on.
+#[test]
+fn a_bitmap_that_the_image_there_holds_is_not_sent_to_it() {
+    if !peers() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let image = make(&scratch, "s.qcow2", 4 * MIB).bitmap("b", 65536).write(1, 0, 512).done();
+    let copy = scratch.path("copy.qcow2");
+    for peer in QEMUS {
+        std::fs::copy(&image, &copy).unwrap();
+        let mut destination = Destination::of_bitmaps(peer, &[("d", &copy)]);
+        let mut options = bitmaps_of(&[("d", &image)]);
+        options.peer_qmp = Some(destination.monitor());
+        let error = outgoing::prepare(&options, &Silent).expect_err("refused");
+        let said = error.to_string();
+        assert_eq!(error.exit_status(), 4, "{said}");
+        assert!(said.contains("nothing was sent") && said.contains("bitferry bitmap remove"));
+        // Under another name it goes, and both are there when it runs.
+        options.renames = vec!["b=c".parse().unwrap()];
+        assert_eq!(exit_status(&send(&mut destination, &options)), 0);
+        destination.completes();
+        destination.cont();
+        let found = described(&mut destination.qemu, "d");
+        assert_eq!(found.iter().map(|b| b.0.as_str()).collect::<Vec<_>>(), ["b", "c"]);
+        drop(destination);
+
+        // What the QEMU that was killed left marked as in use is not loaded.
+        let mut destination = Destination::of_bitmaps(peer, &[("d", &copy)]);
+        let mut options = bitmaps_of(&[("d", &image)]);
+        options.peer_qmp = Some(destination.monitor());
+        assert_eq!(exit_status(&send(&mut destination, &options)), 0);
+        destination.completes();
+        destination.cont();
+        assert_eq!(described(&mut destination.qemu, "d").len(), 1);
+    }
+}

@@ -7,11 +7,12 @@
 mod disk;
 mod walk;
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use format_spec::content_hash::Node;
 use format_spec::native::answer::Ready;
-use format_spec::native::block::{self, BlockRecord, Disk, DiskId, DiskSeal};
+use format_spec::native::block::{self, BlockRecord, Disk, DiskContent, DiskId, DiskSeal};
 use mig_core::block::BlockSource;
 use mig_core::channels::Outlet;
 use mig_core::dirty::AtomicBits;
@@ -46,6 +47,8 @@ pub struct SaveBlocks<'a> {
     disks: Vec<Saved<'a>>,
     options: SaveOptions<'a>,
     place: Place,
+    /// Bytes of content of disks of which that is known.
+    content: BTreeMap<DiskId, u64>,
 }
 
 /// Where the current pass stands: which disk, and where on it.
@@ -87,7 +90,15 @@ impl<'a> SaveBlocks<'a> {
     ) -> Result<Self> {
         let saved = disks.map(|(disk, carried)| Saved::new(disk, carried, options.hashes));
         let disks = saved.collect::<Result<_>>()?;
-        Ok(Self { disks, options, place: Place::Bulk(0, Walk::default()) })
+        let place = Place::Bulk(0, Walk::default());
+        Ok(Self { disks, options, place, content: BTreeMap::new() })
+    }
+
+    /// Says of a disk how many bytes of content it will send, as far as its maps tell, so that a
+    /// destination without room can refuse it before they come.
+    pub fn telling(mut self, disk: DiskId, content: u64) -> Self {
+        self.content.insert(disk, content);
+        self
     }
 
     /// What was sent of each disk, now and later.
@@ -97,7 +108,7 @@ impl<'a> SaveBlocks<'a> {
 
     /// Sends about `budget` bytes of the pass.
     fn advance(&mut self, out: &Outlet<'_>, budget: u64) -> Result<Pass> {
-        let Self { disks, options, place } = self;
+        let Self { disks, options, place, .. } = self;
         let pool = Pool { workers: options.workers, monitor: options.monitor };
         let disks = disks.as_slice();
         let mut left = budget;
@@ -195,6 +206,10 @@ impl SaveHandler for SaveBlocks<'_> {
             let keeps_rest = !matches!(saved.carried, Carried::Whole);
             let record = BlockRecord::Disk(Disk { disk, keeps_rest, size, name });
             out.record(|bytes| record.encode(bytes))?;
+            if let Some(bytes) = self.content.get(&disk).copied() {
+                let record = BlockRecord::DiskContent(DiskContent { disk, bytes });
+                out.record(|bytes| record.encode(bytes))?;
+            }
         }
         Ok(())
     }

@@ -7,7 +7,7 @@ use super::bits::Bits;
 use super::change::{Change, Content, Slot};
 use super::header::read_writable;
 use super::load::{Bitmaps, Entry, State, image_facts, load_bits};
-use super::store::{check_new, new_entry, refuse};
+use super::store::{check_new, new_entry, refuse, unusable};
 use super::table::Table;
 use crate::allocate::Allocate;
 use crate::edit::Allocator;
@@ -242,7 +242,7 @@ impl BitmapEditor {
             slot.ok_or_else(|| Error::NoBitmap { file: self.file.name(), name: name.into() })?;
         match State::of(&slot.entry) {
             State::Consistent => Ok(slot),
-            state => Err(refuse(&*self.file, name, state.reason())),
+            state => Err(unusable(&*self.file, name, state)),
         }
     }
 }

@@ -7,7 +7,7 @@
 
 use std::ops::Range;
 
-use crate::error::{Error, Result};
+use crate::error::{Condition, Error, Result};
 use crate::layout::extension::{BitmapsExtension, Extension, PADDING};
 use crate::layout::geometry::Geometry;
 use crate::layout::header::{Header, autoclear, incompatible};
@@ -31,19 +31,19 @@ pub(crate) const KNOWN_AUTOCLEAR: u64 = autoclear::BITMAPS | autoclear::DATA_FIL
 pub(crate) fn read_writable(file: &dyn Storage) -> Result<Header> {
     let header = read_header(file)?;
     check_readable(file, &header, true)?;
-    let refuse = |reason: &str| Err(Error::Refused { file: file.name(), reason: reason.into() });
+    refuse_marked(file, &header)?;
+    Ok(header)
+}
+
+/// Refuses an image that says of itself that it must not be written to.
+pub(crate) fn refuse_marked(file: &dyn Storage, header: &Header) -> Result<()> {
     if header.incompatible_features & incompatible::CORRUPT != 0 {
-        return refuse(
-            "is marked corrupt and is not written to; repair it with qemu-img check -r all",
-        );
+        return Err(Error::condition(file.name(), Condition::MarkedCorrupt));
     }
     if header.incompatible_features & incompatible::DIRTY != 0 {
-        return refuse(
-            "was not closed properly, so its refcounts are not to be trusted; repair it with \
-             qemu-img check -r all",
-        );
+        return Err(Error::condition(file.name(), Condition::NotClosed));
     }
-    Ok(header)
+    Ok(())
 }
 
 /// File offset of the body of the bitmaps extension, for error messages; 0 where there is none.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::bits::{Bits, count_ones};
 use super::header::extension_at;
-use super::store::refuse;
+use super::store::unusable;
 use super::table::Table;
 use crate::error::{Error, Result};
 use crate::layout::bitmap_directory::{
@@ -199,7 +199,7 @@ impl Bitmaps {
         let entry = self.find(name)?;
         match entry.state {
             State::Consistent => Ok(self.table(entry)),
-            state => Err(refuse(&*self.file, name, state.reason())),
+            state => Err(unusable(&*self.file, name, state)),
         }
     }
 }

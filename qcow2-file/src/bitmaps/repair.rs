@@ -8,7 +8,7 @@ use super::header::{read_writable, set_extension};
 use super::load::{Bitmaps, image_facts, load_bits, read_directory, stale_extension};
 use super::table::Table;
 use crate::edit::Allocator;
-use crate::error::{Error, Result};
+use crate::error::{Condition, Error, Result};
 use crate::layout::bitmap_directory::LocatedEntry;
 use crate::layout::extension::BitmapsExtension;
 use crate::layout::header::{Header, autoclear, incompatible};
@@ -207,9 +207,8 @@ fn drop_directory(file: &Arc<dyn Storage>, header: &Header) -> Result<Repaired> 
     without.autoclear_features &= !autoclear::BITMAPS;
     let report = crate::check::check(file, &without)?;
     if report.is_corrupt() {
-        let reason = "is corrupt beyond its bitmaps and is not written to; repair it with \
-                      qemu-img check -r all";
-        return Err(Error::Refused { file: file.name(), reason: reason.into() });
+        let reason = " beyond its bitmaps and is not written to".to_owned();
+        return Err(Error::condition(file.name(), Condition::Corrupt(reason)));
     }
     set_extension(&**file, None)?;
     let has_leaked = has_leaks_left(file)?;

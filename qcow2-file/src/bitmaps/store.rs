@@ -5,8 +5,9 @@ use std::collections::HashSet;
 
 use super::PersistentBitmap;
 use super::bits::{Bits, granules};
+use super::load::State;
 use crate::allocate::Allocate;
-use crate::error::{Error, Result};
+use crate::error::{Condition, Error, Result};
 use crate::in_memory;
 use crate::layout::bitmap_directory::{
     BitmapShape, DIRTY_TRACKING, DirectoryEntry, TableEntry, encode_directory, flags,
@@ -104,6 +105,16 @@ pub(crate) fn check_new(
         return Err(refuse(file, name, reason));
     }
     Ok(())
+}
+
+/// Why a bitmap in that state is not used.
+pub(crate) fn unusable(file: &dyn Storage, name: &str, state: State) -> Error {
+    match state {
+        State::Inconsistent => {
+            Error::condition(file.name(), Condition::InconsistentBitmap(name.into()))
+        }
+        other => refuse(file, name, other.reason()),
+    }
 }
 
 pub(crate) fn refuse(file: &dyn Storage, name: &str, reason: impl Into<String>) -> Error {

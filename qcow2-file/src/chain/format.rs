@@ -63,7 +63,7 @@ pub fn probe(first_bytes: &[u8]) -> Format {
 /// The name of a format that [`probe`] calls raw although it most likely is not: reading it as raw
 /// would copy a container and not a disk.
 pub fn foreign_format(first_bytes: &[u8]) -> Option<&'static str> {
-    const SIGNATURES: [(usize, &[u8], &str); 10] = [
+    const SIGNATURES: [(usize, &[u8], &str); 11] = [
         (0, b"QFI\xfb\0\0\0\x01", "qcow"),
         (0, b"QED\0", "qed"),
         (0, b"KDMV", "vmdk"),
@@ -74,6 +74,7 @@ pub fn foreign_format(first_bytes: &[u8]) -> Option<&'static str> {
         (0, b"LUKS\xba\xbe", "luks"),
         (0x40, b"\x7f\x10\xda\xbe", "vdi"),
         (0, b"WithoutFreeSpace", "parallels"),
+        (0, b"WithouFreSpacExt", "parallels"),
     ];
     let is_at =
         |at: &usize, bytes: &[u8]| first_bytes.get(*at..).is_some_and(|b| b.starts_with(bytes));

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 pub use format::{Format, PROBE_BYTES, UnknownFormat, foreign_format, probe};
-pub use open::{Backing, Opener};
+pub use open::{Backing, Opener, has_protocol, named_path};
 pub use raw::RawLayer;
 
 use crate::error::Result;

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use super::format::PROBE_BYTES;
 use super::{Chain, Format, Layer, LayerFiles, RawLayer, foreign_format, probe};
-use crate::error::{Error, Result};
+use crate::error::{Condition, Error, Result};
 use crate::image::{Image, ImageOptions, Shared};
 use crate::layout::header::Header;
 use crate::limits;
@@ -214,8 +214,13 @@ impl Opening<'_> {
         let access = if self.is_top() { self.opener.access } else { Access::Read };
         let file = HostFile::open(path, access)?;
         if !self.seen.insert(file.id()) {
-            let reason = "occurs twice among the files of one disk".to_owned();
-            return Err(refused(&file, reason));
+            // What the caller named is no fault of the image.
+            let is_given =
+                self.chain.layers.len() == 1 && matches!(self.opener.backing, Backing::File(..));
+            return Err(match is_given {
+                true => refused(&file, Condition::Circle.to_string()),
+                false => Error::condition(file.name(), Condition::Circle),
+            });
         }
         if self.opener.lock {
             let mode = match access {
@@ -232,11 +237,7 @@ impl Opening<'_> {
         file.read(&mut first, 0)?;
         let format = probe(&first);
         if let (Format::Raw, Some(foreign)) = (format, foreign_format(&first)) {
-            let reason = format!(
-                "looks like {foreign}, which is not supported; if it is a raw disk all the same, \
-                 give its format (-f raw)"
-            );
-            return Err(refused(&**file, reason));
+            return Err(Error::Foreign { file: file.name(), format: foreign });
         }
         if let (Format::Qcow2, Some(overlay)) = (format, self.chain.layers.last()) {
             let warning = Warning::ProbedBacking { backing: file.name().to_string() };
@@ -302,17 +303,26 @@ impl Opening<'_> {
                 named: named.to_string_lossy().into_owned(),
             });
         }
-        if has_protocol(named) {
-            let reason = format!("names the {role} {named:?}, which is not a plain path");
-            return Err(refused(file, reason));
-        }
-        Ok(Some(file.path().parent().unwrap_or(Path::new("")).join(named)))
+        named_path(file.path(), named).map(Some).ok_or_else(|| {
+            let named = named.to_string_lossy().into_owned();
+            Error::NotAPath { file: file.name(), role, named }
+        })
     }
+}
+
+/// Where a file is that `image` names; `None` where the name is no plain path. `file:` says that
+/// one follows: QEMU looks for a relative one where it was started, which is nowhere in particular.
+pub fn named_path(image: &Path, named: &OsStr) -> Option<PathBuf> {
+    if let Some(path) = named.as_bytes().strip_prefix(b"file:") {
+        let path = Path::new(OsStr::from_bytes(path));
+        return path.is_absolute().then(|| path.to_owned());
+    }
+    (!has_protocol(named)).then(|| image.parent().unwrap_or(Path::new("")).join(named))
 }
 
 /// Whether a name starts with `word:`, as QEMU tells a protocol from a path: by a colon before the
 /// first slash.
-fn has_protocol(named: &OsStr) -> bool {
+pub fn has_protocol(named: &OsStr) -> bool {
     let first = named.as_bytes().split(|b| *b == b'/').next();
     first.is_some_and(|first| first.contains(&b':'))
 }

@@ -83,8 +83,8 @@ fn report(image: &mut Image<'_>, (cluster, stored, counted): (u64, u64, u64)) {
     let (index, within) = image.refcounts.position(cluster);
     let block = image.refcounts.block_at(index).ok().flatten();
     let at = block.map(|b| b.0 + ((within << image.geometry.refcount_order()) >> 3));
-    if counted == 0 {
-        image.report.note_unreferenced(cluster);
+    if stored > counted {
+        image.report.note_overcounted(cluster, counted);
     }
     let kind = if stored > counted { FindingKind::Leak } else { FindingKind::Refcount };
     let what = match at {

@@ -23,6 +23,7 @@ use std::sync::Arc;
 
 use format_spec::{Malformed, Problem};
 
+use crate::bitmaps::header::refuse_marked;
 use crate::edit::Refcounts;
 use crate::error::{Error, Result};
 use crate::layout::geometry::Geometry;
@@ -76,6 +77,13 @@ pub struct CheckReport {
     unsafe_finding: Option<(FindingKind, Malformed)>,
     /// Clusters that are counted and that nobody refers to, as far as there was room.
     unreferenced: Vec<Range<u64>>,
+    /// Clusters that are counted more often than they are referred to, and how often that is; as
+    /// far as there was room.
+    overcounted: Vec<(u64, u64)>,
+    /// Clusters that the active image refers to without the COPIED flag, in no order.
+    uncopied: Vec<Range<u64>>,
+    /// Whether there was no room for all of those.
+    has_more_uncopied: bool,
 }
 
 impl CheckReport {
@@ -89,13 +97,31 @@ impl CheckReport {
         self.corruptions > 0
     }
 
-    fn note_unreferenced(&mut self, cluster: u64) {
-        let has_room = self.unreferenced.len() < limits::MAX_UNREFERENCED_RUNS;
-        match self.unreferenced.last_mut() {
-            Some(last) if last.end == cluster => last.end += 1,
-            _ if has_room => self.unreferenced.push(cluster..cluster + 1),
-            _ => {}
+    fn note_overcounted(&mut self, cluster: u64, references: u64) {
+        if references == 0 {
+            note(&mut self.unreferenced, cluster);
+        } else if self.overcounted.len() < limits::MAX_UNREFERENCED_RUNS {
+            self.overcounted.push((cluster, references));
         }
+    }
+
+    fn note_uncopied(&mut self, cluster: u64) {
+        self.has_more_uncopied |= !note(&mut self.uncopied, cluster);
+    }
+
+    /// The counts that can be lowered to what was found: all but those that would become one where
+    /// the active image does not say so by a flag.
+    fn lowered(&mut self) -> impl Iterator<Item = (u64, u64)> + '_ {
+        self.uncopied.sort_unstable_by_key(|run| run.start);
+        let this = &*self;
+        let stays = move |cluster: u64| {
+            let behind = this.uncopied.partition_point(|run| run.start <= cluster);
+            let run = behind.checked_sub(1).and_then(|last| this.uncopied.get(last));
+            this.has_more_uncopied || run.is_some_and(|run| cluster < run.end)
+        };
+        let unreferenced = this.unreferenced.iter().cloned().flatten().map(|cluster| (cluster, 0));
+        let overcounted = this.overcounted.iter().copied();
+        unreferenced.chain(overcounted.filter(move |(at, count)| *count != 1 || !stays(*at)))
     }
 
     fn add(&mut self, kind: FindingKind, what: Malformed) {
@@ -117,6 +143,17 @@ impl CheckReport {
             self.findings.push(Finding { kind, what });
         }
     }
+}
+
+/// Adds a cluster to runs that are bounded. Answers whether there was room.
+fn note(runs: &mut Vec<Range<u64>>, cluster: u64) -> bool {
+    let has_room = runs.len() < limits::MAX_UNREFERENCED_RUNS;
+    match runs.last_mut() {
+        Some(last) if last.end == cluster => last.end += 1,
+        _ if has_room => runs.push(cluster..cluster + 1),
+        _ => return false,
+    }
+    true
 }
 
 /// Walks all metadata of the image whose decoded header is `header`. Writes nothing. The file must
@@ -152,17 +189,7 @@ pub fn check(file: &Arc<dyn Storage>, header: &Header) -> Result<CheckReport> {
 /// Refuses an image that must not be written to, naming the first mistake: a corrupt one, and one
 /// whose refcounts are known to be out of date. Leaks are no reason.
 pub(crate) fn refuse_unless_writable(file: &Arc<dyn Storage>, header: &Header) -> Result<()> {
-    use crate::layout::header::incompatible::{CORRUPT, DIRTY};
-    let refused = |reason: &str| Error::Refused { file: file.name(), reason: reason.into() };
-    if header.incompatible_features & CORRUPT != 0 {
-        return Err(refused("is marked corrupt; repair it with \"qemu-img check -r all\" first"));
-    }
-    if header.incompatible_features & DIRTY != 0 {
-        return Err(refused(
-            "was not closed, so its refcounts may be out of date; repair it with \
-             \"qemu-img check -r all\" first",
-        ));
-    }
+    refuse_marked(&**file, header)?;
     match check(file, header)?.unsafe_finding {
         Some((_, what)) => Err(file.malformed(what)),
         None => Ok(()),

@@ -279,7 +279,11 @@ impl Roots {
 impl Image<'_> {
     /// Finds a COPIED flag of the active image that does not agree with the stored refcount.
     pub(super) fn expect_copied(&mut self, host: u64, flag: bool, by: Referrer) -> Result<()> {
-        let count = self.refcounts.count(host >> self.geometry.cluster_bits())?;
+        let cluster = host >> self.geometry.cluster_bits();
+        let count = self.refcounts.count(cluster)?;
+        if !flag {
+            self.report.note_uncopied(cluster);
+        }
         if (count == 1) != flag {
             let problem = match flag {
                 true => Problem::Other("has the COPIED flag, but the refcount is not one"),

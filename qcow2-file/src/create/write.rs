@@ -66,7 +66,7 @@ impl NewImage {
     /// [`NewImage::write_at`] without its gate.
     pub(super) fn write(&self, buf: &[u8], at: u64) -> Result<()> {
         if self.is_one_to_one {
-            return self.data().write(buf, at);
+            return self.write_around_holes(buf, at);
         }
         let mut rest = buf;
         let mut at = at;
@@ -82,6 +82,17 @@ impl NewImage {
             rest = tail;
         }
         Ok(())
+    }
+
+    /// Writes to a raw data file, which may hold anything, leaving the holes it has where zeroes
+    /// would go.
+    fn write_around_holes(&self, buf: &[u8], at: u64) -> Result<()> {
+        for_each_run(buf, at, |run, at, is_zero| {
+            if is_zero && self.is_known_zero(at, run.len() as u64)? {
+                return Ok(());
+            }
+            self.data().write(run, at)
+        })
     }
 
     fn write_data(&self, buf: &[u8], at: u64) -> Result<()> {
@@ -167,14 +178,22 @@ impl NewImage {
 
 /// Writes to a place that reads as zero, leaving holes.
 pub(super) fn write_sparse(file: &dyn Storage, bytes: &[u8], at: u64) -> Result<()> {
+    for_each_run(bytes, at, |run, at, is_zero| if is_zero { Ok(()) } else { file.write(run, at) })
+}
+
+/// Calls `write` with each run of pieces that may be holes or not, where it stands, and whether it
+/// is all zero.
+fn for_each_run(
+    bytes: &[u8],
+    at: u64,
+    mut write: impl FnMut(&[u8], u64, bool) -> Result<()>,
+) -> Result<()> {
     let mut rest = bytes;
     let mut at = at;
     while !rest.is_empty() {
         let (len, is_zero) = first_run(rest, at, HOLE_BYTES);
         let (run, tail) = rest.split_at_checked(len).unwrap_or((rest, &[]));
-        if !is_zero {
-            file.write(run, at)?;
-        }
+        write(run, at, is_zero)?;
         at += run.len() as u64;
         rest = tail;
     }

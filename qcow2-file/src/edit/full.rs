@@ -1,4 +1,5 @@
 //! A file system that is full, at any moment.
+#![allow(clippy::cast_possible_truncation)]
 
 use std::io;
 use std::sync::Arc;

@@ -48,7 +48,7 @@ pub use zero::ZeroMode;
 use crate::bitmaps::header::{KNOWN_AUTOCLEAR, clear_autoclear, read_writable};
 use crate::chain::Chain;
 use crate::check::reclaim;
-use crate::error::{Error, Result};
+use crate::error::{Condition, Error, Result};
 use crate::first_failure::FirstFailure;
 use crate::guard::Guard;
 use crate::image::decode::Decoders;
@@ -252,10 +252,7 @@ fn refuse_unusable(file: &dyn Storage, header: &Header, options: &EditorOptions)
     let refused = |reason: &str| Err(Error::Refused { file: file.name(), reason: reason.into() });
     let is_unfinished = header.incompatible_features & incompatible::UNFINISHED_COPY != 0;
     if is_unfinished && !options.is_in_place_copy {
-        return refused(
-            "holds an in-place copy that was not finished; run the copy again, or clear the mark \
-             with \"bitferry bitmap repair --clear-unfinished\"",
-        );
+        return Err(Error::condition(file.name(), Condition::UnfinishedCopy));
     }
     if header.has_data_file() && options.data.is_none() {
         return refused("has an external data file, which was not opened");

@@ -97,6 +97,20 @@ pub fn acquire(file: &File, name: &Arc<str>, mode: Mode) -> Result<Lock> {
     Ok(lock)
 }
 
+/// Who has the image `file` open for writing now, as "name (pid N)" where that can be known: `None`
+/// where nobody has, of those who take locks. Takes no lock itself, and keeps nobody off. What the
+/// caller holds through another open file counts, too.
+pub fn writers(file: &File, name: &Arc<str>) -> Result<Option<Vec<String>>> {
+    let bytes = Bytes { start: USED_AT + WRITE, len: 1 };
+    let is_free = ofd::is_free(file, Kind::Exclusive, bytes).map_err(|source| Error::Io {
+        file: name.clone(),
+        action: "look for locks",
+        offset: 0,
+        source,
+    })?;
+    Ok((!is_free).then(|| holders::of(file, bytes)))
+}
+
 /// Takes a temporary file (SPEC 3.1) for its writer alone. `None` when `path` does not name `file`
 /// any more: another writer has published or removed it meanwhile, and the caller starts again.
 pub fn acquire_temporary(file: &File, path: &Path) -> Result<Option<Lock>> {

@@ -119,6 +119,13 @@ fn names_are_relative_to_the_image_and_plain_paths() {
         let refused = Opener::new().open(&dir.path("odd.qcow2")).unwrap_err();
         assert!(matches!(refused, Error::NotAllowed { .. }));
     }
+    // What has a colon, as QEMU names it so that it is a path all the same.
+    dir.put("a:b.raw", &[8; 4096]);
+    let absolute = format!("file:{}", dir.path("a:b.raw").display());
+    for name in ["./a:b.raw", absolute.as_str()] {
+        dir.image("odd.qcow2", 0, Some((name, Some("raw"))));
+        assert_eq!(first_byte(&trusting(), &dir.path("odd.qcow2")), 8, "{name}");
+    }
 }
 
 #[test]
@@ -181,6 +188,11 @@ fn foreign_formats_are_not_taken_for_raw_disks() {
     dir.put("disk.vmdk", b"KDMV and more");
     assert!(dir.complaint(&trusting(), "disk.vmdk").contains("looks like vmdk"));
     assert_eq!(first_byte(&trusting().format(Some(Format::Raw)), &dir.path("disk.vmdk")), b'K');
+    // Both of its magics: the newer one has lost some letters.
+    for magic in ["WithoutFreeSpace", "WithouFreSpacExt"] {
+        dir.put("disk.hdd", format!("{magic} and more").as_bytes());
+        assert!(dir.complaint(&trusting(), "disk.hdd").contains("looks like parallels"));
+    }
     dir.image("top.qcow2", 0, Some(("disk.vmdk", None)));
     assert!(dir.complaint(&trusting(), "top.qcow2").contains("looks like vmdk"));
 }

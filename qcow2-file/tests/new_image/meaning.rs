@@ -3,7 +3,7 @@
 use std::sync::{Arc, Barrier};
 
 use qcow2_file::bitmaps::{Bits, PersistentBitmap};
-use qcow2_file::create::{Backing, CreateOptions, NewImage};
+use qcow2_file::create::{Backing, CreateOptions, DataFile, NewImage};
 use qcow2_file::layout::header::CompressionType;
 use qcow2_file::{Error, GuestOffset, HostFile, Memory, Storage};
 
@@ -220,6 +220,30 @@ fn finely_sparse_data_stays_sparse() {
     image.finish(&[]).unwrap();
     let allocated = std::fs::metadata(&path).unwrap().blocks() * 512;
     assert!(allocated <= (16 << 20) + (128 << 10), "{allocated}");
+}
+
+/// The same beside a raw data file, whose clusters are all mapped; and zeroes written over data
+/// are zeroes.
+#[test]
+fn a_raw_data_file_stays_sparse() {
+    use std::os::unix::fs::MetadataExt;
+    let dir = scratch();
+    let data = dir.path().join("data.raw");
+    let storage = Arc::new(HostFile::create_new(&data).unwrap());
+    let data_file = Some(DataFile { name: "data.raw".into(), is_raw: true, storage });
+    let options = CreateOptions { data_file, ..CreateOptions::new(16 << 20) };
+    let (_, image) = start(&options);
+    let mut unit = vec![0; 1 << 20];
+    unit.chunks_mut(16384).for_each(|c| c[4096..8192].fill(3));
+    for i in 0..16 {
+        image.write_at(&unit, GuestOffset(i << 20)).unwrap();
+    }
+    image.write_at(&[0; 16384], GuestOffset(32768)).unwrap();
+    unit[32768..49152].fill(0);
+    assert!(read(&image, 0, unit.len()) == unit);
+    image.finish(&[]).unwrap();
+    let allocated = std::fs::metadata(&data).unwrap().blocks() * 512;
+    assert!(allocated <= (4 << 20) + (128 << 10), "{allocated}");
 }
 
 /// A zeroing beyond the end of the file beside a write further on cuts nothing off.

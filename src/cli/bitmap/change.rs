@@ -18,6 +18,7 @@ struct Done {
 
 pub(super) fn edit(image: &Path, edits: &[Edit], output: &Output) -> Outcome {
     bitmap::edit(image, edits)?;
+    bitmap::doubt(image).iter().for_each(|doubt| output.warn(doubt));
     output.answer(&Done { status: "completed" }, String::new)?;
     Ok(0)
 }
@@ -32,6 +33,7 @@ struct RepairDocument {
 
 pub(super) fn repair(image: &Path, repair: Repair, output: &Output) -> Outcome {
     let repaired = bitmap::repair(image, repair)?;
+    bitmap::doubt(image).iter().for_each(|doubt| output.warn(doubt));
     let report = bitmap::check(image)?;
     let mut done = sentences(&repaired);
     match repair {

@@ -17,17 +17,21 @@ use super::{Outcome, Output};
 #[serde(rename_all = "kebab-case")]
 struct List<'a> {
     filename: &'a str,
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    in_use: bool,
     bitmaps: &'a [BitmapSummary],
 }
 
 pub(super) fn list(image: PathBuf, output: &Output) -> Outcome {
     let found = bitferry::info::run(&InfoOptions { image, ..InfoOptions::default() })?;
-    let document = List { filename: &found.filename, bitmaps: &found.bitmaps };
+    info::warn_of_users(&found, output);
+    let document =
+        List { filename: &found.filename, in_use: found.in_use, bitmaps: &found.bitmaps };
     output.answer(&document, || {
         if found.bitmaps.is_empty() {
             return "no bitmaps\n".to_owned();
         }
-        info::bitmap_table(&found.bitmaps)
+        info::bitmap_table(&found)
     })?;
     Ok(0)
 }

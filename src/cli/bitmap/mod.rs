@@ -50,16 +50,20 @@ enum BitmapVerb {
     Enable(Names),
     /// Let bitmaps stop recording writes
     Disable(Names),
-    /// Set in DST every granule that is set in a SRC; granularities may differ
+    /// Set in DST, the last bitmap named, every granule that is set in a SRC; granularities may
+    /// differ
     Merge {
         /// Take SRC from this image, which has the same virtual size
         #[arg(short = 'b', long, value_name = "OTHER_IMAGE")]
         source_file: Option<PathBuf>,
         /// The image
         image: PathBuf,
-        /// Bitmaps to read, and last the one that takes them in
-        #[arg(required = true, num_args = 2.., value_names = ["SRC", "DST"])]
-        names: Vec<String>,
+        /// Bitmaps to read
+        #[arg(required = true, value_name = "SRC")]
+        sources: Vec<String>,
+        /// The bitmap that takes them in: the last one named
+        #[arg(value_name = "DST")]
+        into: String,
     },
     /// Print the dirty byte ranges: offset and length, one range per line
     Dump {
@@ -140,9 +144,8 @@ pub(crate) fn run(args: BitmapArgs, output: &Output) -> Outcome {
         BitmapVerb::Clear(args) => args.each(Edit::Clear, output),
         BitmapVerb::Enable(args) => args.each(|name| Edit::SetEnabled(name, true), output),
         BitmapVerb::Disable(args) => args.each(|name| Edit::SetEnabled(name, false), output),
-        BitmapVerb::Merge { source_file, image, mut names } => {
-            let into = names.pop().unwrap_or_default();
-            let edit = Edit::Merge { into, sources: names, other: source_file };
+        BitmapVerb::Merge { source_file, image, sources, into } => {
+            let edit = Edit::Merge { into, sources, other: source_file };
             change::edit(&image, &[edit], output)
         }
     }

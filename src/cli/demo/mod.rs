@@ -23,7 +23,7 @@ use self::destination::Destination;
 use self::moving::Moved;
 use self::workshop::Workshop;
 use super::size::{human, human_time};
-use super::watch::{Summary, Watch};
+use super::watch::Watch;
 use super::{Outcome, Output, table};
 
 /// What the report calls the disk.
@@ -43,7 +43,7 @@ pub(crate) fn run(_args: &DemoArgs, output: &Output) -> Outcome {
         return destination::be(&target);
     }
     let started = Instant::now();
-    let watch = Watch::with_events(output, false)?;
+    let watch = Watch::with_events(output, false, Vec::new())?;
     let result = show(&watch, output, started).map_err(|error| {
         // Ctrl-C on a terminal ends the second process too, and that is not the news.
         if watch.is_cancelled() { Error::Interrupted } else { error }
@@ -57,7 +57,7 @@ pub(crate) fn run(_args: &DemoArgs, output: &Output) -> Outcome {
         },
     };
     if output.is_json {
-        output.event(&Summary::new("summary", &report))?;
+        output.summary(&report)?;
     }
     result.map(|report| exit_status(&report))
 }
@@ -109,7 +109,7 @@ fn disk_text(source: &Path, took: Duration) -> bitferry::Result<String> {
         human(info.disk_size),
         human_time(took),
     ));
-    Ok(text + &super::info::bitmap_table(&info.bitmaps))
+    Ok(text + &super::info::bitmap_table(&info))
 }
 
 fn move_text(moved: &Moved, pid: u32, took: Duration) -> String {

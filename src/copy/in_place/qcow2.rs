@@ -21,14 +21,7 @@ use crate::{Observer, Phase, Result, Silent};
 /// Copies into a qcow2 image. It refuses to open elsewhere from the first write on until its
 /// content is proved.
 pub(super) fn copy(job: &Job<'_>, observer: &dyn Observer) -> Result<Done> {
-    // Holds the image's lock.
-    let chain = Opener::new()
-        .format(Some(qcow2_file::Format::Qcow2))
-        .access(Access::ReadWrite)
-        .allow_named_files(job.options.allow_backing)
-        .accept_unfinished(true)
-        .lock(true)
-        .open(&job.options.destination)?;
+    let chain = open(job)?;
     let editor = open_editor(&chain, job.options.allow_backing)?;
     if editor.header().version < 3 {
         observer.warning(&format!(
@@ -58,6 +51,17 @@ pub(super) fn copy(job: &Job<'_>, observer: &dyn Observer) -> Result<Done> {
     prove_bitmaps(&found, &stored, &mut proof)?;
     continued.map_or(Ok(()), |continued| continued.finish((job, observer), &proof, &stored))?;
     Ok(Done { moved, proof, invalidated: invalidated(&found), is_resumed, repeated })
+}
+
+/// The destination, which holds its lock.
+pub(super) fn open(job: &Job<'_>) -> Result<Chain> {
+    let opener = Opener::new()
+        .format(Some(qcow2_file::Format::Qcow2))
+        .access(Access::ReadWrite)
+        .allow_named_files(job.options.allow_backing)
+        .accept_unfinished(true)
+        .lock(true);
+    Ok(opener.open(&job.options.destination)?)
 }
 
 /// What an image holds that only has to be closed.

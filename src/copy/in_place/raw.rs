@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use block_mig::device::RawSink;
-use qcow2_file::lock::{self, Mode};
+use mig_core::block::SECTOR_BYTES;
+use qcow2_file::lock::{self, Lock, Mode};
 use qcow2_file::{Access, HostFile, Storage};
 
 use super::super::plan::Job;
@@ -15,9 +16,8 @@ use crate::{Error, Observer, Phase, Result};
 /// Copies into a raw file or device.
 pub(super) fn copy(job: &Job<'_>, observer: &dyn Observer) -> Result<Done> {
     let path = &job.options.destination;
-    let file = Arc::new(HostFile::open(path, Access::ReadWrite)?);
-    let _lock = lock::acquire(file.file(), &file.name(), Mode::Write)?;
-    let size = fit(job, &file, observer)?;
+    let (file, _lock, len) = open(job)?;
+    let size = fit(job, (&*file, len), observer)?;
     observer.warning(&format!(
         "{} is written in place: until the copy is complete it holds neither the old nor the new \
          content, and nothing in it says so",
@@ -36,28 +36,35 @@ pub(super) fn copy(job: &Job<'_>, observer: &dyn Observer) -> Result<Done> {
     Ok(Done { moved, proof, invalidated: Vec::new(), is_resumed, repeated })
 }
 
-/// Makes the destination as long as the disk, where it can be, and answers the disk's size. Devices
-/// come in sizes of their own: one that is longer will do.
-fn fit(job: &Job<'_>, file: &HostFile, observer: &dyn Observer) -> Result<u64> {
+/// The destination with its lock and its length, which will do.
+pub(super) fn open(job: &Job<'_>) -> Result<(Arc<HostFile>, Lock, u64)> {
+    let path = &job.options.destination;
+    let file = Arc::new(HostFile::open(path, Access::ReadWrite)?);
+    let lock = lock::acquire(file.file(), &file.name(), Mode::Write)?;
     let size = job.source.disk.chain.virtual_size();
-    let failed = |action| {
-        move |source| Error::File { action, path: job.options.destination.clone(), source }
+    let failed = |source| Error::File { action: "find the size of", path: path.clone(), source };
+    let len = file.len().map_err(failed)?;
+    let will_do = match file.is_device() {
+        true => len >= size,
+        false => len.checked_next_multiple_of(SECTOR_BYTES) == Some(size),
     };
-    let len = file.len().map_err(failed("find the size of"))?;
-    if len == size {
-        return Ok(size);
-    }
-    if file.is_device() && len > size {
-        let rest = len - size;
+    if will_do { Ok((file, lock, len)) } else { Err(other_size(job.options, len, size)) }
+}
+
+/// Answers the disk's size. Devices come in sizes of their own: one that is longer will do. A file
+/// whose last sector is not whole is made so, as it is read.
+fn fit(job: &Job<'_>, (file, len): (&HostFile, u64), observer: &dyn Observer) -> Result<u64> {
+    let size = job.source.disk.chain.virtual_size();
+    if len > size {
         observer.warning(&format!(
-            "{} is {rest} bytes longer than the source; they stay as they are",
-            job.options.destination.display()
+            "{} is {} bytes longer than the source; they stay as they are",
+            job.options.destination.display(),
+            len - size
         ));
-        return Ok(size);
+    } else if len < size {
+        let path = job.options.destination.clone();
+        let failed = |source| Error::File { action: "set the length of", path, source };
+        file.set_len(size).map_err(failed)?;
     }
-    if file.is_device() || len > size {
-        return Err(other_size(job.options, len, size));
-    }
-    file.set_len(size).map_err(failed("set the length of"))?;
     Ok(size)
 }

@@ -110,8 +110,8 @@ fn bitmaps_that_arrived_are_not_sent_again() {
     let net = Net::new(None);
     let whole = attempt(&cargo, &Arc::default(), &net, PLAIN).0.unwrap().wire_bytes;
     assert!(whole > 74_000, "{whole}");
-    // The last barrier stands behind all pieces and before PREPARE. Where it cannot be answered, all
-    // before it has arrived.
+    // The last barrier stands behind all pieces and before PREPARE. Where it cannot be answered,
+    // all before it has arrived.
     let (shelf, mut cut) = (Arc::new(Shelf::default()), Net::new(None));
     let cut_at = Some(net.acks.said.load(Ordering::Relaxed));
     cut.acks = Arc::new(Acks { cut_at, ..Acks::default() });

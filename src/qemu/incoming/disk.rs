@@ -82,7 +82,7 @@ impl<'o> Disk<'o> {
             .accept_unfinished(true)
             .lock(true)
             .open(path)?;
-        check_probe(path, &chain, observer)?;
+        check_probe((path, "format="), &chain, observer)?;
         let size = chain.virtual_size();
         let is_unfinished = chain.top().as_qcow2().is_some_and(|image| {
             image.header().incompatible_features & incompatible::UNFINISHED_COPY != 0

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::copy::{BitmapSelection, Rename};
 use crate::options::DiskOption;
+use crate::renames::Renames;
 use crate::{Error, Result};
 
 /// What arrives where.
@@ -61,6 +62,7 @@ impl fmt::Debug for DeviceStates {
 impl IncomingOptions {
     /// Refuses what contradicts itself.
     pub(super) fn check(&self) -> Result<()> {
+        Renames::check(&self.renames)?;
         let usage = |reason| Err(Error::Usage { reason });
         for (index, disk) in self.disks.iter().enumerate() {
             let len = disk.id.len();
@@ -86,7 +88,9 @@ impl IncomingOptions {
         let fits = |rename: &&Rename| {
             rename.old == bitmap && rename.node.as_deref().is_none_or(|node| node == disk)
         };
-        self.renames.iter().find(fits).map_or(bitmap, |rename| &rename.new)
+        // What is said of this disk alone goes before what is said of all.
+        let found = self.renames.iter().filter(fits).min_by_key(|rename| rename.node.is_none());
+        found.map_or(bitmap, |rename| &rename.new)
     }
 
     /// Whether a bitmap is to be stored.

@@ -13,7 +13,7 @@ impl Prepared<'_> {
     /// What would be sent (`--dry-run`). What stands in the way was refused before.
     pub fn describe(&self) -> Result<send::Plan> {
         let disks = self.disks.iter().map(|disk| describe(self, disk));
-        Ok(send::Plan::new(disks.collect::<Result<_>>()?, Vec::new()))
+        Ok(send::Plan::new(disks.collect::<Result<_>>()?, &[]))
     }
 }
 

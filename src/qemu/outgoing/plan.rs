@@ -20,6 +20,7 @@ use crate::copy::BitmapSelection;
 use crate::disk::{Disk, Request};
 use crate::qemu::peer::Peer;
 use crate::qemu::{Version, qmp};
+use crate::renames::Renames;
 use crate::{Error, Observer, Phase, Result};
 
 /// A migration to QEMU that is decided: nothing stands in its way that can be known from here.
@@ -58,6 +59,7 @@ impl<'a> Prepared<'a> {
     pub(super) fn decide(options: &'a Options, observer: &dyn Observer) -> Result<Self> {
         observer.phase(Phase::Plan);
         check_ids(&options.disks)?;
+        Renames::check(&options.renames)?;
         let peer_qmp = options.peer_qmp.as_deref();
         let mut peer = peer(peer_qmp, options.blocks.then_some(options.version))?;
         let mut refusals = Vec::new();
@@ -209,8 +211,10 @@ impl PlannedDisk {
         Chunks::new(Units::new(source, scope, UNIT_BYTES), source.size())
     }
 
-    fn bitmap_names(&self) -> Vec<&str> {
-        self.decision.choices.iter().map(|choice| choice.bitmap.name.as_str()).collect()
+    /// `None` where they cannot be listed.
+    fn bitmap_names(&self) -> Option<Vec<&str>> {
+        let names = self.decision.choices.iter().map(|choice| choice.bitmap.name.as_str());
+        self.unlistable.is_none().then(|| names.collect())
     }
 
     fn bitmaps(&self, index: usize) -> impl Iterator<Item = PlannedBitmap> + '_ {

@@ -97,6 +97,18 @@ fn check_bitmap(bitmap: &PlannedBitmap, inventory: &Inventory) -> Result<Option<
             node.name
         ));
     }
+    // It would take the bitmap, and fail to open the image when it is to run: the guest would be
+    // without its disk. One that is marked as in use it leaves alone.
+    if node.stored.iter().any(|stored| stored == name) {
+        return unfit(format!(
+            "the image of the destination's node {:?} holds a bitmap {name:?} already, and QEMU \
+             would lose the disk as soon as it runs. Is it the very image that is sent, or a \
+             copy of it with its bitmaps, QEMU loads them by itself and nothing has to be sent; \
+             else remove it before that QEMU is started (`bitferry bitmap remove`), or use \
+             --rename-bitmap",
+            node.name
+        ));
+    }
     if node.size != wire.disk_size {
         return unfit(format!(
             "the destination's node {:?} has {} bytes and the bitmap is of a disk of {} bytes: \
@@ -133,6 +145,7 @@ mod tests {
             size,
             is_read_only,
             bitmaps: vec![taken.clone()],
+            stored: vec!["stored".to_owned()],
         };
         Inventory {
             devices: vec![
@@ -180,6 +193,8 @@ mod tests {
         assert_eq!(check("n0", "b", 4096).unwrap(), None);
         assert!(check("nowhere", "b", 4096).unwrap().is_some());
         assert!(check("d0", "taken", 4096).unwrap_err().to_string().contains("--rename-bitmap"));
+        let said = check("d0", "stored", 4096).unwrap_err().to_string();
+        assert!(said.contains("bitferry bitmap remove"), "{said}");
         assert!(check("d0", "b", 8192).unwrap_err().to_string().contains("abort"));
     }
 

@@ -131,7 +131,9 @@ pub(crate) fn dropped(name: &str, reason: String) -> BitmapReport {
 /// What the disk has and QEMU's stream does not carry.
 pub(super) fn not_carried(disk: &PlannedDisk, has_blocks: bool) -> Vec<String> {
     let snapshots = disk.disk.image().map_or(0, qcow2_file::Image::snapshot_count);
-    let is_left = has_blocks && snapshots > 0;
-    let alone = (!has_blocks).then(|| ONLY_BITMAPS.to_owned());
-    is_left.then(|| format!("{snapshots} internal snapshots")).into_iter().chain(alone).collect()
+    if !has_blocks {
+        return vec![ONLY_BITMAPS.to_owned()];
+    }
+    let snapshots = (snapshots > 0).then(|| format!("{snapshots} internal snapshots"));
+    snapshots.into_iter().chain(disk.disk.bitmaps_below(usize::MAX)).collect()
 }

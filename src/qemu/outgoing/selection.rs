@@ -57,11 +57,12 @@ pub(super) fn select(
     decision
 }
 
-/// Refuses names that no disk has: `names` are those of each disk.
-pub(super) fn check_mentions(options: &Options, names: &[(&str, Vec<&str>)]) -> Vec<Error> {
+/// Refuses names that no disk has: `names` are those of each disk, `None` where they cannot be
+/// known, so that any name may be among them.
+pub(super) fn check_mentions(options: &Options, names: &[(&str, Option<Vec<&str>>)]) -> Vec<Error> {
     let known = |node: Option<&str>, name: &str| {
-        let disks = names.iter().filter(|(id, _)| node.is_none_or(|node| node == *id));
-        disks.flat_map(|(_, names)| names).any(|found| *found == name)
+        let mut disks = names.iter().filter(|(id, _)| node.is_none_or(|node| node == *id));
+        disks.any(|(_, names)| names.as_ref().is_none_or(|names| names.contains(&name)))
     };
     let wanted = match &options.bitmaps {
         BitmapSelection::Named(wanted) => wanted.as_slice(),
@@ -84,6 +85,9 @@ fn applies(rename: &Rename, id: &str) -> bool {
 fn refusal(id: &str, problem: &Problem) -> Error {
     match problem {
         Problem::Wrong(reason) => Error::Usage { reason: format!("disk {id:?}: {reason}") },
+        Problem::Missing(name) => {
+            Error::Usage { reason: format!("disk {id:?} has no bitmap {name:?}") }
+        }
         Problem::Loses { name, reason, is_broken } => Error::WouldLose {
             reason: format!("bitmap {name:?} of disk {id:?}: {reason}"),
             hint: if *is_broken {
@@ -138,11 +142,13 @@ mod tests {
         let bitmaps = BitmapSelection::Named(vec!["a".to_owned(), "z".to_owned()]);
         let renames = vec![rename("d1/b=x"), rename("d2/a=x"), rename("q=x"), rename("a=n")];
         let options = Options { bitmaps, renames, ..Options::default() };
-        let names = [("d1", vec!["a"]), ("d2", vec!["b"])];
+        let names = [("d1", Some(vec!["a"])), ("d2", Some(vec!["b"]))];
         let said: Vec<_> = check_mentions(&options, &names).iter().map(|e| e.to_string()).collect();
         assert_eq!(said.len(), 4, "{said:?}");
         assert!(said[0].contains("\"z\"") && said[1].contains("\"d1\""));
         assert_eq!(carried(&["b"], "d2", &options).0, [None]);
+        let names = [("d1", Some(vec!["a"])), ("d2", None)];
+        assert_eq!(check_mentions(&options, &names).len(), 1, "whatever d2 has, d1 has no b");
     }
 
     #[test]

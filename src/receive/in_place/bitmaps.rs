@@ -117,7 +117,7 @@ impl Existing for OnlyBitmaps {
 
     fn end(&self) -> Result<()> {
         let (path, devices) = self.target.log_place();
-        let log = log_of(path, devices)?.filter(|log| !log.is_of_device());
+        let log = log_of(path, devices)?.filter(|_| self.target.can_have_receipt());
         match (log, lock(&self.receipt).take()) {
             (Some(log), Some(mut receipt)) => {
                 receipt.look(self.target.files())?;

@@ -24,8 +24,10 @@ use self::bitmaps::OnlyBitmaps;
 use self::target::Target;
 use self::written::Written;
 use super::ReceiveOptions;
+use crate::berth::room::{self, Need};
 use crate::berth::{all_came, no_place, state};
-use crate::incoming::{Destination, Place, SessionId, Wanted};
+use crate::incoming::{Destination, Introduced, Place, SessionId, Wanted};
+use crate::renames::Renames;
 use crate::report::BitmapReport;
 use crate::{Observer, Result};
 
@@ -119,6 +121,20 @@ impl InPlace {
         Ok(place)
     }
 
+    /// All disks have come that will.
+    fn judge(&self, disks: &[Introduced]) -> Result<()> {
+        let came = disks.iter().map(|disk| disk.name.as_str());
+        all_came(self.targets.iter().map(|target| target.id.as_str()), came)?;
+        let place = |disk: &'_ Introduced| self.targets.iter().find(|t| t.id == disk.name);
+        let placed = disks.iter().filter_map(|disk| place(disk).zip(Some(disk)));
+        let renames = placed.clone().map(|(target, disk)| (&target.renames, disk));
+        Renames::check_introduced(renames)?;
+        let need = |(target, disk): (&Arc<Target>, &Introduced)| {
+            disk.content.map(|bytes| Need::of_existing(target.data_path(), bytes))
+        };
+        room::check(placed.filter_map(need))
+    }
+
     fn finish(&self) -> Result<()> {
         let places = std::mem::take(&mut lock(&self.state).places);
         for place in &places {
@@ -154,10 +170,8 @@ impl Destination for InPlace {
         Ok(self.begin_disk(wanted)?)
     }
 
-    fn complete(&self) -> stream::Result<()> {
-        let state = lock(&self.state);
-        let came = state.places.iter().map(|place| place.target().id.as_str());
-        Ok(all_came(self.targets.iter().map(|target| target.id.as_str()), came)?)
+    fn introduced(&self, disks: &[Introduced]) -> stream::Result<()> {
+        Ok(self.judge(disks)?)
     }
 
     fn commit(&self) -> stream::Result<()> {

@@ -4,12 +4,13 @@ use std::path::{Path, PathBuf};
 
 use block_mig::journal::Replayed;
 use format_spec::native::answer::Published;
+use mig_core::block::SECTOR_BYTES;
 use qcow2_file::bitmaps::PersistentBitmap;
 use qcow2_file::layout::header::incompatible;
 use qcow2_file::{Access, Chain, HostFile, Opener, Storage as _};
 
 use super::super::ReceiveOptions;
-use crate::berth::{Log, Receipt, Trace, gone, log_of, short_words};
+use crate::berth::{Log, Receipt, Trace, change_unseen, gone, log_of, short_words};
 use crate::copy::{Format, difference, invalidated};
 use crate::disk::{Disk, Request, check_probe};
 use crate::incoming::{Sealed, SessionId};
@@ -46,7 +47,7 @@ impl Target {
             .accept_unfinished(true)
             .lock(true)
             .open(path)?;
-        check_probe(path, &chain, observer)?;
+        check_probe((path, "format="), &chain, observer)?;
         let header = chain.top().as_qcow2().map(qcow2_file::Image::header);
         if header.is_none_or(|header| header.version < 3) {
             observer.warning(&format!(
@@ -66,13 +67,16 @@ impl Target {
         })
     }
 
-    /// Makes a raw file as long as the disk. A device that is longer will do.
+    /// Whether a raw file is as long as the disk, but for a last sector that is not whole. A device
+    /// that is longer will do.
     pub(super) fn fit(&self, file: &HostFile, size: u64) -> Result<()> {
         let failed = |action| move |source| Error::File { action, path: self.path.clone(), source };
         let len = file.len().map_err(failed("find the size of"))?;
         match file.is_device() {
             true if len < size => Err(self.other_size(len, size)),
-            false if len > size => Err(self.other_size(len, size)),
+            false if len.checked_next_multiple_of(SECTOR_BYTES).unwrap_or(len) != size => {
+                Err(self.other_size(len, size))
+            }
             false if len < size => file.set_len(size).map_err(failed("set the length of")),
             _ => Ok(()),
         }
@@ -183,9 +187,22 @@ impl Target {
         }
     }
 
+    /// The file that takes the guest's data.
+    pub(super) fn data_path(&self) -> &Path {
+        let own = self.chain.files().first();
+        let data = own.and_then(|files| files.data.as_deref());
+        data.map_or(&self.path, |data| data.path())
+    }
+
     /// Its files, from top to bottom.
     pub(super) fn files(&self) -> impl Iterator<Item = &Path> {
         self.chain.paths()
+    }
+
+    /// Whether a receipt can speak for it: not where nobody can tell what it holds later without
+    /// reading it.
+    pub(super) fn can_have_receipt(&self) -> bool {
+        !change_unseen(self.files())
     }
 
     /// Whether it says of itself that an earlier attempt has not completed it.
@@ -200,6 +217,7 @@ impl Target {
             let size = self.chain.virtual_size();
             receipt.session == session && receipt.size == size && receipt.target == self.words()
         };
-        Ok(!self.is_unfinished() && Receipt::read(log)?.is_some_and(is_it))
+        let may_be = self.can_have_receipt() && !self.is_unfinished();
+        Ok(may_be && Receipt::read(log)?.is_some_and(is_it))
     }
 }

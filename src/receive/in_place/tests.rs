@@ -1,6 +1,5 @@
 //! Existing images through the contract of a destination.
 
-use std::ops::Range;
 use std::path::Path;
 
 use bitmap_mig::Bitmap;
@@ -132,11 +131,11 @@ fn a_write_that_nobody_meant_is_noticed() {
 }
 
 /// The runs of a bitmap of an image that may be unfinished; `None` where it cannot be trusted.
-fn runs(path: &Path, name: &str) -> Option<Vec<Range<u64>>> {
+fn runs(path: &Path, name: &str) -> Option<Vec<(u64, u64)>> {
     let request = Request { accepts_unfinished: true, ..Request::new(path, Some(Format::Qcow2)) };
     let disk = Disk::open(&request, &crate::Silent).unwrap();
     let loaded = bitmap_mig::load(disk.bitmaps.directory().unwrap(), name).ok()?;
-    Some(loaded.bits.runs().collect())
+    Some(loaded.bits.runs().map(|run| (run.start, run.end)).collect())
 }
 
 #[test]
@@ -172,12 +171,12 @@ fn its_own_bitmaps_outlive_attempts_that_fail() {
         destination.take_invalidated("vda")
     };
     attempt(&[0, 2], SessionState::Fresh, Some(Fate::Kept));
-    assert_eq!(runs(&path, "own"), Some(vec![0..1, 2..3]));
+    assert_eq!(runs(&path, "own"), Some(vec![(0, 1), (2, 3)]));
     // What was ready is not any more: nothing of it is there, and what was to go still is.
     attempt(&[1], SessionState::Resumable, Some(Fate::Revoked));
-    assert_eq!(runs(&path, "own"), Some(vec![0..3]));
-    assert_eq!(runs(&path, "sent"), Some(vec![0..3]));
+    assert_eq!(runs(&path, "own"), Some(vec![(0, 3)]));
+    assert_eq!(runs(&path, "sent"), Some(vec![(0, 3)]));
     assert!(attempt(&[5], SessionState::Resumable, None).is_empty());
-    assert_eq!(runs(&path, "own"), Some(vec![0..3, 5..6]));
-    assert_eq!(runs(&path, "sent"), Some(vec![3..4]));
+    assert_eq!(runs(&path, "own"), Some(vec![(0, 3), (5, 6)]));
+    assert_eq!(runs(&path, "sent"), Some(vec![(3, 4)]));
 }

@@ -125,10 +125,10 @@ impl Existing for Written {
         self.target.holds(&lock(&self.stored))
     }
 
-    /// The receipt takes the journal's place. What a device holds later nobody can tell without
-    /// reading it, so that its journal stays, which is read again before it is believed.
+    /// The receipt takes the journal's place. Where there can be none, the journal stays, which is
+    /// read again before it is believed.
     fn end(&self) -> Result<()> {
-        let Some(kept) = self.kept.as_ref().filter(|kept| !kept.log().is_of_device()) else {
+        let Some(kept) = self.kept.as_ref().filter(|_| self.target.can_have_receipt()) else {
             return Ok(());
         };
         if let Some(mut receipt) = lock(&self.receipt).take() {

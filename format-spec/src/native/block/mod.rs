@@ -10,7 +10,7 @@ pub use run::{Content, Run};
 
 pub(super) use bitmap::flag_bits;
 
-use super::frame::{self, Record};
+use super::frame::{self, OPTIONAL, Record};
 use crate::content_hash::{ContentHash, MAX_SIZE};
 use crate::{Malformed, Problem, Reader, Writer};
 
@@ -32,6 +32,8 @@ pub const BITMAP_UPDATE: u16 = 5;
 pub const BITMAP_REMOVE: u16 = 6;
 /// Type of [`BitmapSeal`].
 pub const BITMAP_SEAL: u16 = 7;
+/// Type of [`DiskContent`].
+pub const DISK_CONTENT: u16 = OPTIONAL | 8;
 /// Disk flag: what no run covers keeps the content that the destination has.
 pub const KEEPS_REST: u32 = 0x1;
 /// Run flag: carries content.
@@ -80,6 +82,15 @@ pub struct Disk<'a> {
     pub name: &'a str,
 }
 
+/// Says how much of a disk is content, before any of it comes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DiskContent {
+    /// The disk.
+    pub disk: DiskId,
+    /// Bytes that the source's maps do not call zero.
+    pub bytes: u64,
+}
+
 /// Ends a disk: all its content was sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DiskSeal {
@@ -108,6 +119,8 @@ pub enum BlockRecord<'a> {
     BitmapRemove(BitmapVersion),
     /// Ends a bitmap: all its bits were sent.
     BitmapSeal(BitmapSeal),
+    /// Says how much of a disk is content.
+    DiskContent(DiskContent),
 }
 
 impl<'a> BlockRecord<'a> {
@@ -116,7 +129,7 @@ impl<'a> BlockRecord<'a> {
         if record.header.is_end() {
             return Ok(Some(Self::End));
         }
-        if !(DISK..=BITMAP_SEAL).contains(&record.header.kind) {
+        if !matches!(record.header.kind, DISK..=BITMAP_SEAL | DISK_CONTENT) {
             return record.skip_unknown().map(|()| None);
         }
         let mut body = record.plain_body()?;
@@ -127,6 +140,7 @@ impl<'a> BlockRecord<'a> {
             BITMAP_CREATE => Self::BitmapCreate(BitmapCreate::decode(&mut body)?),
             BITMAP_UPDATE => Self::BitmapUpdate(BitmapUpdate::decode(&mut body)?),
             BITMAP_REMOVE => Self::BitmapRemove(BitmapVersion::decode(&mut body)?),
+            DISK_CONTENT => Self::DiskContent(DiskContent::decode(&mut body)?),
             _ => Self::BitmapSeal(BitmapSeal::decode(&mut body)?),
         };
         body.finish("record")?;
@@ -148,6 +162,7 @@ impl<'a> BlockRecord<'a> {
                 BITMAP_REMOVE
             }
             Self::BitmapSeal(seal) => seal.encode(&mut body),
+            Self::DiskContent(content) => content.encode(&mut body),
         };
         frame::encode(kind, &[&body.into_bytes()], out);
     }
@@ -175,6 +190,18 @@ impl<'a> Disk<'a> {
         body.be32(self.disk.0).be32(if self.keeps_rest { KEEPS_REST } else { 0 });
         body.be64(self.size).text16(self.name, MAX_DISK_NAME);
         DISK
+    }
+}
+
+impl DiskContent {
+    fn decode(body: &mut Reader<'_>) -> Result<Self, Malformed> {
+        let disk = DiskId(body.be32("disk number")?);
+        Ok(Self { disk, bytes: body.be64("bytes of content")? })
+    }
+
+    fn encode(self, body: &mut Writer) -> u16 {
+        body.be32(self.disk.0).be64(self.bytes);
+        DISK_CONTENT
     }
 }
 
