@@ -54,7 +54,7 @@ pub struct Preserve {
 
 impl Default for Preserve {
     fn default() -> Self {
-        Self { timestamps: false, ..Self::ALL }
+        Self { mode: true, ownership: true, timestamps: false, context: true }
     }
 }
 

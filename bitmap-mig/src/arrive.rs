@@ -1,7 +1,7 @@
 //! Bitmaps on their way in, in the section of their disks (SPEC 6). They are held in memory until
 //! their disk is complete.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use format_spec::content_hash::{BitmapDigest, HashError, Node};
@@ -57,6 +57,8 @@ pub struct LoadBitmaps(Mutex<State>);
 struct State {
     /// By number. A removed one stays, to know its generation.
     bitmaps: BTreeMap<u32, Arriving>,
+    /// Of those that are here.
+    names: BTreeSet<(DiskId, String)>,
     /// Of an earlier attempt, and not created again so far.
     kept: BTreeMap<(DiskId, String), Kept>,
     /// By shape.
@@ -185,10 +187,12 @@ impl LoadBitmaps {
     pub fn remove(&self, version: BitmapVersion, at: &Arrival) -> Result<()> {
         let mut state = self.lock();
         let Some(found) = state.live(version, at)? else { return Ok(()) };
-        let held = found.bitmap.take().map_or(0, |held| held.bits.held_bytes());
-        let freed = found.shape.byte_len();
+        let (disk, freed, held) = (found.disk, found.shape.byte_len(), found.bitmap.take());
         state.bytes = state.bytes.saturating_sub(freed);
-        state.held = state.held.saturating_sub(held);
+        if let Some(Held { name, bits, .. }) = held {
+            state.held = state.held.saturating_sub(bits.held_bytes());
+            state.names.remove(&(disk, name));
+        }
         Ok(())
     }
 
@@ -222,7 +226,7 @@ impl LoadBitmaps {
     /// Takes the bitmaps of a disk, in the order of their numbers. `Err` with one that was not
     /// sealed: what it is called in messages.
     pub fn take(&self, disk: DiskId) -> Result<Vec<ArrivedBitmap>, String> {
-        let State { bitmaps, done_with, .. } = &mut *self.lock();
+        let State { bitmaps, names, done_with, .. } = &mut *self.lock();
         let mut arrived = Vec::new();
         for (number, found) in bitmaps.iter_mut().filter(|(_, found)| found.disk == disk) {
             if found.bitmap.is_none() {
@@ -233,6 +237,7 @@ impl LoadBitmaps {
             let Some((bitmap, running)) = found.bitmap.take().map(Held::into_parts) else {
                 continue;
             };
+            names.remove(&(disk, bitmap.name.clone()));
             done_with.push(running);
             arrived.push(ArrivedBitmap { version, digest, bitmap });
         }
@@ -287,6 +292,7 @@ impl State {
             shape: create.shape,
             seal: None,
         };
+        self.names.insert((create.disk, name.to_owned()));
         self.bitmaps.insert(create.version.bitmap, arriving);
         Ok(())
     }
@@ -310,16 +316,14 @@ impl State {
         if !create.is_persistent {
             return Err(at.protocol(format!("{label} is not kept, and a file has no other")));
         }
-        let is_taken = |b: &Arriving| {
-            b.disk == create.disk && b.bitmap.as_ref().is_some_and(|b| b.name == name)
-        };
+        let is_taken = self.names.contains(&(create.disk, name.to_owned()));
         let expected = match self.bitmaps.get(&create.version.bitmap) {
             Some(old) if old.bitmap.is_some() || old.disk != create.disk => None,
             Some(old) => old.generation.checked_add(1),
             None => Some(1),
         };
         let BitmapVersion { bitmap: number, generation } = create.version;
-        let Some(expected) = expected.filter(|_| !self.bitmaps.values().any(is_taken)) else {
+        let Some(expected) = expected.filter(|_| !is_taken) else {
             let reason = format!("{label} exists, or another one has its number, {number}");
             return Err(at.protocol(reason));
         };

@@ -57,7 +57,7 @@ impl Machine {
         let mut child = command.stdin(Stdio::null()).stdout(Stdio::null()).spawn()?;
         let end = Instant::now() + PATIENCE;
         let monitor = loop {
-            match qmp::Client::connect(&socket, PATIENCE) {
+            match qmp::Client::connect(&socket, PATIENCE, qmp::Hurry::default()) {
                 Ok(monitor) => break monitor,
                 Err(error) if Instant::now() > end || child.try_wait()?.is_some() => {
                     let _ = child.kill();

@@ -25,6 +25,10 @@ pub const LOAD_WORKERS: usize = 2;
 pub const MAX_SECTIONS: usize = 4096;
 /// log2 of the largest zstd window that is written and read: 1 MiB.
 pub const ZSTD_WINDOW_LOG: u32 = 20;
+/// From this level on zstd would index far more than the window: up to 640 MiB for each connection.
+pub const ZSTD_LARGE_LEVEL: i32 = 12;
+/// log2 of the entries of either of its tables then, of 4 bytes each: what a window has use for.
+pub const ZSTD_TABLE_LOG: u32 = ZSTD_WINDOW_LOG + 1;
 /// Bytes that an idle sender may save up for later, in time at its bandwidth.
 pub const BURST: Duration = Duration::from_millis(50);
 /// Runs of units that a source has been told of and not looked at yet.

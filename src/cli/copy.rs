@@ -24,7 +24,7 @@ pub(crate) fn run(args: CopyArgs, output: &Output) -> Outcome {
             if args.preserve.is_some() || args.no_preserve.is_some() =>
         {
             let reason = "--preserve and --no-preserve are for copies on one host".to_owned();
-            Err(Error::Usage { reason }.into())
+            Err(Error::Usage { reason })
         }
         Ok(Route::To(remote)) => remote::to(args, &remote, output),
         Ok(Route::From(remote)) => remote::from(args, &remote, output),

@@ -75,16 +75,18 @@ pub(crate) struct QemuArgs {
     /// Carry the disks' contents; the default
     #[arg(long, overrides_with = "no_blocks")]
     pub(crate) blocks: bool,
-    /// Carry bitmaps alone, to a destination that has the same contents by another way: shared
-    /// storage, a mirror. The only way to a QEMU since 9.1; a bitferry has to receive --in-place
+    /// Carry bitmaps alone, to a destination whose own image has the same contents: a mirror, a
+    /// copy. The only way to a QEMU since 9.1; a bitferry has to receive --in-place. An image on
+    /// shared storage, or copied with its bitmaps, brings them along: send none
     #[arg(long)]
     pub(crate) no_blocks: bool,
     /// Carry only what is allocated above the backing files, which the destination has its own
     /// copies of: QEMU's `migrate -i`. A bitferry has to `receive --backing`
     #[arg(long, conflicts_with_all = ["flatten", "no_blocks"])]
     pub(crate) shared_base: bool,
-    /// Monitor of the destination: refuse beforehand what it would drop, and confirm afterwards
-    /// what it has
+    /// Monitor of the destination: refuse beforehand what it would drop or fail of, and confirm
+    /// afterwards what it has. Without it nobody sees that the image there holds a bitmap of that
+    /// name, with which QEMU loses the disk as soon as it runs
     #[arg(long, value_name = "SOCKET", help_heading = "To a QEMU")]
     pub(crate) peer_qmp: Option<PathBuf>,
 }

@@ -33,20 +33,21 @@ pub(crate) fn report_text(report: &Report, done: &str, output: &Output) -> Strin
     text
 }
 
-/// Tells the report, and the exit status that it stands for.
-pub(crate) fn finish(report: &Report, done: &str, output: &Output) -> Outcome {
+/// Tells the report, and the exit status that it stands for; `ask` is what to do where the outcome
+/// is unknown.
+fn finish(report: &Report, (done, ask): (&str, &str), output: &Output) -> Outcome {
     if output.is_json {
         output.summary(report)?;
     } else {
         output.text(report_text(report, done, output))?;
     }
     let status = bitferry::exit_status(report);
-    complain(report, status);
+    complain(report, status, ask);
     Ok(status)
 }
 
 /// What is not as it was asked for is said like an error, whoever reads the report.
-fn complain(report: &Report, status: u8) {
+fn complain(report: &Report, status: u8, ask: &str) {
     let (what, hint) = match status {
         NOT_PRESERVED => {
             let bitmaps = report.disks.iter().flat_map(|disk| &disk.bitmaps);
@@ -57,7 +58,7 @@ fn complain(report: &Report, status: u8) {
         }
         UNKNOWN => {
             let why = report.error.as_deref().unwrap_or("the last answer was lost");
-            (format!("the outcome is unknown: {why}"), "give the same command again: it asks")
+            (format!("the outcome is unknown: {why}"), ask)
         }
         _ => return,
     };
@@ -71,7 +72,15 @@ pub(crate) enum Peer {
     Source,
     /// It receives.
     Destination,
+    /// It receives, and is a QEMU.
+    Qemu,
 }
+
+/// What to do where the outcome is unknown and the other end is ours.
+const ASK_AGAIN: &str = "give the same command again: it asks";
+/// What to do where it is a QEMU, which cannot be asked twice.
+const ASK_QEMU: &str = "its monitor knows (`query-migrate`): `completed`, and it has everything; \
+                        `failed` or gone, and it has to be started anew for the same command";
 
 /// [`finish`], where a command at the other end had a word to say after the report was made. What
 /// is published stays so, whatever becomes of the command; where nobody answered, all there is may
@@ -82,7 +91,8 @@ pub(crate) fn finish_with(
     done: &str,
     output: &Output,
 ) -> Outcome {
-    let Err(error) = end else { return finish(&report, done, output) };
+    let words = (done, if peer == Peer::Qemu { ASK_QEMU } else { ASK_AGAIN });
+    let Err(error) = end else { return finish(&report, words, output) };
     if report.disks.iter().any(|disk| disk.verified == Verified::Unconfirmed)
         && report.status == Status::Completed
     {
@@ -90,7 +100,7 @@ pub(crate) fn finish_with(
     }
     let status = told(&mut report, peer, error.exit_code());
     report.error.get_or_insert_with(|| error_chain(&error));
-    let own = finish(&report, done, output)?;
+    let own = finish(&report, words, output)?;
     if status == NOT_PRESERVED && own != status {
         let what = format!("not preserved at the other end: {}", error_chain(&error));
         super::failure::print_lines(&what, "what it said itself, above, names it");
@@ -106,7 +116,7 @@ fn told(report: &mut Report, peer: Peer, theirs: Option<u8>) -> u8 {
         (Some(NOT_PRESERVED), _) if own == 0 => NOT_PRESERVED,
         // A destination that does not know what it has is to be asked again; what we have
         // published ourselves is there, whether the source heard of it or not.
-        (Some(UNKNOWN), Peer::Destination) if matches!(own, 0 | NOT_PRESERVED) => {
+        (Some(UNKNOWN), Peer::Destination | Peer::Qemu) if matches!(own, 0 | NOT_PRESERVED) => {
             report.status = Status::Unknown;
             UNKNOWN
         }
@@ -200,7 +210,10 @@ pub(crate) fn disk_text(disk: &DiskReport, output: &Output) -> String {
 fn bitmap_row(bitmap: &BitmapReport, disk: Verified) -> [String; 3] {
     let outcome = match bitmap.outcome {
         BitmapOutcome::Preserved => "preserved",
-        BitmapOutcome::Sent if disk == Verified::No => "stored, not verified",
+        // Where it is not only the proof that is missing, the reason says what is.
+        BitmapOutcome::Sent if disk == Verified::No && bitmap.reason.is_none() => {
+            "stored, not verified"
+        }
         BitmapOutcome::Sent => "sent, not confirmed",
         BitmapOutcome::Dropped => "dropped",
         BitmapOutcome::Invalidated => "invalidated",
@@ -242,6 +255,23 @@ mod tests {
         assert!(text.starts_with("NOT copied a -> h:b in 7 ms"), "{text}");
         let done = Report { status: Status::Completed, ..report };
         assert!(report_text(&done, "copied a -> h:b", &output).starts_with("copied a -> h:b"));
+    }
+
+    #[test]
+    fn what_a_qemu_was_sent_is_not_called_stored() {
+        let row = |reason: Option<&str>| {
+            let bitmap = BitmapReport {
+                name: "b".to_owned(),
+                outcome: BitmapOutcome::Sent,
+                changed: Vec::new(),
+                reason: reason.map(str::to_owned),
+                is_wanted: true,
+            };
+            let [_, outcome, _] = bitmap_row(&bitmap, Verified::No);
+            outcome
+        };
+        assert_eq!(row(None), "stored, not verified");
+        assert_eq!(row(Some("its monitor was not asked")), "sent, not confirmed");
     }
 
     #[test]

@@ -185,7 +185,7 @@ fn to_qemu(
         prepared.send(connection, observer)
     })?;
     watch.finish();
-    let end = (Peer::Destination, dialer.end());
+    let end = (Peer::Qemu, dialer.end());
     outcome::finish_with(report, end, &format!("sent to QEMU at {uri}"), output)
 }
 

@@ -253,7 +253,10 @@ impl Error {
         let text = match self {
             Self::ExecNotAllowed { .. } => "if you trust this command, use --allow-exec",
             Self::Resolve { .. } => "check the name, or use an address",
-            Self::Connect { .. } => "check that `bitferry receive` runs there and is not blocked",
+            Self::Connect { .. } => {
+                "check that somebody listens there (`bitferry receive`, a QEMU with -incoming) and is not \
+                 blocked"
+            }
             Self::Listen { source, .. } if source.kind() == io::ErrorKind::AddrInUse => {
                 "choose another place, or port 0 for any free one"
             }

@@ -190,7 +190,7 @@ fn data_file(options: &CopyOptions) -> Result<Option<DataFileTarget>> {
         };
     };
     DataFileTarget::check(destination, wish)?;
-    destinations::check(&[&data.path])?;
+    destinations::check(&[destination, &data.path])?;
     Ok(Some(data))
 }
 
@@ -209,11 +209,6 @@ pub(super) fn places(options: &CopyOptions, source: &Source, target: &Target) ->
     let mut found = Places::default();
     let mut places = vec![options.destination.as_path()];
     if let Target::Qcow2 { data_file: Some(data), .. } = target {
-        if is_same_place(&data.path, &options.destination) {
-            let reason = "the data file and the image are the same file".to_owned();
-            found.refusals.push(Error::Usage { reason });
-            return found;
-        }
         places.push(&data.path);
     }
     for path in places {
@@ -223,17 +218,6 @@ pub(super) fn places(options: &CopyOptions, source: &Source, target: &Target) ->
         }
     }
     found
-}
-
-/// Whether two paths lead to one file, or to one place where a file is to be made.
-fn is_same_place(a: &Path, b: &Path) -> bool {
-    use std::os::unix::fs::MetadataExt;
-    let file = |path: &Path| fs::metadata(path).map(|found| (found.dev(), found.ino())).ok();
-    if let (Some(a), Some(b)) = (file(a), file(b)) {
-        return a == b;
-    }
-    let place = |path: &Path| Some(fs::canonicalize(directory(path)).ok()?.join(path.file_name()?));
-    a == b || place(a).is_some_and(|a| Some(a) == place(b))
 }
 
 /// Looks at one place; what is to be replaced is locked.

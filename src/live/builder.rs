@@ -169,10 +169,11 @@ impl<'a> Builder<'a> {
         self
     }
 
-    /// Leaves out the disks' contents, which the destination has by another way: shared storage, a
-    /// mirror. Bitmaps go along as ever, and the handover is the same; a mirror has to be complete
-    /// when [`Guest::pause`](mig_core::guest::Guest::pause) returns. Nobody holds contents against
-    /// each other then.
+    /// Leaves out the disks' contents, which the destination's own image has by another way: a
+    /// mirror. (One that both sides share is locked, and brings its bitmaps along.) Bitmaps go along
+    /// as ever, and the handover is the same; a mirror has to be complete when
+    /// [`Guest::pause`](mig_core::guest::Guest::pause) returns. Nobody holds contents against each
+    /// other then.
     pub fn no_blocks(mut self) -> Self {
         self.0.blocks = false;
         self

@@ -26,6 +26,7 @@
 
 mod builder;
 mod image;
+mod moving;
 mod paused;
 mod qemu;
 mod run;

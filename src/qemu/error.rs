@@ -64,6 +64,13 @@ pub enum Error {
         /// What does not fit, and what to do.
         reason: String,
     },
+    /// The destination, as its monitor describes it, would fail of any stream of this kind. Nothing
+    /// was sent.
+    #[error("nothing was sent: {reason}")]
+    Unready {
+        /// What is in the way, and what to do.
+        reason: String,
+    },
     /// The peer's monitor could not be asked.
     #[error(transparent)]
     Monitor(#[from] super::qmp::Error),
@@ -94,13 +101,23 @@ impl std::fmt::Display for Subject {
 }
 
 impl Error {
+    /// The error where the user wanted to stop, and the connection was hung up for it.
+    pub(crate) fn when_cancelled(self) -> Self {
+        match self {
+            Self::Connection { .. } | Self::Peer(_) => Self::Interrupted,
+            other => other,
+        }
+    }
+
     /// Whose fault it is.
     pub fn blame(&self) -> Blame {
         match self {
             Self::Connection { .. } => Blame::Transport,
             Self::Malformed(_) => Blame::Bytes,
             Self::Protocol { .. } | Self::Peer(_) => Blame::PeerBehaviour,
-            Self::Unsupported { .. } | Self::Unfit { .. } => Blame::PeerFeatures,
+            Self::Unsupported { .. } | Self::Unfit { .. } | Self::Unready { .. } => {
+                Blame::PeerFeatures
+            }
             Self::Monitor(error) => error.blame(),
             Self::Misfit { blame, .. } => *blame,
             Self::Local(error) => error.blame(),

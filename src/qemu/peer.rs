@@ -6,7 +6,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use super::Version;
-use super::qmp::{Client, Error, Result};
+use super::qmp::{Client, Error, Hurry, Result};
 
 /// A QEMU whose monitor answers.
 #[derive(Debug)]
@@ -91,8 +91,13 @@ pub struct BitmapAlias {
 
 impl Peer {
     /// Connects to a monitor.
-    pub fn connect(path: &Path, patience: Duration) -> Result<Self> {
-        Ok(Self { qmp: Client::connect(path, patience)? })
+    pub fn connect(path: &Path, patience: Duration, hurry: Hurry) -> Result<Self> {
+        Ok(Self { qmp: Client::connect(path, patience, hurry)? })
+    }
+
+    /// What ends its waiting from another thread.
+    pub fn hurry(&self) -> Hurry {
+        self.qmp.hurry()
     }
 
     /// QEMU's version.
@@ -114,6 +119,32 @@ impl Peer {
         let answer = self.qmp.execute("query-migrate", json!({}))?;
         let word = |key: &str| answer[key].as_str().map(str::to_owned);
         Ok(Migration { status: word("status").unwrap_or_default(), error: word("error-desc") })
+    }
+
+    /// The migration capabilities that are switched on.
+    pub fn capabilities(&mut self) -> Result<Vec<String>> {
+        const COMMAND: &str = "query-migrate-capabilities";
+        let answer = self.qmp.execute(COMMAND, json!({}))?;
+        let on = list(&answer, COMMAND)?.iter().filter(|capability| flag(capability, "state"));
+        on.map(|capability| text(capability, "capability", COMMAND)).collect()
+    }
+
+    /// The machine's type, without an alias.
+    pub fn machine(&mut self) -> Result<String> {
+        const COMMAND: &str = "qom-get";
+        let arguments = json!({ "path": "/machine", "property": "type" });
+        let answer = self.qmp.execute(COMMAND, arguments)?;
+        let class = answer.as_str().ok_or_else(|| missing(COMMAND, "type"))?;
+        Ok(class.strip_suffix("-machine").unwrap_or(class).to_owned())
+    }
+
+    /// The machine's UUID; `None` where it was given none.
+    pub fn uuid(&mut self) -> Result<Option<[u8; 16]>> {
+        const COMMAND: &str = "query-uuid";
+        let answer = self.qmp.execute(COMMAND, json!({}))?;
+        let digits: String = text(&answer, "UUID", COMMAND)?.replace('-', "");
+        let number = u128::from_str_radix(&digits, 16).map_err(|_| missing(COMMAND, "UUID"))?;
+        Ok((number != 0).then(|| number.to_be_bytes()))
     }
 
     /// All named nodes.

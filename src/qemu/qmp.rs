@@ -4,6 +4,8 @@
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use format_spec::Blame;
@@ -16,6 +18,14 @@ pub const PATIENCE: Duration = Duration::from_secs(30);
 pub const MAX_LINE: usize = 32 << 20;
 /// What is read at once.
 const READ_BYTES: usize = 64 << 10;
+
+/// How long it may take once its user wants to stop.
+const HURRIED: Duration = Duration::from_secs(1);
+/// How often that is looked for.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// Set by whoever wants to stop: what is waited for then has to come at once. It stays set.
+pub type Hurry = Arc<AtomicBool>;
 
 /// Result of this module.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -76,6 +86,9 @@ pub struct Client {
     stream: UnixStream,
     received: Vec<u8>,
     patience: Duration,
+    hurry: Hurry,
+    /// Whether it was silent once; it is not waited for again.
+    is_lost: bool,
     next_id: u64,
     version: (u64, u64, u64),
 }
@@ -84,15 +97,16 @@ impl Client {
     /// Connects to a monitor in control mode and takes its greeting. Each later command may take
     /// as long as `patience`, and so may this. A monitor serves one client at a time: another one
     /// waits.
-    pub fn connect(path: &Path, patience: Duration) -> Result<Self> {
+    pub fn connect(path: &Path, patience: Duration, hurry: Hurry) -> Result<Self> {
         let failed = |source| Error::Connect { path: path.to_owned(), source };
         let stream = UnixStream::connect(path).map_err(failed)?;
-        Self::greet(stream, patience)
+        Self::greet(stream, patience, hurry)
     }
 
-    fn greet(stream: UnixStream, patience: Duration) -> Result<Self> {
-        let version = (0, 0, 0);
-        let mut client = Self { stream, received: Vec::new(), patience, next_id: 1, version };
+    fn greet(stream: UnixStream, patience: Duration, hurry: Hurry) -> Result<Self> {
+        let (version, received) = ((0, 0, 0), Vec::new());
+        let mut client =
+            Self { stream, received, patience, hurry, is_lost: false, next_id: 1, version };
         const GREETING: &str = "greeting";
         let greeting = client.line(GREETING, Instant::now() + patience)?;
         let number = |key: &str| greeting["QMP"]["version"]["qemu"][key].as_u64();
@@ -109,6 +123,11 @@ impl Client {
         self.version
     }
 
+    /// What ends its waiting from another thread.
+    pub fn hurry(&self) -> Hurry {
+        self.hurry.clone()
+    }
+
     /// Runs a command and answers what it returns. After [`Error::Silent`] and
     /// [`Error::Malformed`] the connection is of no more use.
     pub fn execute(&mut self, command: &str, arguments: Value) -> Result<Value> {
@@ -118,6 +137,9 @@ impl Client {
         let mut line = json!({ "execute": command, "arguments": arguments, "id": id }).to_string();
         line.push('\n');
         let silent = |source| Error::Silent { command: command.to_owned(), source };
+        if self.is_lost {
+            return Err(silent(io::ErrorKind::TimedOut.into()));
+        }
         self.stream.set_write_timeout(Some(self.patience)).map_err(silent)?;
         self.stream.write_all(line.as_bytes()).map_err(silent)?;
         loop {
@@ -156,19 +178,27 @@ impl Client {
             if searched > MAX_LINE {
                 return Err(malformed(command, "is longer than any"));
             }
-            self.read_some(end)
-                .map_err(|source| Error::Silent { command: command.to_owned(), source })?;
+            self.read_some(end).map_err(|source| {
+                self.is_lost = true;
+                Error::Silent { command: command.to_owned(), source }
+            })?;
         }
     }
 
     fn read_some(&mut self, end: Instant) -> io::Result<()> {
         let mut piece = [0; READ_BYTES];
+        let mut end = end;
+        let mut is_hurried = false;
         loop {
+            if !is_hurried && self.hurry.load(Ordering::Acquire) {
+                is_hurried = true;
+                end = end.min(Instant::now() + HURRIED);
+            }
             let left = end.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return Err(io::ErrorKind::TimedOut.into());
             }
-            self.stream.set_read_timeout(Some(left))?;
+            self.stream.set_read_timeout(Some(left.min(LOOK)))?;
             match self.stream.read(&mut piece) {
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
                 Ok(len) => {
@@ -213,7 +243,7 @@ mod tests {
                 let _ = out.write_all(answer.as_bytes());
             }
         });
-        Client::greet(ours, Duration::from_millis(500))
+        Client::greet(ours, Duration::from_millis(500), Hurry::default())
     }
 
     fn greeting() -> String {
@@ -246,7 +276,8 @@ mod tests {
             assert!(is_silent || matches!(error, Error::Malformed { .. }), "{bad:?}: {error}");
             assert_eq!(is_silent, bad.is_empty());
         }
-        let error = Client::connect(Path::new("/nowhere/qmp"), PATIENCE).unwrap_err();
+        let error =
+            Client::connect(Path::new("/nowhere/qmp"), PATIENCE, Hurry::default()).unwrap_err();
         assert!(matches!(error, Error::Connect { .. }));
     }
 
@@ -256,11 +287,25 @@ mod tests {
         let begun = Instant::now();
         let mut client = monitor(&greeting(), &[ready, "{\"event\":\"A\"}\n"]).unwrap();
         assert!(matches!(client.execute("a", json!({})), Err(Error::Silent { .. })));
+        // It is not waited for again.
+        let once = begun.elapsed();
+        assert!(matches!(client.execute("a", json!({})), Err(Error::Silent { .. })));
+        assert!(begun.elapsed() < once + Duration::from_millis(400));
+
+        let begun = Instant::now();
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        let hurry = Hurry::default();
+        std::thread::spawn({
+            let hurry = hurry.clone();
+            move || hurry.store(true, Ordering::Release)
+        });
+        let error = Client::greet(ours, Duration::from_secs(60), hurry).unwrap_err();
+        assert!(matches!(error, Error::Silent { .. }), "{error}");
         assert!(begun.elapsed() < Duration::from_secs(20));
 
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         std::thread::spawn(move || while theirs.write_all(&[b' '; 1 << 20]).is_ok() {});
-        let error = Client::greet(ours, Duration::from_secs(60)).unwrap_err();
+        let error = Client::greet(ours, Duration::from_secs(60), Hurry::default()).unwrap_err();
         assert!(matches!(error, Error::Malformed { .. }), "{error}");
     }
 }

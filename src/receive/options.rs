@@ -161,10 +161,10 @@ impl ReceiveOptions {
 
     /// No place is another's, nor what is kept beside one.
     fn check_places(&self) -> Result<()> {
-        let data = |disk: &DiskOption| DataFileTarget::of(&disk.path, &self.target);
-        let data = self.disks.first().and_then(data).map(|data| data.path);
+        let disk = self.disks.first();
+        let data = disk.and_then(|disk| DataFileTarget::of(&disk.path, &self.target));
         let places = self.disks.iter().map(|disk| disk.path.as_path());
-        let places: Vec<_> = places.chain(data.as_deref()).collect();
+        let places: Vec<_> = places.chain(data.as_ref().map(|data| data.path.as_path())).collect();
         destinations::check(&places)
     }
 

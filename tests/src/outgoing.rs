@@ -1,5 +1,6 @@
 //! Our source under a test: what it sends to a QEMU.
 
+use std::io::Write;
 use std::path::Path;
 
 use bitferry::copy::Format;
@@ -29,4 +30,17 @@ pub fn contents_of(disks: &[(&str, &Path)]) -> Options {
 pub fn send(destination: &mut Destination, options: &Options) -> Report {
     let connection = destination.connect();
     outgoing::run(connection, options, &Silent).unwrap_or_else(|e| panic!("{e:?}"))
+}
+
+/// Answers the PING behind which our source waits, where a stream so far ends with one.
+pub fn pong(stream: &[u8], answers: &mut impl Write) {
+    const PING: &[u8] = b"\x08\0\x02\0\x04";
+    let head = stream.len().checked_sub(PING.len() + 4);
+    let Some((head, value)) = head.and_then(|at| stream[at..].split_at_checked(PING.len())) else {
+        return;
+    };
+    if head == PING {
+        // Who asked may be gone.
+        let _ = answers.write_all(&[b"\0\x02\0\x04", value].concat());
+    }
 }

@@ -6,6 +6,7 @@ use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use bitferry_tests::outgoing::pong;
 use bitferry_tests::process::{PATIENCE, Running};
 use bitferry_tests::{Exit, Scratch, bitferry, json};
 use serde_json::Value;
@@ -134,6 +135,7 @@ fn taker(path: &Path) {
         while !tail.ends_with(b"\x06\0\0\0\x02{}") {
             let Ok(len @ 1..) = stream.read(&mut bytes) else { return };
             tail.extend_from_slice(&bytes[..len]);
+            pong(&tail, &mut stream);
             tail.drain(..tail.len().saturating_sub(16));
         }
         stream.write_all(b"\0\x01\0\x04\0\0\0\0").unwrap();

@@ -68,7 +68,7 @@ fn a_raw_disk_is_not_written_over_an_image() {
     make(&scratch, "a.qcow2", 2 * MIB).write(7, 0, MIB).done();
     let to = make(&scratch, "to.qcow2", 2 * MIB).bitmap("b", 65536).snapshot("s").done();
     let length = std::fs::metadata(&to).expect("metadata").len();
-    make(&scratch, "fits.qcow2", length).write(7, 0, MIB).done();
+    make(&scratch, "fits.qcow2", length).write(7, 0, 65536).done();
     let before = std::fs::read(&to).expect("read");
     for line in ["", "--dry-run "] {
         let line = format!("copy {line}--in-place -O raw fits.qcow2 to.qcow2");

@@ -160,7 +160,7 @@ fn an_image_that_would_be_its_own_data_file_is_told_so() {
         let image = if line == "copy" { "./new.raw" } else { "vm.raw" };
         let line = format!("{line} -O qcow2 -o {option},data_file_raw=on a.qcow2 {image}");
         let output = run(&scratch, &line).expect_exit(Exit::Usage);
-        assert!(output.complaint().contains("are the same file"), "{output}");
+        assert!(output.complaint().contains("are the same place"), "{output}");
     }
     assert_eq!(std::fs::read(scratch.path("vm.raw")).expect("read"), [7; 4096]);
 }

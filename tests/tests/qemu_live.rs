@@ -12,15 +12,18 @@ use bitferry::live::{Builder, LiveImage, Outgoing, QemuTarget};
 use bitferry::policy::Limits;
 use bitferry::qemu::Version;
 use bitferry::report::{BitmapOutcome, Report, Status, Verified};
-use bitferry::status::Migration;
+use bitferry::status::{Migration, Parameters};
 use bitferry::{Error, exit_status};
 use bitferry_tests::destination::{Destination, connection};
 use bitferry_tests::image::make;
+use bitferry_tests::outgoing::pong;
 use bitferry_tests::qmp::Qemu;
 use bitferry_tests::random::{Random, seed};
 use bitferry_tests::{Peer, Scratch, qemu, require_all};
+use mig_core::bitmap::BitmapInfo;
 use mig_core::guest::{Guest, GuestError};
 use mig_core::transport::Connection;
+use serde_json::json;
 
 const MIB: u64 = 1 << 20;
 /// Not whole chunks of QEMU's, so that the last one overlaps.
@@ -207,6 +210,82 @@ fn a_disk_that_is_written_to_arrives_whole_at_a_qemu() {
     }
 }
 
+/// A guest whose backup jobs are busy with the bitmaps to the last moment.
+struct Busy<'a>(&'a LiveImage, Told);
+
+impl Guest for Busy<'_> {
+    fn pause(&mut self) -> Result<(), GuestError> {
+        let bitmaps = self.0.bitmaps();
+        let again = |name: &str, granularity| BitmapInfo {
+            name: name.to_owned(),
+            granularity,
+            is_enabled: true,
+            is_persistent: true,
+            is_inconsistent: false,
+        };
+        bitmaps.remove("nightly").unwrap();
+        bitmaps.add(&again("nightly", 1 << 20)).unwrap();
+        bitmaps.set_enabled("hourly", false).unwrap();
+        bitmaps.remove("old").unwrap();
+        bitmaps.add(&again("new", 512)).unwrap();
+        bitmaps.add(&again("taken", 65536)).unwrap();
+        self.0.disk().write(&[9; 512], MIB + 512).unwrap();
+        self.1.pause()
+    }
+
+    fn resume(&mut self) -> Result<(), GuestError> {
+        self.1.resume()
+    }
+}
+
+#[test]
+fn bitmaps_that_jobs_change_on_the_way_arrive_as_they_are_at_the_pause() {
+    if !peers() {
+        return;
+    }
+    for (peer, blocks) in [(Peer::Qemu72, true), (Peer::Qemu10, false)] {
+        let scratch = Scratch::new();
+        let source = source(&scratch);
+        let copy = make(&scratch, "copy", SIZE).done();
+        let image = LiveImage::open(&source).unwrap();
+        let mut destination = if blocks {
+            Destination::of_disks(peer, &[("d", &copy)])
+        } else {
+            Destination::of_bitmaps(peer, &[("d", &copy)])
+        };
+        let taken = json!({ "node": "d", "name": "taken", "granularity": 512 });
+        destination.qemu.ok("block-dirty-bitmap-add", taken);
+        let to = target(blocks, Some(destination.monitor()));
+        let connection = destination.connect();
+        let outgoing = Outgoing::builder()
+            .disk("d", image.disk().clone(), image.bitmaps().clone())
+            .build()
+            .unwrap();
+        let mut guest = Busy(&image, Told::default());
+        let report = outgoing.run_to_qemu(|| Ok(connection), &to, &mut guest).unwrap();
+        assert_eq!((guest.1.pauses, guest.1.resumes), (1, 0));
+        destination.completes();
+        let outcomes: Vec<_> =
+            report.disks[0].bitmaps.iter().map(|b| (b.name.as_str(), b.outcome)).collect();
+        let (preserved, dropped) = (BitmapOutcome::Preserved, BitmapOutcome::Dropped);
+        let expected =
+            [("hourly", preserved), ("nightly", preserved), ("new", preserved), ("taken", dropped)];
+        assert_eq!(outcomes, expected, "{report:?}");
+        assert_eq!((report.status, exit_status(&report)), (Status::Completed, 6));
+        let node = destination.qemu.ok("query-block", json!({}))[0]["inserted"].clone();
+        let found = node["dirty-bitmaps"].as_array().unwrap();
+        let of = |name: &str| {
+            let found = found.iter().find(|b| b["name"] == name)?;
+            let number = |key: &str| found[key].as_u64().unwrap();
+            Some((number("granularity"), number("count"), found["recording"] == true))
+        };
+        assert_eq!(of("nightly"), Some((1 << 20, 1 << 20, true)), "{found:?}");
+        assert_eq!(of("new"), Some((512, 512, true)));
+        assert_eq!(of("hourly").map(|b| b.2), Some(false));
+        assert_eq!((of("old"), of("taken").map(|b| b.0)), (None, Some(512)));
+    }
+}
+
 #[test]
 fn above_a_shared_base_what_is_held_and_written_goes_to_a_qemu() {
     if !peers() {
@@ -305,6 +384,7 @@ fn answering(answer: &'static [u8]) -> Connection {
         while !tail.ends_with(b"\x06\0\0\0\x02{}") {
             let Ok(len @ 1..) = theirs.read(&mut bytes) else { return };
             tail.extend_from_slice(&bytes[..len]);
+            pong(&tail, &mut theirs);
             tail.drain(..tail.len().saturating_sub(16));
         }
         theirs.write_all(answer).unwrap();
@@ -328,6 +408,74 @@ fn only_the_destinations_word_lets_the_guest_go_on_after_the_end() {
     let report = result.unwrap();
     assert_eq!((report.status, exit_status(&report)), (Status::Unknown, 8));
     assert_eq!((guest.pauses, guest.resumes), (1, 0));
+}
+
+#[test]
+fn a_migration_to_a_silent_qemu_is_called_off_at_once() {
+    if !require_all(&[Peer::QemuImg, Peer::QemuIo]) {
+        return;
+    }
+    let scratch = Scratch::new();
+    let source = source(&scratch);
+    let image = LiveImage::open(&source).unwrap();
+    // It does not read; it reads and says nothing while the guest is paused.
+    for blocks in [true, false] {
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        let migration = Arc::new(Migration::new(0, Duration::from_millis(150)));
+        let cancel = migration.clone();
+        std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(500));
+            cancel.cancel();
+        });
+        let begun = Instant::now();
+        let (result, guest) =
+            migrate_as(&image, connection(ours), &target(blocks, None), |b| b.migration(migration));
+        assert_eq!(result.unwrap_err().exit_status(), 130);
+        assert!(begun.elapsed() < Duration::from_secs(20), "{:?}", begun.elapsed());
+        assert_eq!(guest.pauses, guest.resumes);
+    }
+}
+
+#[test]
+fn bandwidth_and_downtime_can_be_changed_on_the_way_to_a_qemu() {
+    if !peers() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let source = source(&scratch);
+    let copy = make(&scratch, "copy", SIZE).done();
+    let image = LiveImage::open(&source).unwrap();
+    let mut destination = Destination::of_disks(Peer::Qemu72, &[("d", &copy)]);
+    let connection = destination.connect();
+    // It would take minutes, and then never fit into no pause at all.
+    let migration = Arc::new(Migration::new(64 << 10, Duration::ZERO));
+    let steered = migration.clone();
+    let operator = std::thread::spawn(move || hurry(&steered));
+    let begun = Instant::now();
+    let (report, _) =
+        migrate_as(&image, connection, &target(true, None), |builder| builder.migration(migration));
+    assert_eq!(report.unwrap().status, Status::Completed);
+    assert!(operator.join().unwrap(), "it was over before it was hurried");
+    assert!(begun.elapsed() < Duration::from_secs(50), "{:?}", begun.elapsed());
+    destination.completes();
+}
+
+/// Waits for some bytes at a low rate, allows all bandwidth, waits for some passes, and allows a
+/// pause. Whether each had to be done.
+fn hurry(migration: &Migration) -> bool {
+    let until = |is_so: &dyn Fn() -> bool| {
+        let begun = Instant::now();
+        while !is_so() && begun.elapsed() < Duration::from_secs(40) {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        migration.info().status == bitferry::status::Status::Active && is_so()
+    };
+    let disk = || migration.info().disk.unwrap_or_default();
+    let is_slow = until(&|| disk().normal_bytes > 0);
+    migration.set_parameters(Parameters { max_bandwidth: 0, ..migration.parameters() });
+    let goes_on = until(&|| disk().dirty_sync_count > 3);
+    migration.set_parameters(Parameters { downtime_limit: 2000, ..migration.parameters() });
+    is_slow && goes_on
 }
 
 #[test]

@@ -8,7 +8,7 @@ use format_spec::Problem;
 use format_spec::native::hello::{ZLIB, ZSTD};
 use zstd::stream::raw::{CParameter, DParameter, InBuffer, Operation, OutBuffer};
 
-use crate::limits::ZSTD_WINDOW_LOG;
+use crate::limits::{ZSTD_LARGE_LEVEL, ZSTD_TABLE_LOG, ZSTD_WINDOW_LOG};
 
 /// What compresses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -71,6 +71,10 @@ impl Packer {
                 let level = compression.level.unwrap_or(1);
                 let mut encoder = zstd::stream::raw::Encoder::new(level)?;
                 encoder.set_parameter(CParameter::WindowLog(ZSTD_WINDOW_LOG))?;
+                if level >= ZSTD_LARGE_LEVEL {
+                    encoder.set_parameter(CParameter::HashLog(ZSTD_TABLE_LOG))?;
+                    encoder.set_parameter(CParameter::ChainLog(ZSTD_TABLE_LOG))?;
+                }
                 Ok(Self::Zstd(encoder))
             }
             Method::Zlib => {
@@ -273,6 +277,31 @@ mod tests {
             }
             let mut unpacker = Unpacker::new(method).unwrap();
             assert!(unpacker.unpack(b"no such stream at all", &mut [0; 4]).is_err());
+        }
+    }
+
+    /// Resident bytes of this process.
+    fn resident() -> usize {
+        let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
+        statm.split(' ').nth(1).unwrap().parse::<usize>().unwrap() * 4096
+    }
+
+    #[test]
+    fn no_level_takes_more_memory_than_its_window_needs() {
+        let data = noise(4 << 20);
+        for level in [1, 11, 12, 19, 22] {
+            let before = resident();
+            let compression = Compression { method: Method::Zstd, level: Some(level) };
+            let mut packer = Packer::new(compression).unwrap();
+            let mut packed = Vec::new();
+            for part in data.chunks(64 << 10) {
+                packed.clear();
+                packer.pack(&[part], &mut packed).unwrap();
+            }
+            let taken = resident().saturating_sub(before);
+            drop(packer);
+            // Other tests run beside this one.
+            assert!(taken < 96 << 20, "level {level}: {taken}");
         }
     }
 

@@ -10,7 +10,7 @@ mod without_blocks;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use block_mig::Unwatched;
 use mig_core::section::Registry;
@@ -22,7 +22,7 @@ use super::{Outgoing, Report};
 use crate::incoming::{IncomingOptions, receive};
 use crate::outgoing::Outcome;
 use crate::policy::{Limits, Reason};
-use crate::status::{Migration, Status};
+use crate::status::{Migration, Parameters, Status};
 use crate::{Error, Timing};
 
 const NAME: &str = "vda";
@@ -170,6 +170,35 @@ fn a_short_cut_is_made_good_while_the_guest_runs() {
     let report = case.run().unwrap();
     assert!(matches!(report.sent.outcome, Outcome::Completed));
     assert_eq!(report.reconnects, 2);
+}
+
+#[test]
+fn bandwidth_and_downtime_can_be_changed_on_the_way() {
+    let mut case = Case::new(800);
+    // It would take half a minute, and then never fit into no pause at all.
+    case.migration = Arc::new(Migration::new(400_000, Duration::ZERO));
+    let was_needed = AtomicBool::new(false);
+    let until = |migration: &Migration, is_so: &dyn Fn() -> bool| {
+        let begun = Instant::now();
+        while !is_so() && begun.elapsed() < Duration::from_secs(20) {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        migration.info().status == Status::Active && is_so()
+    };
+    let hurry = |migration: &Migration| {
+        let disk = || migration.info().disk.unwrap_or_default();
+        let is_slow = until(migration, &|| disk().normal_bytes > 0);
+        migration.set_parameters(Parameters { max_bandwidth: 0, ..migration.parameters() });
+        let goes_on = until(migration, &|| disk().dirty_sync_count > 3);
+        migration.set_parameters(Parameters { downtime_limit: 5000, ..migration.parameters() });
+        was_needed.store(is_slow && goes_on, Ordering::Release);
+    };
+    case.meanwhile = &hurry;
+    let begun = Instant::now();
+    let report = case.run().unwrap();
+    assert!(matches!(report.sent.outcome, Outcome::Completed), "{report:?}");
+    assert!(was_needed.load(Ordering::Acquire), "it was over before it was hurried");
+    assert!(begun.elapsed() < Duration::from_secs(18), "{:?}", begun.elapsed());
 }
 
 #[test]

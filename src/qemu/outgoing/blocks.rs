@@ -87,6 +87,10 @@ fn send<W: Write + Send>(
             pass.meter.spend(content.len() as u64, &|| pass.monitor.is_cancelled());
         }
         let mut shared = lock(&shared);
+        // Another worker has waited already for a peer that takes nothing.
+        if shared.failure.is_some() {
+            return Err(block_mig::Error::Cancelled);
+        }
         let total = pass.total;
         let written = shared.put(&record, len, total);
         if let Err(error) = written {

@@ -78,10 +78,12 @@ pub(crate) fn conclude(
     let Some(peer) = peer else {
         return Ok(match ending {
             Ending::Loaded | Ending::Unheard => Outcome::completed(Err(report::unasked())),
-            Ending::Unknown(why) => Outcome::unknown(why),
+            Ending::Unknown(why) | Ending::Expired(why) => Outcome::unknown(why),
         });
     };
-    match wait(peer, observer) {
+    // Who was waited for in vain is asked once, and not waited for again.
+    let patience = if matches!(ending, Ending::Expired(_)) { Duration::ZERO } else { PATIENCE };
+    match wait(peer, patience, observer) {
         Standing::Completed => {}
         Standing::Failed(why) => return Err(qemu::Error::Peer(why)),
         Standing::Unsure(why) => return Ok(Outcome::unknown(why)),
@@ -121,8 +123,8 @@ enum Standing {
 }
 
 /// Waits until the destination's migration has ended, the user stops waiting, or the time is up.
-fn wait(peer: &mut Peer, observer: &dyn Observer) -> Standing {
-    let end = Instant::now() + PATIENCE;
+fn wait(peer: &mut Peer, patience: Duration, observer: &dyn Observer) -> Standing {
+    let end = Instant::now() + patience;
     loop {
         let migration = match peer.migration() {
             Ok(migration) => migration,
@@ -142,7 +144,7 @@ fn wait(peer: &mut Peer, observer: &dyn Observer) -> Standing {
             return Standing::Unsure(format!("{}, and was not waited for", still()));
         }
         if Instant::now() > end {
-            return Standing::Unsure(format!("{} after {PATIENCE:?}", still()));
+            return Standing::Unsure(format!("{} after {patience:?}", still()));
         }
         std::thread::sleep(PAUSE);
     }

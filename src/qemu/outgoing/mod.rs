@@ -32,32 +32,64 @@ mod stream;
 #[cfg(test)]
 mod tests;
 
-use std::time::Instant;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 use block_mig::limits::workers;
 use block_mig::load::SharedTree;
+use format_spec::Blame;
+use mig_core::heart::Heart;
 use mig_core::transport::Connection;
 use qcow2_file::bitmaps::Bits;
 
 pub use options::{Options, SourceDisk};
 pub use plan::Prepared;
-pub use session::{Ending, Greeting, Session};
+pub use session::{Breaker, Ending, Greeting, Session};
 
 use self::blocks::{OutgoingDisk, Pass};
 pub(crate) use self::confirm::{Fingerprint, Outcome, conclude, explain};
 pub(crate) use self::plan::{PlannedBitmap, peer};
-pub(crate) use self::preflight::check as preflight;
+pub(crate) use self::preflight::{Wish, check as preflight, refuse_late};
 use self::report::DiskDone;
-pub(crate) use self::report::{carried, each};
+pub(crate) use self::report::{carried, dropped, each};
 use crate::observe::Progress;
 use crate::qemu;
+use crate::qemu::peer::Peer;
+use crate::qemu::qmp::Hurry;
 use crate::report::Report;
 use crate::{Error, Observer, Phase, Result};
+
+/// How often the user is asked whether to stop, where the other end lets one wait.
+const LOOK_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Opens the disks and decides what is sent. What would lose a bitmap, kill the destination or make
 /// no sense is refused here, before there is a connection.
 pub fn prepare<'a>(options: &'a Options, observer: &dyn Observer) -> Result<Prepared<'a>> {
-    Prepared::decide(options, observer)
+    let hurry = Hurry::default();
+    let decided = attended(
+        |is_cancelled| hurry.store(is_cancelled, Ordering::Release),
+        observer,
+        || Prepared::decide(options, &hurry, observer),
+    );
+    decided.map_err(|error| match error.blame() {
+        Blame::Transport if observer.is_cancelled() => Error::Interrupted,
+        _ => error,
+    })
+}
+
+/// Does something that may wait, and tells `beat` again and again meanwhile whether the user wants
+/// to stop.
+fn attended<T>(
+    mut beat: impl FnMut(bool) + Send,
+    observer: &dyn Observer,
+    body: impl FnOnce() -> T,
+) -> T {
+    let heart = Heart::new();
+    std::thread::scope(|scope| {
+        scope.spawn(|| heart.run(LOOK_INTERVAL, || beat(observer.is_cancelled())));
+        let _stopping = heart.stop_on_drop();
+        body()
+    })
 }
 
 /// [`prepare`], then [`Prepared::send`]. A refusal closes the connection with nothing sent, of
@@ -77,14 +109,13 @@ impl Prepared<'_> {
             is_one_way: self.options.is_one_way,
         };
         let mut session = Session::open(connection, &greeting)?;
-        let streamed = self.stream(&mut session, observer);
-        let peer = &mut self.peer;
-        let mut explained = |session: &mut Session, error| explain(peer.as_mut(), session, error);
-        let (disks, sent) = streamed.map_err(|error| explained(&mut session, error))?;
-        observer.phase(Phase::Prove);
-        let ending = session.finish().map_err(|error| explained(&mut session, error))?;
-        let bitmaps = self.bitmaps();
-        let outcome = conclude(self.peer.as_mut(), (&bitmaps, &sent), ending, observer)?;
+        let mut breaker = session.breaker();
+        let hurry = self.peer.as_ref().map(Peer::hurry).unwrap_or_default();
+        let beat = |is_cancelled| {
+            hurry.store(is_cancelled, Ordering::Release);
+            breaker.beat(is_cancelled);
+        };
+        let (outcome, disks) = attended(beat, observer, || self.run(&mut session, observer))?;
         Ok(Report {
             status: outcome.status,
             error: outcome.error,
@@ -96,6 +127,26 @@ impl Prepared<'_> {
             disks: report::disks(&self, &disks, &outcome.verdicts),
             ram: None,
         })
+    }
+
+    /// The stream, and what became of it.
+    fn run(
+        &mut self,
+        session: &mut Session,
+        observer: &dyn Observer,
+    ) -> qemu::Result<(Outcome, Vec<DiskDone>)> {
+        let streamed = self.stream(session, observer).and_then(|(disks, sent)| {
+            observer.phase(Phase::Prove);
+            Ok((disks, sent, session.finish()?))
+        });
+        let (disks, sent, ending) = match streamed {
+            Ok(done) => done,
+            Err(error) if observer.is_cancelled() => return Err(error.when_cancelled()),
+            Err(error) => return Err(explain(self.peer.as_mut(), session, error)),
+        };
+        let bitmaps = self.bitmaps();
+        let outcome = conclude(self.peer.as_mut(), (&bitmaps, &sent), ending, observer)?;
+        Ok((outcome, disks))
     }
 
     /// Everything up to the end of the stream, which [`Session::finish`] writes.

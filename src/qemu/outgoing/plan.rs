@@ -14,12 +14,13 @@ use qcow2_file::chain::Backing;
 use super::bitmaps::OutgoingBitmap;
 use super::chunks::{CHUNK, Chunk, Chunks};
 use super::options::{Options, SourceDisk};
-use super::preflight;
+use super::preflight::{self, Wish};
 use super::selection::{MAX_NAME, check_mentions, select};
 use crate::copy::BitmapSelection;
 use crate::disk::{Disk, Request};
+use crate::qemu::Version;
 use crate::qemu::peer::Peer;
-use crate::qemu::{Version, qmp};
+use crate::qemu::qmp::{self, Hurry};
 use crate::renames::Renames;
 use crate::{Error, Observer, Phase, Result};
 
@@ -56,12 +57,16 @@ pub(crate) struct PlannedBitmap {
 impl<'a> Prepared<'a> {
     /// Opens the disks, chooses the bitmaps and refuses what would lose one, kill the destination
     /// or make no sense. Nothing is sent.
-    pub(super) fn decide(options: &'a Options, observer: &dyn Observer) -> Result<Self> {
+    pub(super) fn decide(
+        options: &'a Options,
+        hurry: &Hurry,
+        observer: &dyn Observer,
+    ) -> Result<Self> {
         observer.phase(Phase::Plan);
         check_ids(&options.disks)?;
         Renames::check(&options.renames)?;
         let peer_qmp = options.peer_qmp.as_deref();
-        let mut peer = peer(peer_qmp, options.blocks.then_some(options.version))?;
+        let mut peer = peer((peer_qmp, hurry), options.blocks.then_some(options.version))?;
         let mut refusals = Vec::new();
         let mut disks = Vec::with_capacity(options.disks.len());
         for disk in &options.disks {
@@ -75,8 +80,13 @@ impl<'a> Prepared<'a> {
         let mut prepared = Self { options, disks, peer: None };
         if let Some(peer) = &mut peer {
             let disks = prepared.disks.iter().filter(|_| options.blocks);
-            let disks: Vec<_> = disks.map(|disk| (disk.id.as_str(), disk.size())).collect();
-            preflight::check((&disks, &prepared.bitmaps()), peer, observer)?;
+            let wish = Wish {
+                disks: disks.map(|disk| (disk.id.as_str(), disk.size())).collect(),
+                bitmaps: &prepared.bitmaps(),
+                machine: &options.machine,
+                uuid: options.uuid,
+            };
+            preflight::check(&wish, peer, observer)?;
         }
         // A transfer of nothing is no mistake, and hardly what was meant.
         if !options.blocks && options.bitmaps == BitmapSelection::None {
@@ -93,10 +103,16 @@ impl<'a> Prepared<'a> {
     }
 }
 
-/// The destination's monitor, if there is one. Refuses contents (`blocks`: to which version) that
-/// it has no place for.
-pub(crate) fn peer(path: Option<&Path>, blocks: Option<Version>) -> Result<Option<Peer>> {
-    let connect = |path| Peer::connect(path, qmp::PATIENCE).map_err(crate::qemu::Error::Monitor);
+/// The destination's monitor, if there is one; what ends the waiting for it. Refuses contents
+/// (`blocks`: to which version) that it has no place for.
+pub(crate) fn peer(
+    (path, hurry): (Option<&Path>, &Hurry),
+    blocks: Option<Version>,
+) -> Result<Option<Peer>> {
+    let connect = |path| {
+        let peer = Peer::connect(path, qmp::PATIENCE, hurry.clone());
+        peer.map_err(crate::qemu::Error::Monitor)
+    };
     let peer = path.map(connect).transpose()?;
     if let Some(version) = blocks {
         let found = peer.as_ref().map(Peer::version);

@@ -9,10 +9,24 @@ use crate::qemu::{Error, Result, Subject};
 /// State of a QEMU that waits for a migration.
 const WAITING: &str = "inmigrate";
 
-/// Asks the destination whether it can take the contents of `disks`, by name and size, and the
-/// `bitmaps`.
+/// Capabilities with which it waits for more than one connection, or for other streams.
+const IN_THE_WAY: [&str; 3] = ["multifd", "x-ignore-shared", "mapped-ram"];
+
+/// What is to be sent.
+pub(crate) struct Wish<'a> {
+    /// Contents, by name and size.
+    pub(crate) disks: Vec<(&'a str, u64)>,
+    /// Bitmaps.
+    pub(crate) bitmaps: &'a [PlannedBitmap],
+    /// Machine type; empty if none.
+    pub(crate) machine: &'a str,
+    /// The machine's UUID.
+    pub(crate) uuid: Option<[u8; 16]>,
+}
+
+/// Asks the destination whether it can take it.
 pub(crate) fn check(
-    (disks, bitmaps): (&[(&str, u64)], &[PlannedBitmap]),
+    wish: &Wish<'_>,
     peer: &mut Peer,
     observer: &dyn Observer,
 ) -> crate::Result<()> {
@@ -24,14 +38,78 @@ pub(crate) fn check(
         );
         return Err(crate::Error::Usage { reason });
     }
+    check_machine(wish, peer)?;
     let inventory = peer.inventory().map_err(Error::from)?;
-    for disk in disks {
+    for disk in &wish.disks {
         check_disk(*disk, &inventory)?;
     }
-    for bitmap in bitmaps {
+    for bitmap in wish.bitmaps {
         if let Some(warning) = check_bitmap(bitmap, &inventory)? {
             observer.warning(&warning);
         }
+    }
+    Ok(())
+}
+
+/// Of bitmaps that have come meanwhile, those that the destination cannot take are taken out: with
+/// the reasons. A monitor that does not answer now is no reason.
+pub(crate) fn refuse_late(
+    bitmaps: &mut Vec<PlannedBitmap>,
+    is_known: impl Fn(&PlannedBitmap) -> bool,
+    peer: &mut Peer,
+    observer: &dyn Observer,
+) -> Vec<(PlannedBitmap, String)> {
+    if bitmaps.iter().all(&is_known) {
+        return Vec::new();
+    }
+    let Ok(inventory) = peer.inventory() else { return Vec::new() };
+    let mut refused = Vec::new();
+    bitmaps.retain(|bitmap| {
+        if is_known(bitmap) {
+            return true;
+        }
+        match check_bitmap(bitmap, &inventory) {
+            Ok(warning) => {
+                warning.iter().for_each(|warning| observer.warning(warning));
+                true
+            }
+            Err(Error::Unfit { reason, .. }) => {
+                refused.push((bitmap.clone(), reason));
+                false
+            }
+            Err(_) => true,
+        }
+    });
+    refused
+}
+
+/// Whether the machine is the one that is meant, and waits for such a stream.
+fn check_machine(wish: &Wish<'_>, peer: &mut Peer) -> Result<()> {
+    let unready = |reason: String| Err(Error::Unready { reason });
+    let capabilities = peer.capabilities()?;
+    if let Some(name) = capabilities.iter().find(|name| IN_THE_WAY.contains(&name.as_str())) {
+        return unready(format!(
+            "the capability {name:?} is on at the destination, which waits for another kind of \
+             stream then: switch it off with `migrate-set-capabilities` before `migrate-incoming`"
+        ));
+    }
+    if !wish.machine.is_empty() {
+        let machine = peer.machine()?;
+        // QEMU looks at as many bytes as it is given.
+        if !machine.starts_with(wish.machine) {
+            let asked = wish.machine;
+            return unready(format!(
+                "the machine there is a {machine:?}, and --machine says {asked:?}"
+            ));
+        }
+    }
+    if let Some(uuid) = wish.uuid
+        && let Some(found) = peer.uuid()?
+        && found != uuid
+    {
+        let hex = |uuid| format!("{:032x}", u128::from_be_bytes(uuid));
+        let (found, asked) = (hex(found), hex(uuid));
+        return unready(format!("the machine there has the UUID {found}, and --uuid says {asked}"));
     }
     Ok(())
 }

@@ -2,13 +2,15 @@
 //!
 //! It knows names, chunks and bits, and no images: whoever drives it decides what is sent when.
 //! [`run`](super::run) drives it for disks at rest. For a running guest the order is the same:
-//! [`start_blocks`](Session::start_blocks), [`start_bitmaps`](Session::start_bitmaps), then
-//! [`blocks`](Session::blocks) as often as there is something new (a chunk may be sent again, the
-//! last one counts), then, *with the guest paused*, what is left, the bits of
-//! each bitmap ([`end_bitmaps`](Session::end_bitmaps)), and [`finish`](Session::finish).
+//! [`start_blocks`](Session::start_blocks), then [`blocks`](Session::blocks) as often as there is
+//! something new (a chunk may be sent again, the last one counts), then, *with the guest paused*,
+//! what is left, the bitmaps as they are by then ([`start_bitmaps`](Session::start_bitmaps),
+//! [`end_bitmaps`](Session::end_bitmaps)), and [`finish`](Session::finish).
 
 use std::io::{Read, Write};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use format_spec::Writer;
 use format_spec::qemu::command::Command;
@@ -30,6 +32,10 @@ const BLOCK_ID: u32 = 1;
 const BITMAP_ID: u32 = 2;
 /// A description of no devices. Without one QEMU warns, and succeeds all the same.
 const VMDESCRIPTION: &[u8] = b"{}";
+/// How long a destination that may have everything is still listened to by who wants to stop.
+const LAST_WORD: Duration = Duration::from_millis(500);
+/// What the last PING carries.
+const LAST_PING: u32 = 0x6266_6572;
 /// What is said of a destination that is gone before it has everything.
 const WORDLESS: &str =
     "it closed the connection without a word: it failed or died, and its own messages say why";
@@ -57,10 +63,14 @@ pub enum Ending {
     Unheard,
     /// It may have everything, and did not say how it ended: why. It may run already.
     Unknown(String),
+    /// The same, and it was waited for as long as anything is.
+    Expired(String),
 }
 
 /// What the destination says in the end.
 enum Word {
+    /// PONG with the value of [`LAST_PING`].
+    Alive,
     /// SHUT 0.
     Loaded,
     /// SHUT with another status.
@@ -75,6 +85,8 @@ pub struct Session {
     replies: Buffer<Box<dyn Read + Send>>,
     line: Arc<dyn HangUp>,
     is_one_way: bool,
+    /// Whether the end may have gone out.
+    has_ended: Arc<AtomicBool>,
     /// The last names on the wire, which are not repeated.
     names: Names,
 }
@@ -106,6 +118,7 @@ impl Session {
             replies: Buffer::new(reader),
             line,
             is_one_way: greeting.is_one_way,
+            has_ended: Arc::default(),
             names: Names::default(),
         };
         session.stream.write(|out| {
@@ -118,6 +131,12 @@ impl Session {
             }
         })?;
         Ok(session)
+    }
+
+    /// What ends its waiting from another thread.
+    pub fn breaker(&self) -> Breaker {
+        let (line, has_ended) = (self.line.clone(), self.has_ended.clone());
+        Breaker { line, has_ended, cancelled: None }
     }
 
     /// Bytes of the stream so far.
@@ -185,20 +204,47 @@ impl Session {
     /// Ends the stream and waits for what the destination says. It may take its time: it flushes
     /// its disks first. An error is definite: the end did not go out, or the destination says that
     /// it failed. Once the end may have arrived, nothing else than the destination's own word is
-    /// proof that it did not take over.
+    /// proof that it did not take over; hence it has to say before that it has got so far.
     pub fn finish(&mut self) -> Result<Ending> {
-        self.stream.flush()?;
+        self.settle()?;
+        self.has_ended.store(true, Ordering::Release);
         match self.write_end() {
             // What a file or a pipe does not take is nowhere.
             Err(error) if self.is_one_way => return Err(error),
             Ok(()) if self.is_one_way => return Ok(Ending::Unheard),
+            Err(error) if is_expired(&error) => {
+                return Ok(Ending::Expired(crate::report::error_chain(&error)));
+            }
             Ok(()) | Err(_) => {}
         }
         match self.hear() {
             Ok(Word::Loaded) => Ok(Ending::Loaded),
             Ok(Word::Failed(said)) => Err(Error::Peer(said)),
-            Ok(Word::Gone) => Ok(Ending::Unknown(UNSAID.to_owned())),
+            Ok(Word::Gone | Word::Alive) => Ok(Ending::Unknown(UNSAID.to_owned())),
+            Err(error) if is_expired(&error) => {
+                Ok(Ending::Expired(crate::report::error_chain(&error)))
+            }
             Err(error) => Ok(Ending::Unknown(crate::report::error_chain(&error))),
+        }
+    }
+
+    /// Waits until the destination has taken everything up to here: what it fails or dies of (the
+    /// machine, the UUID, a bitmap) it has failed of by then, and nobody has to wonder whether it
+    /// took over.
+    fn settle(&mut self) -> Result<()> {
+        if !self.is_one_way {
+            let ping = Element::Command(Command::Ping(LAST_PING));
+            self.stream.write(|out| ping.encode(out))?;
+        }
+        self.stream.flush()?;
+        if self.is_one_way {
+            return Ok(());
+        }
+        match self.hear()? {
+            Word::Alive => Ok(()),
+            Word::Failed(said) => Err(Error::Peer(said)),
+            Word::Gone => Err(Error::Peer(WORDLESS.to_owned())),
+            Word::Loaded => Err(Error::Peer("it says that it is done before it is".to_owned())),
         }
     }
 
@@ -216,16 +262,18 @@ impl Session {
     /// A connection that broke while it was written to may hold the reason in the other direction.
     pub fn reason_of(&mut self, error: Error) -> Error {
         match error {
+            // It was waited for long enough.
+            Error::Connection { .. } if is_expired(&error) => error,
             Error::Connection { .. } if !self.is_one_way => match self.hear() {
                 Ok(Word::Failed(said)) => Error::Peer(said),
                 Ok(Word::Gone) => Error::Peer(WORDLESS.to_owned()),
-                Ok(Word::Loaded) | Err(_) => error,
+                Ok(Word::Loaded | Word::Alive) | Err(_) => error,
             },
             error => error,
         }
     }
 
-    /// Reads the return path up to SHUT.
+    /// Reads the return path up to SHUT, or the answer to the last PING.
     fn hear(&mut self) -> Result<Word> {
         let mut decoder = Decoder::default();
         loop {
@@ -233,6 +281,10 @@ impl Session {
             let len = match decoder.next(self.replies.bytes())? {
                 Step::Item(reply, len) => {
                     match reply {
+                        Reply::Pong(LAST_PING) => {
+                            self.replies.consume(len);
+                            return Ok(Word::Alive);
+                        }
                         Reply::Shut(0) => return Ok(Word::Loaded),
                         Reply::Shut(status) => {
                             return Ok(Word::Failed(format!("it answers SHUT {status}")));
@@ -251,6 +303,41 @@ impl Session {
                 }
             };
             self.replies.consume(len);
+        }
+    }
+}
+
+/// Whether the connection was waited for as long as it may be.
+fn is_expired(error: &Error) -> bool {
+    use std::io::ErrorKind::{TimedOut, WouldBlock};
+    // A socket of the standard library says that it would block.
+    matches!(error, Error::Connection { source, .. }
+        if matches!(source.kind(), TimedOut | WouldBlock))
+}
+
+/// Ends the waiting of a [`Session`] whose user wants to stop.
+pub struct Breaker {
+    line: Arc<dyn HangUp>,
+    has_ended: Arc<AtomicBool>,
+    cancelled: Option<Instant>,
+}
+
+impl std::fmt::Debug for Breaker {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Breaker").field("cancelled", &self.cancelled).finish_non_exhaustive()
+    }
+}
+
+impl Breaker {
+    /// Hangs up if the user wants to stop; to be called again and again. A destination that may
+    /// have everything gets a moment to say so, for without its word nobody knows.
+    pub fn beat(&mut self, is_cancelled: bool) {
+        if !is_cancelled {
+            return;
+        }
+        let since = *self.cancelled.get_or_insert_with(Instant::now);
+        if !self.has_ended.load(Ordering::Acquire) || since.elapsed() >= LAST_WORD {
+            self.line.hang_up();
         }
     }
 }
