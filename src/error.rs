@@ -314,9 +314,7 @@ impl Error {
             Self::Exists { .. } => {
                 "use --force to replace it at the end, or --in-place to write into it".into()
             }
-            Self::Awaited { .. } => "the commands of that migration, given again, settle it; \
-                 receive --fresh gives it up and begins anew"
-                .into(),
+            Self::Awaited { .. } => AWAITED.into(),
             Self::NotQcow2 { .. } => "a raw disk has bitmaps in an overlay: copy it with -O qcow2 \
                  -o data_file=FILE,data_file_raw=on"
                 .into(),
@@ -325,11 +323,7 @@ impl Error {
             Self::ProofMismatch { .. } => {
                 "storage or memory returned other bytes than were written; check the device".into()
             }
-            Self::NeverProved { .. } => {
-                "with --no-verify it is complete; to have it proved send it anew with --fresh, to \
-                 a destination that replaces it (--force) or writes into it (--in-place)"
-                    .into()
-            }
+            Self::NeverProved { .. } => NEVER_PROVED.into(),
             Self::Changed { .. } => {
                 "find out who writes there; the same commands send again what it changed".into()
             }
@@ -377,6 +371,13 @@ impl Error {
     }
 }
 
+/// What to do about what waits for its own source.
+const AWAITED: &str = "the commands of that migration, given again, settle it; receive --fresh \
+                       gives it up and begins anew";
+/// What to do about a disk whose proof was left out.
+const NEVER_PROVED: &str = "with --no-verify it is complete; to have it proved send it anew with \
+                            --fresh, to a destination that replaces it (--force) or writes into \
+                            it (--in-place)";
 /// What to do where somebody writes to the source.
 const SOURCE_CHANGED: &str = "nothing was published: once nobody writes there, give the same \
      command again; it goes on with what is kept, and reads again what has changed";

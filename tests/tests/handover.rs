@@ -181,7 +181,7 @@ fn what_was_proved_waits_for_its_own_source() {
     assert_eq!(status(pair.run().0, Exit::Unknown), "unknown");
     let left = scratch.names();
     let (sent, received) = swapped(&scratch, "");
-    let said = sent.expect_exit(Exit::Device).complaint();
+    let said = sent.expect_exit(Exit::Transport).complaint();
     assert!(said.contains("was proved for another migration"), "{said}");
     let said = received.expect_exit(Exit::Device).complaint();
     assert!(said.contains("hint: the commands of that migration, given again"), "{said}");
