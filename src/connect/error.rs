@@ -146,7 +146,7 @@ pub enum Error {
         source: io::Error,
     },
     /// A stream would take the place of something else.
-    #[error("{} exists, and is no migration stream that another one could replace", .path.display())]
+    #[error("{} exists, and is no migration stream that may be replaced", .path.display())]
     Holds {
         /// The file.
         path: PathBuf,
