@@ -19,15 +19,18 @@ pub enum Error {
         /// What and why, in one sentence.
         reason: String,
     },
-    /// What the other side sends does not fit what is here, by its own doing or by what was asked of
-    /// it. What was arranged here may be right.
+    /// What the other side sends does not fit what is here, by its own doing or by what was asked
+    /// of it. What was arranged here may be right.
     #[error("{reason}")]
     Unfit {
         /// What it sends, and what is here.
         reason: String,
     },
     /// The file system of the destination has no files as large as a disk.
-    #[error("disk {disk:?} has {size} bytes, more than a file in {} may have", .directory.display())]
+    #[error(
+        "disk {disk:?} has {size} bytes, more than a file in {} may have",
+        .directory.display()
+    )]
     TooLarge {
         /// The disk's name on the wire.
         disk: String,
@@ -108,7 +111,7 @@ pub enum Error {
     },
     /// Somebody has written to the source while it was read, without asking for a lock: what was
     /// read need not be what it was at any moment. Nothing was published.
-    #[error("{} was written to while it was read, by a program that takes no locks", .path.display())]
+    #[error("{} was written to while it was read, by a program without locks", .path.display())]
     SourceChanged {
         /// The file that was written to.
         path: PathBuf,
@@ -306,7 +309,6 @@ impl Error {
     /// What the user can do about it, as one sentence, where we know.
     pub fn hint(&self) -> Option<String> {
         use mig_core::stream::Error as Stream;
-        use qcow2_file::Error as Image;
         let text = match self {
             Self::WouldLose { hint, .. } | Self::IsDevice { hint, .. } => hint.clone(),
             Self::Exists { .. } => {
@@ -329,30 +331,7 @@ impl Error {
             Self::HalfPublished { source, .. } if matches!(**source, Self::Changed { .. }) => {
                 "begin all of them anew, with --fresh at both sides and --force".into()
             }
-            Self::Image(Image::NotAllowed { .. }) => {
-                "if you trust this image, use --allow-backing".into()
-            }
-            Self::Image(Image::Condition { file, condition }) => condition.remedy(file),
-            Self::Image(Image::Foreign { .. }) => {
-                "`qemu-img convert` may be able to read it; if it is a raw disk all the same, say \
-                 so: -f raw, for a second image -F raw, behind --disk format=raw"
-                    .into()
-            }
-            Self::Image(Image::NotAPath { file, role: "backing file", .. }) => {
-                format!("`qemu-img rebase -u -b PATH -F FORMAT {file}` names it by its path")
-            }
-            Self::Image(Image::NotAPath { file, .. }) => {
-                format!("`qemu-img amend -o data_file=PATH {file}` names it by its path")
-            }
-            Self::Image(Image::InUse { .. }) => {
-                "stop whoever uses the image, or copy it through that program".into()
-            }
-            Self::Image(Image::Malformed { .. }) => {
-                "the image is damaged: `qemu-img check` may say more".into()
-            }
-            Self::Image(Image::NoBitmap { file, .. }) => {
-                format!("`bitferry bitmap list {file}` shows those there are")
-            }
+            Self::Image(error) if image_hint(error).is_some() => return image_hint(error),
             Self::Capture { .. } => {
                 "what stands before that offset was shown; --as says what the stream is where its \
                  first bytes mislead"
@@ -409,6 +388,34 @@ const FILE_LIMIT: &str = "no file may grow so large: raise the limit (`ulimit -f
 
 /// What to do where each side by itself may be right.
 const UNFIT: &str = "the options of both sides must fit together";
+
+/// What to do about an image.
+fn image_hint(error: &qcow2_file::Error) -> Option<String> {
+    use qcow2_file::Error as Image;
+    Some(match error {
+        Image::NotAllowed { .. } => "if you trust this image, use --allow-backing".into(),
+        Image::Condition { file, condition } => condition.remedy(file),
+        Image::Foreign { .. } => {
+            "`qemu-img convert` may be able to read it; if it is a raw disk all the same, say \
+             so: -f raw, for a second image -F raw, behind --disk format=raw"
+                .into()
+        }
+        Image::NotAPath { file, role: "backing file", .. } => {
+            format!("`qemu-img rebase -u -b PATH -F FORMAT {file}` names it by its path")
+        }
+        Image::NotAPath { file, .. } => {
+            format!("`qemu-img amend -o data_file=PATH {file}` names it by its path")
+        }
+        Image::InUse { .. } => {
+            "stop whoever uses the image, or copy it through that program".into()
+        }
+        Image::Malformed { .. } => "the image is damaged: `qemu-img check` may say more".into(),
+        Image::NoBitmap { file, .. } => {
+            format!("`bitferry bitmap list {file}` shows those there are")
+        }
+        _ => return None,
+    })
+}
 
 /// What to do when the other side says whose fault it is.
 fn peer_hint(blame: Blame) -> &'static str {

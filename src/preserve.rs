@@ -1,5 +1,5 @@
-//! Owner, mode with access list, times and security label of what gets its final name: those of a model, in the
-//! manner of `cp --preserve`, or those of any new file. SPEC 3.1.
+//! Owner, mode with access list, times and security label of what gets its final name: those of a
+//! model, in the manner of `cp --preserve`, or those of any new file. SPEC 3.1.
 
 use std::fs;
 use std::io::{self, ErrorKind};

@@ -8,11 +8,12 @@
 //!     [--no-copy] [--no-move] [--no-huge]
 //! ```
 //!
-//! DIR is a tmpfs, /dev/shm unless said, with room for three times the data; on a disk each contender
-//! is also timed by the disk, and only those that sync have made their copy durable. Every contender runs in each round,
-//! the order turning, and what is printed are medians over the rounds, of times and of the ratios
-//! within a round. `BITFERRY_QEMU_10` and `BITFERRY_QEMU_72` name the two QEMUs (`tests/peers`
-//! installs them). Peers that are not installed are left out, and said to be.
+//! DIR is a tmpfs, /dev/shm unless said, with room for three times the data; on a disk each
+//! contender is also timed by the disk, and only those that sync have made their copy durable.
+//! Every contender runs in each round, the order turning, and what is printed are medians over the
+//! rounds, of times and of the ratios within a round. `BITFERRY_QEMU_10` and `BITFERRY_QEMU_72`
+//! name the two QEMUs (`tests/peers` installs them). Peers that are not installed are left out, and
+//! said to be.
 
 mod bare;
 #[path = "../common/certificates.rs"]

@@ -337,7 +337,8 @@ pub(crate) fn no_place<'a>(name: &str, places: impl Iterator<Item = &'a str>) ->
     Error::Unfit { reason }
 }
 
-/// Fails where a place stays empty: who named it would miss its disk.
+/// Fails where a place stays empty: who named it would miss its disk. A migration of no disk at all
+/// is no user's wish.
 pub(crate) fn all_came<'a>(
     mut places: impl Iterator<Item = &'a str>,
     came: impl Iterator<Item = &'a str>,
@@ -345,7 +346,7 @@ pub(crate) fn all_came<'a>(
     let came: Vec<_> = came.collect();
     let Some(missing) = places.find(|place| !came.contains(place)) else { return Ok(()) };
     let reason = format!("there is a place for a disk {missing:?}, and the source sends {came:?}");
-    Err(Error::Unfit { reason })
+    Err(if came.is_empty() { Error::Unfit { reason } } else { Error::Usage { reason } })
 }
 
 /// What a stream hears of an error here.

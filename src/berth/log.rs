@@ -109,8 +109,8 @@ impl Log {
         }
     }
 
-    /// Makes a journal that differs from `identity` in its session alone that one's. Whoever goes on
-    /// with it holds all that it claims against the source.
+    /// Makes a journal that differs from `identity` in its session alone that one's. Whoever goes
+    /// on with it holds all that it claims against the source.
     pub(crate) fn adopt(&self, identity: &Identity) -> Result<()> {
         let of = |found: &Identity| (found.size, found.target.clone());
         let is_other = |found: &Replayed| {

@@ -195,6 +195,7 @@ mod tests {
     #[test]
     fn a_copy_that_is_not_what_was_sent_is_not_said_to_be_made() {
         let mut report = Report::failure(&Error::Interrupted, 7);
+        report.status = Status::Failed;
         report.error = Some("the copy does not read back as what was sent: …".to_owned());
         let output = Output::json(false);
         let text = |existing| {

@@ -252,7 +252,7 @@ mod tests {
 
     #[test]
     fn what_failed_is_not_said_to_be_done() {
-        let report = Report::failure(&Error::Interrupted, 7);
+        let report = Report { status: Status::Failed, ..Report::failure(&Error::Interrupted, 7) };
         let output = Output::json(false);
         let text = report_text(&report, "copied a -> h:b", &output);
         assert!(text.starts_with("NOT copied a -> h:b in 7 ms"), "{text}");

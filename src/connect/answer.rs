@@ -16,8 +16,8 @@ use super::ssh;
 const LOOK_INTERVAL: Duration = Duration::from_millis(200);
 
 /// Runs `bitferry` with `args` at another host, over ssh, and answers what it prints and its exit
-/// status, which has to be 0 or one of `accepted`. It ends at once when `is_cancelled`, and does not
-/// last longer than [`IDLE`].
+/// status, which has to be 0 or one of `accepted`. It ends at once when `is_cancelled`, and does
+/// not last longer than [`IDLE`].
 pub fn run_ssh(
     destination: &str,
     args: &[OsString],

@@ -146,7 +146,7 @@ pub enum Error {
         source: io::Error,
     },
     /// A stream would take the place of something else.
-    #[error("{} exists, and is no migration stream that another one could replace", .path.display())]
+    #[error("{} exists, and is no migration stream that may be replaced", .path.display())]
     Holds {
         /// The file.
         path: PathBuf,
@@ -254,8 +254,8 @@ impl Error {
             Self::ExecNotAllowed { .. } => "if you trust this command, use --allow-exec",
             Self::Resolve { .. } => "check the name, or use an address",
             Self::Connect { .. } => {
-                "check that somebody listens there (`bitferry receive`, a QEMU with -incoming) and is not \
-                 blocked"
+                "check that somebody listens there (`bitferry receive`, a QEMU with -incoming) \
+                 and is not blocked"
             }
             Self::Listen { source, .. } if source.kind() == io::ErrorKind::AddrInUse => {
                 "choose another place, or port 0 for any free one"

@@ -14,8 +14,8 @@ use qcow2_file::lock::{self, Lock, Mode};
 use super::error::{Error, Result};
 use super::line::{Ends, NoWriter};
 
-/// To a file, from `offset` on. What stood there and behind is lost, as with QEMU. From the start it
-/// replaces a stream alone: whatever else is in a file is not ours to lose.
+/// To a file, from `offset` on. What stood there and behind is lost, as with QEMU. From the start
+/// it replaces a stream alone: whatever else is in a file is not ours to lose.
 pub(super) fn create(path: &Path, offset: u64) -> Result<Connection> {
     let failed = |source| Error::File { action: "write", path: path.to_owned(), source };
     refuse_pipe(path)?;

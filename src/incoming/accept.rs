@@ -4,10 +4,10 @@ use std::io::Write;
 use std::sync::Arc;
 use std::time::Duration;
 
+use format_spec::Blame;
 use format_spec::native::hello::{
     Choice, Hello, MULTI_CHANNEL, Offer, RESUME, Refusal, SessionState, ZLIB, ZSTD,
 };
-use format_spec::{Blame, Problem};
 use mig_core::heart::within;
 use mig_core::section::Fate;
 use mig_core::stream::{Error, Method, Result, StreamReader, StreamWriter};
@@ -94,9 +94,7 @@ fn refuse(refusal: Refusal, writer: &mut StreamWriter) {
 /// understand.
 pub(crate) fn is_worth_an_answer(error: &Error) -> bool {
     match error {
-        Error::Malformed { source, .. } => {
-            source.field == "hello version" || !matches!(source.problem, Problem::Mismatch { .. })
-        }
+        Error::Malformed { source, .. } => source.field != "hello magic",
         // A further connection is not answered on.
         Error::Connection { .. } | Error::Stray => false,
         _ => true,

@@ -131,8 +131,8 @@ impl Error {
                 "nothing was written; change what the message names, then migrate again"
             }
             Self::Misfit { blame: Blame::Bytes, .. } => {
-                "the image must be as large as the source's disk: compare `bitferry info` here with \
-                 `info block -v` there; if they are, the stream is damaged"
+                "the image must be as large as the source's disk: compare `bitferry info` here \
+                 with `info block -v` there; if they are, the stream is damaged"
             }
             Self::Misfit { blame: Blame::PeerBehaviour, .. } | Self::Unsupported { .. } => {
                 "change at the source what the message names, then migrate again"

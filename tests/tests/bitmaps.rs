@@ -275,13 +275,13 @@ fn a_killed_qemu_leaves_bitmaps_that_can_only_be_removed() {
     qemu.kill();
     let listed = bitmaps(&image);
     assert!(listed.list().iter().all(|e| e.state == State::Inconsistent));
-    assert!(matches!(listed.load("a"), Err(Error::Bitmap { .. })));
+    assert!(matches!(listed.load("a"), Err(Error::Condition { .. })));
     let file = writable(&image);
     let report = check(&file, &read_header(&*file).unwrap()).unwrap();
     assert!(report.findings.iter().all(|f| f.defect == Defect::InUse), "{report:?}");
     let mut editor = BitmapEditor::open(file.clone()).unwrap();
     for result in [editor.clear("a"), editor.set_enabled("a", false), editor.rename("a", "c")] {
-        assert!(matches!(result, Err(Error::Bitmap { .. })));
+        assert!(matches!(result, Err(Error::Condition { .. })));
     }
     editor.remove("a").unwrap();
     editor.commit().unwrap();

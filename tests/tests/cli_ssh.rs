@@ -291,8 +291,8 @@ fn an_overlay_goes_to_a_host_that_has_its_base() {
 /// A shell whose start file greets whoever comes.
 const GREETS: &str =
     "#!/bin/sh\necho Welcome to the host, and mind the step\nexec \"$REAL\" \"$@\"\n";
-/// One that never answers; what it started it leaves.
-const HANGS: &str = "#!/bin/sh\nexec sleep 60\n";
+/// One that does not answer. It keeps nothing open that the test would wait for.
+const HANGS: &str = "#!/bin/sh\nexec sleep 30 2>/dev/null\n";
 /// One that answers without end.
 const FLOODS: &str = "#!/bin/sh\nexec yes\n";
 

@@ -1,5 +1,5 @@
-//! A kill at any system call that changes a file: a destination is absent, the old one or whole, and
-//! the same command gets there; never is there a bitmap that is present and stale.
+//! A kill at any system call that changes a file: a destination is absent, the old one or whole,
+//! and the same command gets there; never is there a bitmap that is present and stale.
 
 use std::path::{Path, PathBuf};
 

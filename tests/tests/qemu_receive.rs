@@ -402,7 +402,8 @@ fn end_when_sent(qemu: &mut Qemu) {
         let answer = qemu.ok("query-migrate", json!({}));
         let remaining = answer["disk"]["remaining"].as_u64();
         let is_last = remaining.is_some_and(|bytes| bytes <= 3 * MIB) && remaining == before;
-        if is_last || answer["status"] == "completed" {
+        let is_over = ["completed", "failed"].iter().any(|status| answer["status"] == *status);
+        if is_last || is_over {
             break;
         }
         assert!(Instant::now() < end, "{answer}");

@@ -59,9 +59,9 @@ impl Bulk {
         }
     }
 
-    /// Whether the source has but one disk, of `size` bytes, as far as its percentages show that: it
-    /// tells how much of all is behind it when it begins a chunk. Its stream has no sizes, and the
-    /// last chunk of a disk that is larger by less than a chunk looks like any.
+    /// Whether the source has but one disk, of `size` bytes, as far as its percentages show that:
+    /// it tells how much of all is behind it when it begins a chunk. Its stream has no sizes, and
+    /// the last chunk of a disk that is larger by less than a chunk looks like any.
     pub(super) fn fits(&self, size: u64) -> bool {
         let chunk = CHUNK_BYTES as u64;
         let chunks = size.div_ceil(chunk);
