@@ -343,7 +343,7 @@ fn nobody_there_and_nobody_coming() {
     disk(&scratch, "a.qcow2", 3);
     let output = send(&scratch, "--disk vda=a.qcow2 unix:nobody").output();
     let output = output.expect_exit(Exit::Transport);
-    assert!(output.complaint().contains("\nhint: check that `bitferry receive`"), "{output}");
+    assert!(output.complaint().contains("\nhint: check that somebody listens there"), "{output}");
     let running = receive(&scratch, "--disk vda=out unix:socket").spawn();
     listening(&running);
     running.signal(Signal::INT);

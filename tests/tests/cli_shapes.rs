@@ -450,8 +450,9 @@ fn what_stands_above_a_base_is_cut_off_and_gone_on_with() {
         let _ = std::fs::remove_file(scratch.path("socket"));
         let receive = command(&scratch, &format!("receive --json {RECEIVE} unix:socket")).spawn();
         listening(&receive);
-        let send = command(&scratch, &format!("send --json {SEND} unix:socket")).spawn();
-        (receive, send)
+        // Slow enough to be cut.
+        let line = format!("send --json --bandwidth 80M {SEND} unix:socket");
+        (Instant::now(), receive, command(&scratch, &line).spawn())
     };
     let is_absent_or_whole = |said: &Output| {
         if copy.exists() {
@@ -461,8 +462,7 @@ fn what_stands_above_a_base_is_cut_off_and_gone_on_with() {
         }
         copy.exists()
     };
-    let begun = Instant::now();
-    let (receive, send) = start();
+    let (begun, receive, send) = start();
     send.wait().expect_exit(Exit::Done);
     assert!(is_absent_or_whole(&receive.wait().expect_exit(Exit::Done)));
     let whole = begun.elapsed();
@@ -472,7 +472,7 @@ fn what_stands_above_a_base_is_cut_off_and_gone_on_with() {
         for name in ["copy", ".copy.bitferry-receipt"] {
             let _ = std::fs::remove_file(scratch.path(name));
         }
-        let (receive, send) = start();
+        let (_, receive, send) = start();
         let moment = whole.mul_f64(random.below(1100) as f64 / 1000.0);
         if round % 2 == 0 {
             receive.ends_within(moment);
@@ -484,14 +484,14 @@ fn what_stands_above_a_base_is_cut_off_and_gone_on_with() {
             let ended = receive.ends_within(Duration::from_secs(3));
             is_absent_or_whole(&if ended { receive.wait() } else { receive.kill() });
         }
-        let (receive, send) = start();
+        let (_, receive, send) = start();
         let sent = send.wait().expect_exit(Exit::Done);
         assert!(is_absent_or_whole(&receive.wait().expect_exit(Exit::Done)), "{sent}");
         let summary = json::summary(&sent);
         already += usize::from(summary["status"] == "already-complete");
         resumed += usize::from(summary["status"] == "completed" && summary["resumed"] == true);
     }
-    let (receive, send) = start();
+    let (_, receive, send) = start();
     let sent = json::summary(&send.wait().expect_exit(Exit::Done));
     assert_eq!(sent["status"], "already-complete", "{sent}");
     receive.wait().expect_exit(Exit::Done);

@@ -92,9 +92,16 @@ fn leave_open(image: &Path) {
     let before = std::fs::read(image).expect("read");
     let user = Run::new("qemu-io").args(["-c", "sleep 30000"]).arg(image).spawn();
     let started = Instant::now();
-    while std::fs::read(image).expect("read") == before {
+    // It takes several writes until each bitmap is marked.
+    let mut last = before.clone();
+    loop {
+        std::thread::sleep(Duration::from_millis(200));
+        let now = std::fs::read(image).expect("read");
+        if now != before && now == last {
+            break;
+        }
+        last = now;
         assert!(started.elapsed() < PATIENCE, "qemu-io did not open the image");
-        std::thread::sleep(Duration::from_millis(10));
     }
     user.kill();
 }

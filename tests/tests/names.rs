@@ -117,7 +117,7 @@ fn names_as_others_write_them_are_read_where_they_have_one_meaning() {
     for named in ["file:base.raw", "nbd://localhost/x", "json:{\"driver\":\"null-co\"}"] {
         made(named);
         let output = command(&scratch, "hash --allow-backing top.qcow2").output();
-        let output = output.expect_exit(Exit::Usage);
+        let output = output.expect_exit(Exit::Device);
         assert!(output.complaint().contains("not a plain path"), "{output}");
     }
 }
