@@ -409,12 +409,21 @@ fn image_hint(error: &qcow2_file::Error) -> Option<String> {
         Image::InUse { .. } => {
             "stop whoever uses the image, or copy it through that program".into()
         }
+        Image::Malformed { file, what } if is_of_bitmaps(what.field) => format!(
+            "`bitferry bitmap check {file}` may say more; `bitferry bitmap repair --drop-broken \
+             {file}` drops bitmaps that break the format, and `--strip` all of them"
+        ),
         Image::Malformed { .. } => "the image is damaged: `qemu-img check` may say more".into(),
         Image::NoBitmap { file, .. } => {
             format!("`bitferry bitmap list {file}` shows those there are")
         }
         _ => return None,
     })
+}
+
+/// Whether a field of a damaged image is one of its persistent bitmaps'.
+fn is_of_bitmaps(field: &str) -> bool {
+    field.contains("bitmap") && !field.contains("subcluster")
 }
 
 /// What to do when the other side says whose fault it is.

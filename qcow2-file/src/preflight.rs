@@ -61,7 +61,7 @@ pub fn read_header(file: &dyn Storage) -> Result<Header> {
 }
 
 /// The cluster size that a header claims, where it is one at all.
-fn cluster_size(bytes: &[u8]) -> Option<u64> {
+pub(crate) fn cluster_size(bytes: &[u8]) -> Option<u64> {
     let bits = u32::from_be_bytes(*bytes.get(20..)?.first_chunk()?);
     let is_qcow2 = bytes.get(..4)? == MAGIC.to_be_bytes();
     (is_qcow2 && limits::CLUSTER_BITS.contains(&bits)).then(|| 1 << bits)

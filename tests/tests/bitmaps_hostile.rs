@@ -464,8 +464,9 @@ fn random_damage_never_panics_and_strip_always_helps() {
         }
         let _ = read_all(&s.path);
         let file = file(&s.path);
-        let Ok(header) = read_header(&*file) else { continue };
-        check(&file, &header).unwrap();
+        if let Ok(header) = read_header(&*file) {
+            check(&file, &header).unwrap();
+        }
         strip(&file).unwrap_or_else(|e| panic!("round {round}: {e:?}"));
         let header = read_header(&*file).unwrap();
         assert!(header.bitmaps().is_none());

@@ -17,7 +17,7 @@ use crate::storage::{Storage, StorageExt};
 /// What a disk writes in one piece.
 const SECTOR: usize = 512;
 const BACKING_OFFSET: Range<usize> = 8..16;
-const AUTOCLEAR: Range<usize> = 88..96;
+pub(super) const AUTOCLEAR: Range<usize> = 88..96;
 const HEADER_LENGTH: Range<usize> = 100..104;
 /// Bytes of the extension: type, length and body.
 const EXTENSION_BYTES: usize = 32;
@@ -108,7 +108,7 @@ fn planned_steps(
 }
 
 /// Writes the sectors that differ, durably.
-fn write_sectors(file: &dyn Storage, before: &[u8], after: &[u8]) -> Result<()> {
+pub(super) fn write_sectors(file: &dyn Storage, before: &[u8], after: &[u8]) -> Result<()> {
     let pairs = before.chunks(SECTOR).zip(after.chunks(SECTOR));
     let mut is_changed = false;
     for (at, (old, new)) in (0u64..).step_by(SECTOR).zip(pairs) {
@@ -298,17 +298,16 @@ fn shift_name(
 }
 
 /// Where the extensions of a raw header are.
-struct ExtensionList {
+pub(super) struct ExtensionList {
     /// The bitmaps extension.
-    bitmaps: Option<usize>,
+    pub(super) bitmaps: Option<usize>,
     /// The end marker, or where one would stand.
-    end: usize,
+    pub(super) end: usize,
 }
 
 impl ExtensionList {
-    fn of(bytes: &[u8]) -> Option<Self> {
-        let backing = usize::try_from(be64(bytes, BACKING_OFFSET)?).ok()?;
-        let area_end = if backing == 0 { bytes.len() } else { backing.min(bytes.len()) };
+    pub(super) fn of(bytes: &[u8]) -> Option<Self> {
+        let area_end = end_of_area(bytes)?;
         let mut list = Self { bitmaps: None, end: be32(bytes, HEADER_LENGTH)? as usize };
         while list.end + EXTENSION_HEAD_BYTES <= area_end {
             let kind = be32(bytes, list.end..list.end + 4)?;
@@ -351,16 +350,22 @@ impl ExtensionList {
     }
 }
 
-fn put(bytes: &mut [u8], at: usize, value: &[u8]) -> Option<()> {
+/// Where the place for extensions ends.
+pub(super) fn end_of_area(bytes: &[u8]) -> Option<usize> {
+    let backing = usize::try_from(be64(bytes, BACKING_OFFSET)?).ok()?;
+    Some(if backing == 0 { bytes.len() } else { backing.min(bytes.len()) })
+}
+
+pub(super) fn put(bytes: &mut [u8], at: usize, value: &[u8]) -> Option<()> {
     bytes.get_mut(at..at.checked_add(value.len())?)?.copy_from_slice(value);
     Some(())
 }
 
-fn be32(bytes: &[u8], at: Range<usize>) -> Option<u32> {
+pub(super) fn be32(bytes: &[u8], at: Range<usize>) -> Option<u32> {
     Some(u32::from_be_bytes(bytes.get(at)?.try_into().ok()?))
 }
 
-fn be64(bytes: &[u8], at: Range<usize>) -> Option<u64> {
+pub(super) fn be64(bytes: &[u8], at: Range<usize>) -> Option<u64> {
     Some(u64::from_be_bytes(bytes.get(at)?.try_into().ok()?))
 }
 

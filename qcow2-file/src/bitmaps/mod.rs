@@ -19,6 +19,7 @@ mod repair;
 pub(crate) mod store;
 pub(crate) mod table;
 pub(crate) mod tracker;
+mod unreadable;
 
 pub use bits::{Bits, Runs, granules};
 pub use check::{BitmapCheck, Defect, Finding, Severity, check};

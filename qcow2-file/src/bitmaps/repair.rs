@@ -7,6 +7,7 @@ use super::check::{BitmapCheck, Defect, Severity, check};
 use super::header::{read_writable, set_extension};
 use super::load::{Bitmaps, image_facts, load_bits, read_directory, stale_extension};
 use super::table::Table;
+use super::unreadable;
 use crate::edit::Allocator;
 use crate::error::{Condition, Error, Result};
 use crate::layout::bitmap_directory::LocatedEntry;
@@ -57,7 +58,13 @@ impl Repaired {
 /// Repairs the bitmaps of an image that nobody else has open. What would need an option that is not
 /// given is left; [`check`] tells. Fails on an image that must not be written for other reasons.
 pub fn repair(file: &Arc<dyn Storage>, options: RepairOptions) -> Result<Repaired> {
-    let header = read_writable(&**file)?;
+    let header = match read_writable(&**file) {
+        Err(Error::Malformed { .. }) if options.may_drop_broken && unreadable::hide(file)? => {
+            let has_leaked = has_leaks_left(file)?;
+            return Ok(Repaired { is_directory_dropped: true, has_leaked, ..Repaired::default() });
+        }
+        header => header?,
+    };
     let Some(extension) = header.bitmaps() else { return Ok(Repaired::default()) };
     if stale_extension(&header).is_some() {
         let dropped = drop_directory(file, &header)?;
@@ -166,7 +173,10 @@ fn restore(file: &dyn Storage, extension: BitmapsExtension) {
 /// Removes all bitmaps and the extension and frees their clusters. The answer is whether some stay
 /// leaked. Refuses an image that would be corrupt without its bitmaps too.
 pub fn strip(file: &Arc<dyn Storage>) -> Result<bool> {
-    let header = read_writable(&**file)?;
+    let header = match read_writable(&**file) {
+        Err(Error::Malformed { .. }) if unreadable::hide(file)? => return has_leaks_left(file),
+        header => header?,
+    };
     let Some(extension) = header.bitmaps() else { return Ok(false) };
     let is_corrupt = check(file, &header)?.worst() == Some(Severity::Corrupt);
     if stale_extension(&header).is_some() || is_corrupt {
